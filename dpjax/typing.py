@@ -1,0 +1,58 @@
+"""The shapes that flow between the parts. Letters: B examples, K signed points.
+
+This module may import nothing of dpjax.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
+
+Params = PyTree[Float[Array, "..."]]
+Example = PyTree[Shaped[Array, "..."]]
+Scalar = Float[Array, ""]
+Key = jax.Array
+
+Loss = Callable[[Params, Example, Key], Scalar]
+"""The loss of ONE example. There is no batch axis, so nothing can mix examples."""
+
+
+class Batch(NamedTuple):
+    """A fixed-shape slice of a sampled batch.
+
+    Attributes:
+        examples: Pytree of arrays ``[B, ...]``.
+        mask: ``bool[B]``; padding rows are False and contribute exactly nothing.
+        index: ``int32[B]``, the position of each example in its source. Per-example
+            randomness (dropout, augmentation) is keyed by it, so that it depends
+            neither on the physical batch size nor on the slot.
+    """
+
+    examples: PyTree[Shaped[Array, "B ..."]]
+    mask: Bool[Array, "B"]
+    index: Int[Array, "B"]
+
+
+class Model(NamedTuple):
+    """A model as two pure functions on ONE example.
+
+    Attributes:
+        init: ``(key, example) -> params``, float32 leaves.
+        apply: ``(params, example, key) -> outputs`` of one example, without batch axis.
+    """
+
+    init: Callable[[Key, Example], Params]
+    apply: Callable[[Params, Example, Key], Array]
+
+
+class Source(Protocol):
+    """A random-access data set.
+
+    ``source[indices]`` takes a list of ints and returns a dict of stacked numpy arrays
+    ``[len(indices), ...]`` in that order.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, indices: Sequence[int], /) -> dict[str, Any]: ...
