@@ -1,1 +1,56 @@
+"""dpjax: high-throughput differentially private training in JAX.
 
+Names load on first use, so that config errors are answered without importing jax.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dpjax.accounting import calibrate, epsilon
+    from dpjax.clipping import ClippedGrad, Query, clipped_grad
+    from dpjax.data.batches import batches
+    from dpjax.mechanisms import DpSgd, Mechanism, NonPrivate
+    from dpjax.noise import root_key
+    from dpjax.sampling import (
+        FullBatch,
+        Poisson,
+        ShuffledFixed,
+        TruncatedPoisson,
+        secret_seed,
+    )
+    from dpjax.sensitive import ClippedSum, PerExample, reveal
+    from dpjax.transforms import private
+    from dpjax.typing import Batch, Model
+
+_HOMES = {
+    "Batch": "typing",
+    "ClippedGrad": "clipping",
+    "ClippedSum": "sensitive",
+    "DpSgd": "mechanisms",
+    "FullBatch": "sampling",
+    "Mechanism": "mechanisms",
+    "Model": "typing",
+    "NonPrivate": "mechanisms",
+    "PerExample": "sensitive",
+    "Poisson": "sampling",
+    "Query": "clipping",
+    "ShuffledFixed": "sampling",
+    "TruncatedPoisson": "sampling",
+    "batches": "data.batches",
+    "calibrate": "accounting",
+    "clipped_grad": "clipping",
+    "epsilon": "accounting",
+    "private": "transforms",
+    "reveal": "sensitive",
+    "root_key": "noise",
+    "secret_seed": "sampling",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dpjax' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"dpjax.{_HOMES[name]}"), name)

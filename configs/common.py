@@ -1,0 +1,54 @@
+"""The groups that most recipes share. Recipes set the rest; nothing else is inherited."""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def base() -> ConfigDict:
+    """Return the groups ``compute``, ``augment`` and ``run`` with common values."""
+    config = ConfigDict()
+    config.augment = ConfigDict(
+        {"transform": {"name": "dpjax.augment:identity"}, "views": 1}
+    )
+    config.compute = ConfigDict(
+        {
+            "engine": "vmap",
+            "microbatch_size": config_dict.placeholder(int),
+            "physical_batch_size": 256,
+        }
+    )
+    config.run = ConfigDict(
+        {
+            "seed": config_dict.placeholder(int),  # None: secrets from the OS
+            "log_every": 50,
+            "eval_every": 100,
+            "checkpoint_every": 100,
+            "keep_checkpoints": 2,
+            "writers": (),  # besides JSONL: "tensorboard", "wandb"
+            "log_sensitive": False,
+            "dry_run": False,
+        }
+    )
+    return config
+
+
+def dp_sgd(
+    *,
+    epsilon: float,
+    delta: float,
+    clip_norm: float,
+    rate: float,
+    steps: int,
+) -> ConfigDict:
+    """Return the group ``mechanism`` of DP-SGD with Poisson sampling, calibrated."""
+    return ConfigDict(
+        {
+            "name": "dpjax.mechanisms.dp_sgd:DpSgd",
+            "clip_norm": clip_norm,
+            "clip_style": "flat",
+            "epsilon": epsilon,
+            "noise_multiplier": config_dict.placeholder(float),
+            "sampling": {"name": "dpjax.sampling:Poisson", "rate": rate},
+            "steps": steps,
+            "delta": delta,
+        }
+    )

@@ -1,0 +1,38 @@
+"""Checks of plain values, shared by configs, mechanisms and engines.
+
+This module may not import jax: config errors are answered without it.
+"""
+
+import math
+from typing import Literal, get_args
+
+ClipStyle = Literal["flat", "automatic", "per_layer"]
+ENGINE_NAMES = ("vmap",)
+
+
+def check_clip(*, clip_norm: float, style: str) -> None:
+    """Raise ValueError for a clip norm or a style that bounds nothing."""
+    if not (clip_norm > 0 and math.isfinite(clip_norm)):
+        raise ValueError(
+            f"clip_norm={clip_norm} must be positive and finite; "
+            "it bounds the L2 norm of each example's gradient"
+        )
+    if style not in get_args(ClipStyle):
+        raise ValueError(
+            f"clip_style={style!r} is unknown; use one of {', '.join(get_args(ClipStyle))}"
+        )
+
+
+def check_positive_int(name: str, value: int) -> None:
+    """Raise ValueError unless ``value`` is an integer of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value} must be an integer of at least 1")
+
+
+def check_epsilon(epsilon: float) -> None:
+    """Raise ValueError unless ``epsilon`` is a possible target."""
+    if not (epsilon > 0 and math.isfinite(epsilon)):
+        raise ValueError(
+            f"epsilon={epsilon} must be positive and finite; "
+            "for training without privacy use the NonPrivate mechanism"
+        )

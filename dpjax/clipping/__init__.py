@@ -1,0 +1,25 @@
+"""Clipped per-example gradient sums: one contract, several engines."""
+
+from dpjax.clipping.clipped_grad import (
+    ENGINES,
+    ClippedGrad,
+    clipped_grad,
+    resolve_engine,
+)
+from dpjax.clipping.microbatched import microbatched
+from dpjax.clipping.plain import plain
+from dpjax.clipping.query import Query
+from dpjax.clipping.types import Engine
+from dpjax.clipping.vmap import vmap
+
+__all__ = [
+    "ENGINES",
+    "ClippedGrad",
+    "Engine",
+    "Query",
+    "clipped_grad",
+    "microbatched",
+    "plain",
+    "resolve_engine",
+    "vmap",
+]

@@ -1,0 +1,79 @@
+"""From per-example squared norms to clip factors: shared by every engine."""
+
+from collections.abc import Hashable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PyTree
+
+from dpjax.checks import ClipStyle
+from dpjax.typing import Scalar
+
+AUTOMATIC_GAMMA = 0.01  # "stability constant" of AUTO-S, arXiv 2206.07136, section 3.3
+
+
+class Factors(NamedTuple):
+    """How much of each example to keep.
+
+    Attributes:
+        leaves: ``[B]`` for each leaf of the gradient; 0 where masked or not finite.
+        norms: ``[B]``, the norm over all leaves, as computed (perhaps inf or NaN).
+        finite: ``bool[B]``. A zero factor does not silence ``0 * inf``: engines must
+            also replace the vectors of examples that are not finite by zeros.
+    """
+
+    leaves: PyTree[Float[Array, "B"]]
+    norms: Float[Array, "B"]
+    finite: Bool[Array, "B"]
+
+
+def clip_factors(
+    squares: PyTree[Float[Array, "B"]],
+    *,
+    mask: Bool[Array, "B"],
+    clip_norm: float | Scalar,
+    style: ClipStyle,
+) -> Factors:
+    """Return the factors that clip each example to ``clip_norm``.
+
+    Sensitivity: the vector scaled by these factors has L2 norm at most ``clip_norm``; a
+    margin of 8 machine epsilons (1e-6 in float32) keeps rounding inside the bound.
+
+    Args:
+        squares: Squared L2 norm of each example's vector, ``[B]`` for each leaf.
+        mask: False rows get factor 0.
+        clip_norm: C >= 0.
+        style: See ``Query``.
+    """
+    total = jnp.sqrt(sum(jax.tree.leaves(squares)))
+    finite = jnp.isfinite(total)
+    keep = mask & finite
+
+    def factor(norms: Array, bound: Array) -> Array:
+        bound = bound * (1 - 8 * jnp.finfo(norms.dtype).eps)
+        if style == "automatic":
+            raw = bound / (norms + AUTOMATIC_GAMMA)
+        else:
+            raw = jnp.where(norms > bound, bound / norms, 1.0)
+        return jnp.where(keep, raw, 0.0)
+
+    bound = jnp.asarray(clip_norm, total.dtype)
+    if style == "per_layer":
+        layers = _layer_norms(squares)
+        bound = bound / jnp.sqrt(jnp.asarray(len(layers), total.dtype))
+        by_layer = {name: factor(norms, bound) for name, norms in layers.items()}
+        leaves = jax.tree_util.tree_map_with_path(
+            lambda path, _: by_layer[path[:-1]], squares
+        )
+    else:
+        shared = factor(total, bound)
+        leaves = jax.tree.map(lambda _: shared, squares)
+    return Factors(leaves, total, finite)
+
+
+def _layer_norms(squares: PyTree[Array]) -> dict[Hashable, Array]:
+    sums: dict[Hashable, Array] = {}
+    for path, square in jax.tree_util.tree_leaves_with_path(squares):
+        sums[path[:-1]] = sums.get(path[:-1], 0.0) + square
+    return {name: jnp.sqrt(square) for name, square in sums.items()}

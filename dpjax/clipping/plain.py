@@ -1,0 +1,48 @@
+"""The non-private engine: one ordinary gradient, no per-example work."""
+
+import jax
+import jax.numpy as jnp
+
+from dpjax.clipping.query import Query
+from dpjax.clipping.vmap import check_loss, per_example
+from dpjax.sensitive import ClippedSum, PerExample
+from dpjax.typing import Batch, Key, Loss, Params
+
+
+def plain(
+    loss: Loss, query: Query, batch: Batch, key: Key
+) -> tuple[ClippedSum, PerExample]:
+    """Return the unclipped gradient sum by one backward pass over the whole batch.
+
+    This is the speed of training without privacy: the norm of no example is known (they
+    are reported as NaN). The sum is marked as unbounded, so no private mechanism
+    releases it.
+
+    Raises:
+        TypeError: See ``vmap``.
+        ValueError: The query asks for anything but one point, unclipped.
+    """
+    if len(query.points) != 1 or query.residual or query.style != "flat":
+        raise ValueError(
+            f"the plain engine answers one flat query point without residual, not "
+            f"{len(query.points)} points, style={query.style!r}, "
+            f"residual={query.residual}"
+        )
+    check_loss(loss, query.points[0], batch, key)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, batch.index)
+
+    def summed(params: Params) -> tuple[jax.Array, jax.Array]:
+        losses = jax.vmap(loss, in_axes=(None, 0, 0))(params, batch.examples, keys)
+        losses = jnp.where(batch.mask, losses.astype(jnp.float32), 0.0)
+        return losses.sum(), losses
+
+    gradient, losses = jax.grad(summed, has_aux=True)(query.points[0])
+    empty = ClippedSum.zeros(query.points[0], l2_bound=jnp.inf)
+    unclipped = ClippedSum(
+        total=jax.tree.map(lambda z, g: g.astype(z.dtype), empty.total, gradient),
+        residual=None,
+        seal=empty.seal,
+        l2_bound=empty.l2_bound,
+    )
+    unknown = jnp.full_like(losses, jnp.nan)
+    return unclipped, per_example(losses, unknown, batch.mask, batch.mask)

@@ -1,0 +1,39 @@
+"""What an engine is asked: which vector of each example, and how far to clip it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from dpjax.checks import ClipStyle
+from dpjax.typing import Params, Scalar
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Query:
+    """Ask for ``sum_i clip(d_i)`` with ``d_i = sum_k signs[k] grad loss(points[k]; i)``.
+
+    Attributes:
+        points: K pytrees of the same structure; (x_t,) for DP-SGD.
+        clip_norm: C >= 0, the L2 bound on what one example contributes; may be traced.
+        signs: K signs, static; (1.0, -1.0) for a gradient difference.
+        style: Static. "flat": ``d min(1, C/|d|)``. "automatic": ``d C/(|d| + 0.01)``
+            (AUTO-S, Bu et al. 2023, arXiv 2206.07136). "per_layer": each of the G
+            layers (leaves with the same parent) clipped flat to ``C/sqrt(G)``. In
+            each style one example contributes at most C.
+        residual: Static; whether to sum ``d_i - clip(d_i)`` too.
+    """
+
+    points: tuple[Params, ...]
+    clip_norm: float | Scalar
+    signs: tuple[float, ...] = dataclasses.field(
+        default=(1.0,), metadata={"static": True}
+    )
+    style: ClipStyle = dataclasses.field(default="flat", metadata={"static": True})
+    residual: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @property
+    def l2_bound(self) -> Scalar:
+        """How far adding or removing one example moves the clipped sum: ``clip_norm``."""
+        return jnp.asarray(self.clip_norm, jnp.float32)

@@ -1,0 +1,131 @@
+"""The reference engine: per-example gradients by jit(vmap(grad)), then clip and sum."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from dpjax.clipping.factors import clip_factors
+from dpjax.clipping.query import Query
+from dpjax.sensitive import ClippedSum, PerExample, accumulation_dtype
+from dpjax.typing import Batch, Example, Key, Loss, Params
+
+
+def vmap(
+    loss: Loss, query: Query, batch: Batch, key: Key
+) -> tuple[ClippedSum, PerExample]:
+    """Return the clipped sum of materialised per-example gradients.
+
+    Memory: one float32 copy of the parameters for each example (twice that while a
+    difference or a residual is formed); see ``microbatched``.
+
+    Sensitivity: ``query.clip_norm`` under add/remove-one.
+
+    Args:
+        loss: Loss of one example.
+        query: Points, signs, clip norm and style.
+        batch: B examples; masked rows contribute nothing.
+        key: Randomness of the loss; each example's key is folded from it by
+            ``batch.index``.
+
+    Raises:
+        TypeError: The loss is not a scalar float, or a parameter is not floating.
+    """
+    check_loss(loss, query.points[0], batch, key)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, batch.index)
+    vector = _signed_gradient(loss, query)
+    losses, vectors = jax.vmap(vector)(batch.examples, keys)
+
+    squares = jax.tree.map(_squared_norms, vectors)
+    factors = clip_factors(
+        squares, mask=batch.mask, clip_norm=query.clip_norm, style=query.style
+    )
+    keep = batch.mask & factors.finite
+    vectors = jax.tree.map(lambda v: jnp.where(_rows(keep, v), v, 0.0), vectors)
+    residual = None
+    if query.residual:
+        rest = jax.tree.map(lambda f: jnp.where(keep, 1 - f, 0.0), factors.leaves)
+        residual = jax.tree.map(_weighted_sum, rest, vectors)
+    clipped = ClippedSum(
+        total=jax.tree.map(_weighted_sum, factors.leaves, vectors),
+        residual=residual,
+        seal=jnp.ones((), jnp.float32),
+        l2_bound=query.l2_bound,
+    )
+    return clipped, per_example(losses, factors.norms, factors.finite, batch.mask)
+
+
+def per_example(losses: Array, norms: Array, finite: Array, mask: Array) -> PerExample:
+    """Return the private statistics of a batch, zero on padding."""
+    return PerExample(
+        losses=jnp.where(mask, losses, 0.0),
+        norms=jnp.where(mask, norms, 0.0),
+        nonfinite=mask & ~finite,
+        mask=mask,
+    )
+
+
+def check_loss(loss: Loss, params: Params, batch: Batch, key: Key) -> None:
+    """Raise TypeError, at trace time, unless ``loss`` can be clipped per example."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise TypeError(
+                f"parameter {name} has dtype {jnp.result_type(leaf)}; parameters must be "
+                "floating point (keep integer state out of params)"
+            )
+    example = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch.examples
+    )
+    out = jax.eval_shape(loss, params, example, key)
+    shape = getattr(out, "shape", None)
+    if shape != () or not jnp.issubdtype(out.dtype, jnp.floating):
+        raise TypeError(
+            f"loss returned {out}; it must return one floating-point scalar for ONE "
+            "example (no batch axis, no auxiliary outputs)"
+        )
+
+
+def _signed_gradient(
+    loss: Loss, query: Query
+) -> Callable[[Example, Key], tuple[Array, Params]]:
+    def float32_loss(params: Params, example: Example, key: Key) -> Array:
+        value = loss(params, example, key)
+        return value.astype(accumulation_dtype(value.dtype))
+
+    def vector(example: Example, key: Key) -> tuple[Array, Params]:
+        # The points share the example and its key: same augmentation, same dropout.
+        results = [
+            jax.value_and_grad(float32_loss)(point, example, key)
+            for point in query.points
+        ]
+        gradients = [jax.tree.map(_accumulated, gradient) for _, gradient in results]
+        total = jax.tree.map(
+            lambda *leaves: sum(
+                leaf if sign == 1 else sign * leaf
+                for sign, leaf in zip(query.signs, leaves, strict=True)
+            ),
+            *gradients,
+        )
+        return results[0][0], total
+
+    return vector
+
+
+def _accumulated(leaf: Array) -> Array:
+    return leaf.astype(accumulation_dtype(leaf.dtype))
+
+
+def _squared_norms(leaf: Array) -> Array:
+    return jnp.sum(jnp.square(leaf), axis=tuple(range(1, leaf.ndim)))
+
+
+def _rows(vector: Array, like: Array) -> Array:
+    return vector.reshape(vector.shape + (1,) * (like.ndim - 1))
+
+
+def _weighted_sum(weights: Array, leaf: Array) -> Array:
+    # The default precision of some accelerators (TF32, bfloat16) would let a clipped
+    # gradient exceed its bound.
+    return jnp.tensordot(weights, leaf, axes=1, precision=jax.lax.Precision.HIGHEST)

@@ -1,0 +1,284 @@
+"""From an ml_collections config to the objects it names. Strict; no hidden defaults.
+
+A config has the groups of ``GROUPS``. A *spec* inside it is a dict with a ``name``,
+"module:attribute"; its other keys are that callable's keyword arguments, and may be specs
+themselves. Everything is checked against the source code of what is named, before
+anything heavy is imported: a typo is answered at once.
+
+This module may not import jax.
+"""
+
+import difflib
+import hashlib
+import importlib
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dpjax import checks, signatures
+
+PROVENANCES = ("private", "public")
+
+GROUPS: dict[str, tuple[str, ...] | None] = {
+    "data": ("source", "provenance"),
+    "evaluation": ("source", "provenance", "metric", "batch_size", "ema_decay"),
+    "model": None,
+    "loss": None,
+    "augment": ("transform", "views"),
+    "mechanism": None,
+    "optimizer": None,
+    "compute": ("engine", "microbatch_size", "physical_batch_size"),
+    "run": (
+        "seed",
+        "log_every",
+        "eval_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "writers",
+        "log_sensitive",
+        "dry_run",
+    ),
+}
+"""Keys of each group; None marks a group that is itself a spec."""
+
+FREE_ON_RESUME = tuple(f"run.{key}" for key in GROUPS["run"] or () if key != "seed")
+"""Keys that may differ when a run is resumed: they change no release."""
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run; the message is one line with the key and the fix."""
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless ``config`` (plain dicts) is complete and sensible."""
+    _check_keys("config", config, GROUPS)
+    for group, keys in GROUPS.items():
+        if keys is not None:
+            _check_keys(f"config.{group}", config[group], keys)
+    _check_spec("config.data.source", config["data"]["source"])
+    _check_spec("config.evaluation.source", config["evaluation"]["source"])
+    _check_spec("config.evaluation.metric", config["evaluation"]["metric"], given=1)
+    _check_spec("config.model", config["model"])
+    _check_spec("config.loss", config["loss"], given=1)
+    _check_spec("config.augment.transform", config["augment"]["transform"])
+    _check_spec("config.optimizer", config["optimizer"])
+    _check_mechanism(config["mechanism"], config["data"]["provenance"])
+    _check_values(config)
+
+
+def build(spec: Mapping[str, Any], *args: Any, **extra: Any) -> Any:
+    """Call what ``spec`` names with its keys (nested specs built first) as keywords.
+
+    Raises:
+        ConfigError: The callable refused its arguments.
+    """
+    kwargs = {
+        key: build(value) if _is_spec(value) else value
+        for key, value in spec.items()
+        if key != "name"
+    }
+    target = _import(spec["name"])
+    try:
+        return target(*args, **kwargs, **extra)
+    except (TypeError, ValueError, OSError) as error:
+        raise ConfigError(f"{spec['name']}: {error}") from error
+
+
+def build_mechanism(spec: Mapping[str, Any], *, num_examples: int) -> Any:
+    """Return the mechanism, with its noise calibrated if ``epsilon`` is given."""
+    facts = {key: value for key, value in spec.items() if key != "epsilon"}
+    if spec.get("epsilon") is None:
+        return build(facts, num_examples=num_examples)
+    from dpjax.accounting import calibrate
+
+    def make(noise_multiplier: float) -> Any:
+        chosen = {**facts, "noise_multiplier": noise_multiplier}
+        return build(chosen, num_examples=num_examples)
+
+    return calibrate(make, epsilon=spec["epsilon"])
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return ``{"group.key": value}`` for every leaf of a config."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Name the keys in which two configs would not make the same releases."""
+    before, after = (flatten(json.loads(json.dumps(c))) for c in (old, new))
+    return sorted(
+        key
+        for key in before.keys() | after.keys()
+        if key not in FREE_ON_RESUME and before.get(key) != after.get(key)
+    )
+
+
+def digest(value: Any) -> str:
+    """Return a short stable hash of anything JSON can hold."""
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _check_keys(path: str, given: Any, wanted: Iterable[str]) -> None:
+    wanted = list(wanted)
+    if not isinstance(given, Mapping):
+        raise ConfigError(
+            f"{path}={given!r} must be a group of keys: {', '.join(wanted)}"
+        )
+    for key in given:
+        if key not in wanted:
+            raise ConfigError(f"{path}.{key} is unknown; {_nearest(key, wanted)}")
+    missing = [key for key in wanted if key not in given]
+    if missing:
+        raise ConfigError(f"{path}.{missing[0]} is missing; set it in the config file")
+
+
+def _check_spec(
+    path: str, spec: Any, *, given: int = 0, extra: tuple[str, ...] = ()
+) -> None:
+    """Check a spec against the signature it names, whose first ``given`` arguments and
+    whose ``extra`` keywords come from elsewhere."""
+    if not _is_spec(spec):
+        raise ConfigError(
+            f'{path}={spec!r} must be a group with a name, as in name="module:attribute"'
+        )
+    signature = _signature(path, spec["name"])
+    wanted = [n for n in list(signature.required)[given:] if n not in extra]
+    known = [*list(signature.required)[given:], *signature.optional]
+    for key, value in spec.items():
+        if key == "name":
+            continue
+        if key not in known and not signature.open:
+            raise ConfigError(f"{path}.{key} is unknown; {_nearest(key, known)}")
+        if _is_spec(value):
+            _check_spec(f"{path}.{key}", value)
+    missing = [key for key in wanted if key not in spec]
+    if missing:
+        raise ConfigError(f"{path}.{missing[0]} is missing; {spec['name']} needs it")
+
+
+def _check_mechanism(spec: Any, provenance: str) -> None:
+    path = "config.mechanism"
+    facts = {k: v for k, v in spec.items() if k != "epsilon"}
+    _check_spec(path, facts, extra=("num_examples", "noise_multiplier"))
+    noisy = "noise_multiplier" in _signature(path, spec["name"]).required
+    if noisy:
+        chosen = [k for k in ("epsilon", "noise_multiplier") if spec.get(k) is not None]
+        if len(chosen) != 1:
+            raise ConfigError(
+                f"{path}.epsilon={spec.get('epsilon')} and {path}.noise_multiplier="
+                f"{spec.get('noise_multiplier')}: set exactly one of them"
+            )
+        if chosen == ["epsilon"]:
+            _located(path, checks.check_epsilon, spec["epsilon"])
+            facts["noise_multiplier"] = 1.0
+    elif "epsilon" in spec:
+        raise ConfigError(f"{path}.epsilon is unknown; {spec['name']} adds no noise")
+    # The size of the data is not known yet: the real one is checked when it is.
+    private = _located(path, build, facts, num_examples=sys.maxsize).private
+    _check_choice("config.data.provenance", provenance, PROVENANCES)
+    if private and provenance == "public":
+        raise ConfigError(
+            "config.data.provenance='public' with a private mechanism: noise on public "
+            "data protects nobody; use NonPrivate, or declare the data private"
+        )
+    if not private and provenance == "private":
+        raise ConfigError(
+            "config.data.provenance='private' with mechanism NonPrivate: nothing would "
+            "protect the data; use a private mechanism, or declare the data public"
+        )
+
+
+def _check_values(config: Mapping[str, Any]) -> None:
+    evaluation, run, compute = config["evaluation"], config["run"], config["compute"]
+    _check_choice("config.evaluation.provenance", evaluation["provenance"], PROVENANCES)
+    positive = {
+        "evaluation.batch_size": evaluation["batch_size"],
+        "augment.views": config["augment"]["views"],
+        "compute.physical_batch_size": compute["physical_batch_size"],
+        "run.log_every": run["log_every"],
+        "run.eval_every": run["eval_every"],
+        "run.checkpoint_every": run["checkpoint_every"],
+        "run.keep_checkpoints": run["keep_checkpoints"],
+    }
+    for key, value in positive.items():
+        _located("config", checks.check_positive_int, key, value, join=".")
+    if not 0 <= evaluation["ema_decay"] < 1:
+        raise ConfigError(
+            f"config.evaluation.ema_decay={evaluation['ema_decay']} must be in [0, 1); "
+            "0 evaluates the last parameters"
+        )
+    size, physical = compute["microbatch_size"], compute["physical_batch_size"]
+    if size is not None:
+        _located(
+            "config",
+            checks.check_positive_int,
+            "compute.microbatch_size",
+            size,
+            join=".",
+        )
+        if physical % size:
+            raise ConfigError(
+                f"config.compute.microbatch_size={size} must divide "
+                f"config.compute.physical_batch_size={physical}"
+            )
+    _check_choice("config.compute.engine", compute["engine"], checks.ENGINE_NAMES)
+    for writer in run["writers"]:
+        _check_choice("config.run.writers", writer, checks.WRITER_NAMES)
+
+
+def _check_choice(path: str, value: Any, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise ConfigError(
+            f"{path}={value!r} is unknown; {_nearest(str(value), choices)}"
+        )
+
+
+def _located(
+    path: str, function: Any, *args: Any, join: str = ": ", **kwargs: Any
+) -> Any:
+    try:
+        return function(*args, **kwargs)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path}{join}{error}") from error
+
+
+def _nearest(key: str, choices: Iterable[str]) -> str:
+    choices = list(choices)
+    near = difflib.get_close_matches(key, choices, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}Choices: {', '.join(choices) or 'none'}"
+
+
+def _is_spec(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("name"), str)
+
+
+def _import(name: str) -> Any:
+    module, attribute = name.split(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _signature(path: str, name: str) -> signatures.Signature:
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ConfigError(f"{path}.name={name!r} must be 'module:attribute'")
+    file = signatures.module_file(module)
+    if file is None:
+        raise ConfigError(f"{path}.name={name!r}: there is no module {module!r}")
+    found = signatures.find(file, attribute)
+    if found is None:
+        near = _nearest(attribute, signatures.public_names(file))
+        raise ConfigError(
+            f"{path}.name={name!r}: {module} has no {attribute!r}; {near}"
+        )
+    return found

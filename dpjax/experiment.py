@@ -1,0 +1,99 @@
+"""The objects that a checked config names, ready for the loop."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optax
+from jaxtyping import Array
+
+from dpjax import config as configs
+from dpjax.clipping import Engine, plain, resolve_engine
+from dpjax.data.batches import check_labels, fingerprint
+from dpjax.losses import augmented
+from dpjax.mechanisms import Mechanism
+from dpjax.typing import Example, Loss, Model, Params, Source
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything one run is made of.
+
+    Attributes:
+        mechanism: The plan, its noise calibrated.
+        engine: How clipped sums are computed.
+        model: Pure functions on one example.
+        loss: Of one example, augmentation included.
+        metric: ``(params, example) -> float32[]``, averaged for evaluation.
+        optimizer: Acts on released gradients.
+        source: Training data.
+        held_out: Evaluation data.
+        data_fingerprint: Of the training data; a resume on other data is refused.
+    """
+
+    mechanism: Mechanism
+    engine: Engine
+    model: Model
+    loss: Loss
+    metric: Callable[[Params, Example], Array]
+    optimizer: optax.GradientTransformation
+    source: Source
+    held_out: Source
+    data_fingerprint: str
+
+
+def build_experiment(config: Mapping[str, Any]) -> Experiment:
+    """Build what ``config`` names, and check the data against it.
+
+    Raises:
+        ConfigError: The config is wrong, or does not fit the data.
+    """
+    configs.check(config)
+    source = configs.build(config["data"]["source"])
+    held_out = configs.build(config["evaluation"]["source"])
+    _check_data(config, source, held_out)
+    mechanism = configs.build_mechanism(config["mechanism"], num_examples=len(source))
+    if mechanism.private and mechanism.delta >= 1 / len(source):
+        _log.warning(
+            "delta=%g is not below 1/num_examples=%.1e: releasing one example outright "
+            "would be allowed; lower config.mechanism.delta",
+            mechanism.delta,
+            1 / len(source),
+        )
+    model = configs.build(config["model"])
+    return Experiment(
+        mechanism=mechanism,
+        engine=_engine(config["compute"], mechanism),
+        model=model,
+        loss=augmented(
+            configs.build(config["loss"], model),
+            augment=configs.build(config["augment"]["transform"]),
+            views=config["augment"]["views"],
+        ),
+        metric=configs.build(config["evaluation"]["metric"], model),
+        optimizer=configs.build(config["optimizer"]),
+        source=source,
+        held_out=held_out,
+        data_fingerprint=fingerprint(source),
+    )
+
+
+def _engine(compute: Mapping[str, Any], mechanism: Mechanism) -> Engine:
+    # Without privacy the fair baseline is one ordinary gradient, whatever the engine.
+    engine = compute["engine"] if mechanism.private else plain
+    return resolve_engine(engine, microbatch_size=compute["microbatch_size"])
+
+
+def _check_data(config: Mapping[str, Any], source: Source, held_out: Source) -> None:
+    for name, data in (("data", source), ("evaluation", held_out)):
+        if len(data) == 0:
+            raise configs.ConfigError(f"config.{name}.source has no examples")
+        classes = config["model"].get("num_classes")
+        if classes is not None and "label" in data[[0]]:
+            try:
+                check_labels(data, num_classes=classes)
+            except ValueError as error:
+                raise configs.ConfigError(f"config.{name}.source: {error}") from error

@@ -1,0 +1,81 @@
+"""What the loop, the accountant and the report ask of a mechanism."""
+
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from dpjax.checks import check_positive_int
+from dpjax.sampling import Sampling
+
+if TYPE_CHECKING:
+    from dp_accounting import DpEvent
+
+    from dpjax.clipping import Query
+    from dpjax.sensitive import ClippedSum
+    from dpjax.typing import Key, Params
+
+
+class Mechanism(Protocol):
+    """A plan of ``steps`` releases from one data set.
+
+    Fields hold independent facts only. Whatever must agree with them (the noise, the
+    draws, the event) is derived, so ``dataclasses.replace`` is always consistent.
+
+    Attributes:
+        private: Whether releases protect the data at all; a fact of the class.
+        sampling: Draws the batches and says what they let the accountant assume.
+        steps: Releases planned; the loop refuses to make more.
+        num_examples: Size of the training set, treated as public.
+        delta: At which epsilon is reported.
+    """
+
+    private: ClassVar[bool]
+
+    @property
+    def sampling(self) -> Sampling: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def num_examples(self) -> int: ...
+    @property
+    def delta(self) -> float: ...
+    @property
+    def expected_batch_size(self) -> float:
+        """The public constant that divides each released sum."""
+        ...
+
+    def event(self, steps: int | None = None) -> "DpEvent":
+        """Return what ``steps`` releases (all, by default) cost."""
+        ...
+
+    def init(self, params: "Params") -> Any:
+        """Return the mechanism's own state before the first step."""
+        ...
+
+    def phase(self, step: int) -> str:
+        """Name the kind of ``step``; each phase is compiled once."""
+        ...
+
+    def query(self, phase: str, params: "Params", state: Any) -> "Query":
+        """Return what the engine is asked at a step of this phase."""
+        ...
+
+    def release(
+        self, phase: str, clipped: "ClippedSum", state: Any, *, key: "Key", step: Any
+    ) -> "tuple[Params, Any]":
+        """Return a plain, safe gradient estimate like params, and the next state.
+
+        A sum whose seal is broken or whose bound exceeds the query's comes out as NaN.
+        """
+        ...
+
+
+def check_plan(mechanism: Mechanism) -> None:
+    """Raise ValueError unless the facts shared by all mechanisms make sense."""
+    for name in ("steps", "num_examples"):
+        check_positive_int(name, getattr(mechanism, name))
+    if not 0 < mechanism.delta < 1:
+        raise ValueError(
+            f"delta={mechanism.delta} must be in (0, 1), and well below "
+            f"1/num_examples={1 / mechanism.num_examples:.1e}"
+        )
+    # Raises if the sampling does not fit the data set.
+    mechanism.sampling.expected_batch_size(mechanism.num_examples)

@@ -1,0 +1,237 @@
+"""What is told to people: the plan, the result and the privacy card."""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dpjax.accounting import epsilon
+from dpjax.mechanisms import Mechanism
+
+PACKAGES = ("dpjax", "jax", "jaxlib", "numpy", "flax", "optax", "dp-accounting")
+
+ASSUMPTIONS = (
+    "Privacy unit: one training example.",
+    "The number of training examples is public.",
+    "Noise and sampling come from non-cryptographic generators (threefry, Philox), "
+    "and noise is added in floating point.",
+    "The cost covers this run only: other runs on the same data, such as a search for "
+    "hyper-parameters, add theirs.",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrivacyCard:
+    """The statement that goes with a model.
+
+    Attributes:
+        private: Whether a finite epsilon is claimed at all.
+        epsilon: By PLD, at the steps really taken.
+        epsilon_rdp: By RDP, a looser cross-check; None where RDP has no analysis.
+        delta, adjacency: What epsilon refers to.
+        amplified: Whether epsilon relies on amplification by sampling.
+        steps_taken, steps_planned: Releases.
+        mechanism: Every primary fact.
+        event: What was accounted.
+        key_source: Where noise and sampling seeds came from.
+        flags: What weakens or voids the claim; empty at best.
+        assumptions: What the claim rests on.
+        versions: Of the packages that computed it.
+    """
+
+    private: bool
+    epsilon: float
+    epsilon_rdp: float | None
+    delta: float
+    adjacency: str
+    amplified: bool
+    steps_taken: int
+    steps_planned: int
+    mechanism: dict[str, Any]
+    event: str
+    key_source: str
+    flags: tuple[str, ...]
+    assumptions: tuple[str, ...]
+    versions: dict[str, str]
+
+    def to_json(self) -> str:
+        """Return the card as strict JSON; an infinite epsilon is the string "inf"."""
+        return json.dumps(_strict(dataclasses.asdict(self)), indent=2) + "\n"
+
+    def to_markdown(self) -> str:
+        """Return the card as a page for people."""
+        rows = {
+            "epsilon (PLD)": f"{self.epsilon:.4f}",
+            "epsilon (RDP cross-check)": "no analysis"
+            if self.epsilon_rdp is None
+            else f"{self.epsilon_rdp:.4f}",
+            "delta": f"{self.delta:g}",
+            "adjacency": self.adjacency.replace("_", " "),
+            "amplification by sampling": "yes" if self.amplified else "none claimed",
+            "steps taken / planned": f"{self.steps_taken} / {self.steps_planned}",
+            **{f"mechanism.{key}": value for key, value in self.mechanism.items()},
+            "event": f"`{self.event}`",
+            "seeds": self.key_source,
+        }
+        table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+        versions = ", ".join(f"{name} {v}" for name, v in self.versions.items())
+        return (
+            f"# Privacy card: {self.headline()}\n\n"
+            f"| fact | value |\n| --- | --- |\n{table}\n\n"
+            f"## Flags\n\n{_bullets(self.flags or ('none',))}\n"
+            f"## Assumptions\n\n{_bullets(self.assumptions)}\n"
+            f"Computed with {versions}.\n"
+        )
+
+    def headline(self) -> str:
+        """Return the claim in one line."""
+        if not self.private:
+            return "NOT PRIVATE"
+        return f"epsilon = {self.epsilon:.2f} at delta = {self.delta:g}"
+
+    def write(self, directory: Path) -> None:
+        """Write ``privacy_card.json`` and ``privacy_card.md``."""
+        for name, text in self.files().items():
+            (directory / name).write_text(text)
+
+    def files(self) -> dict[str, str]:
+        """Return both forms of the card by file name."""
+        return {
+            "privacy_card.json": self.to_json(),
+            "privacy_card.md": self.to_markdown(),
+        }
+
+
+def privacy_card(
+    mechanism: Mechanism,
+    *,
+    steps: int,
+    seed: int | None = None,
+    flags: Sequence[str] = (),
+) -> PrivacyCard:
+    """Return the card of ``steps`` releases.
+
+    Args:
+        mechanism: What was run.
+        steps: Releases really made.
+        seed: The written seed of noise and sampling, or None if they came from the OS.
+        flags: Further facts that weaken the claim.
+    """
+    spent = epsilon(mechanism, steps=steps)
+    cross_check = epsilon(mechanism, steps=steps, accountant="rdp")
+    sampling = mechanism.sampling
+    found = list(flags)
+    if not mechanism.private:
+        found.insert(0, "mechanism without privacy: not private")
+    elif math.isinf(spent):
+        found.insert(0, "no finite epsilon (no noise): not private")
+    if seed is not None:
+        found.append(f"reproducible sampling and noise (seed={seed}): not private")
+    if mechanism.private and mechanism.delta >= 1 / mechanism.num_examples:
+        found.append(f"delta is not below 1/num_examples={mechanism.num_examples}")
+    if mechanism.private and not sampling.amplified:
+        found.append("accounted without amplification by sampling")
+    return PrivacyCard(
+        private=mechanism.private and math.isfinite(spent) and seed is None,
+        epsilon=spent,
+        epsilon_rdp=None if math.isnan(cross_check) else cross_check,
+        delta=mechanism.delta,
+        adjacency=sampling.adjacency,
+        amplified=sampling.amplified,
+        steps_taken=steps,
+        steps_planned=mechanism.steps,
+        mechanism=facts(mechanism),
+        event=str(mechanism.event(steps)),
+        key_source="operating system entropy" if seed is None else f"seed={seed}",
+        flags=tuple(found),
+        assumptions=ASSUMPTIONS if mechanism.private else (),
+        versions={name: importlib.metadata.version(name) for name in PACKAGES},
+    )
+
+
+def card_of(config: Mapping[str, Any], mechanism: Mechanism, steps: int) -> PrivacyCard:
+    """Return the card of a run after ``steps`` steps, with the flags of its config."""
+    flags = []
+    if mechanism.private and config["run"]["log_sensitive"]:
+        flags.append("un-noised statistics of training examples were logged")
+    if config["evaluation"]["provenance"] == "private":
+        flags.append("evaluated on private data without noise: the scores are private")
+    return privacy_card(mechanism, steps=steps, seed=config["run"]["seed"], flags=flags)
+
+
+def identity(
+    config: Mapping[str, Any], mechanism: Mechanism, data_fingerprint: str
+) -> dict[str, Any]:
+    """Return what must not change while a run goes on; kept in every checkpoint."""
+    resolved = {"mechanism": facts(mechanism), "data": data_fingerprint}
+    return {**config, "resolved": resolved}
+
+
+def metric_name(config: Mapping[str, Any]) -> str:
+    """Return the name under which the evaluation is written, such as test/accuracy."""
+    evaluation = config["evaluation"]
+    split = "test" if evaluation["provenance"] == "public" else "private_test"
+    return f"{split}/{evaluation['metric']['name'].rpartition(':')[2]}"
+
+
+def start_block(
+    config: Mapping[str, Any], mechanism: Mechanism, *, parameters: int
+) -> str:
+    """Return the plan of a run, before its first step."""
+    sampling = mechanism.sampling
+    size = config["compute"]["microbatch_size"]
+    engine = config["compute"]["engine"] if mechanism.private else "plain"
+    rows = {
+        "model": f"{config['model']['name']}, {parameters:,} parameters",
+        "data": f"{mechanism.num_examples:,} examples, {config['data']['provenance']}",
+        "mechanism": type(mechanism).__name__,
+        "sampling": f"{sampling}, {mechanism.expected_batch_size:g} examples expected",
+        "steps": f"{mechanism.steps:,}",
+        "engine": engine + (f" in microbatches of {size}" if size else ""),
+    }
+    if mechanism.private:
+        rows["noise multiplier"] = f"{facts(mechanism)['noise_multiplier']:.4f}"
+    rows["at the end"] = privacy_card(mechanism, steps=mechanism.steps).headline()
+    return _block("plan", rows)
+
+
+def end_block(card: PrivacyCard, scores: Mapping[str, float], workdir: Path) -> str:
+    """Return the result of a run."""
+    rows = {name: f"{score:.4f}" for name, score in scores.items()}
+    rows["privacy"] = card.headline()
+    rows["flags"] = "; ".join(card.flags) or "none"
+    rows["card"] = str(workdir / "privacy_card.md")
+    rows["export"] = str(workdir / "export")
+    return _block("result", rows)
+
+
+def facts(mechanism: Mechanism) -> dict[str, Any]:
+    """Return every primary fact of a mechanism, JSON-able, nested values included."""
+    found = {"name": type(mechanism).__name__}
+    for field in dataclasses.fields(mechanism):
+        value = getattr(mechanism, field.name)
+        found[field.name] = facts(value) if dataclasses.is_dataclass(value) else value
+    return found
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def _bullets(lines: Sequence[str]) -> str:
+    return "".join(f"- {line}\n" for line in lines)
+
+
+def _block(title: str, rows: Mapping[str, str]) -> str:
+    width = max(len(name) for name in rows)
+    lines = [f"  {name:<{width}}  {text}" for name, text in rows.items()]
+    return "\n".join([title, *lines])

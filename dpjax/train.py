@@ -1,0 +1,366 @@
+"""The only training loop. Read it from top to bottom: it is the whole system."""
+
+import contextlib
+import functools
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dpjax import config as configs
+from dpjax import report
+from dpjax.accounting import epsilon
+from dpjax.checkpoint import Checkpoints, export
+from dpjax.clipping import Query
+from dpjax.data.batches import StepBatch, batches
+from dpjax.entropy import entropy
+from dpjax.evaluate import evaluator
+from dpjax.experiment import Experiment, build_experiment
+from dpjax.ledger import Ledger
+from dpjax.metrics import Progress, writers
+from dpjax.noise import root_key
+from dpjax.sensitive import ClippedSum, PerExample, reveal
+from dpjax.transforms import PrivateState, private
+from dpjax.typing import Batch, Key, Params, Scalar
+
+
+class TrainState(NamedTuple):
+    """All that a run needs to go on. Secret: it holds keys and the sampling seed.
+
+    Attributes:
+        params: Trained parameters.
+        private: State of mechanism and optimizer; its ``step`` is the only counter.
+        average: Moving average of params, or () if none is kept.
+        loss_key: Randomness inside the loss (dropout, augmentation).
+        sampling_seed: ``uint32[4]``, 128 bits.
+    """
+
+    params: Params
+    private: PrivateState
+    average: Params | tuple[()]
+    loss_key: Key
+    sampling_seed: jax.Array
+
+
+class Released(NamedTuple):
+    """What one step made public: its number, fingerprint and the norm of the update."""
+
+    step: Scalar
+    fingerprint: Scalar
+    update_norm: Scalar
+
+
+def plan(config: Mapping[str, Any]) -> str:
+    """Return the plan and the card of a run, without training.
+
+    Raises:
+        ConfigError: The config is wrong.
+    """
+    experiment = build_experiment(config)
+    mechanism = experiment.mechanism
+    example = jax.tree.map(lambda x: x[0], experiment.source[[0]])
+    params = jax.eval_shape(experiment.model.init, jax.random.key(0), example)
+    start = report.start_block(config, mechanism, parameters=_size(params))
+    card = report.card_of(config, mechanism, mechanism.steps)
+    return f"{start}\n\n{card.to_markdown()}"
+
+
+class Interrupted(Exception):
+    """SIGTERM or SIGINT came; the state was saved first."""
+
+
+def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
+    """Train as ``config`` says, or go on with the run that ``workdir`` holds.
+
+    Args:
+        config: Plain dicts; see ``dpjax.config``.
+        workdir: Receives checkpoints, ledger, metrics, privacy card and export.
+
+    Returns:
+        The state after the last planned step.
+
+    Raises:
+        ConfigError: The config is wrong, or ``workdir`` holds a run of another one.
+        CheckpointError: There are checkpoints, but none is usable.
+        NoiseReuseError: A replayed step came out differently.
+        FloatingPointError: Training diverged.
+        Interrupted: A signal came.
+    """
+    experiment = build_experiment(config)
+    mechanism, run = experiment.mechanism, config["run"]
+    metric, score = report.metric_name(config), math.nan
+    identity = report.identity(config, mechanism, experiment.data_fingerprint)
+    transform = private(
+        mechanism, experiment.optimizer, noise_key=root_key(run["seed"])
+    )
+    with (
+        Checkpoints(workdir / "checkpoints", keep=run["keep_checkpoints"]) as saved,
+        Ledger(workdir / "ledger.txt") as ledger,
+    ):
+        _check_same_run(saved.metadata(), identity, workdir)
+        fresh = init_state(config, experiment, transform)
+        start, state = saved.restore(fresh) or (0, fresh)
+        if saved.latest is None:
+            ledger.check_empty()
+            # Before any release, so that its keys cannot be lost and drawn anew.
+            saved.save(0, state, metadata=identity, wait=True)
+        print(report.start_block(config, mechanism, parameters=_size(state.params)))
+
+        train_step = make_train_step(config, experiment, transform)
+        evaluate = evaluator(
+            experiment.metric, batch_size=config["evaluation"]["batch_size"]
+        )
+        with (
+            writers(run["writers"], workdir, resume_step=start) as writer,
+            Progress(mechanism.steps, start=start) as progress,
+            _interruptions() as interrupted,
+        ):
+            previous, clock = None, _Clock(mechanism.expected_batch_size, start)
+            for batch in batches(
+                experiment.source,
+                mechanism,
+                seed=int.from_bytes(np.asarray(state.sampling_seed).tobytes(), "big"),
+                physical_batch_size=config["compute"]["physical_batch_size"],
+                start=start,
+            ):
+                state, released, statistics = train_step(state, batch)
+                # The device works on this step while the host records the one before.
+                _record(ledger, previous)
+                previous = released
+
+                step = batch.step + 1
+                last, stop = step == mechanism.steps, interrupted()
+                log = last or step % run["log_every"] == 0
+                score_now = last or step % run["eval_every"] == 0
+                save = last or stop or step % run["checkpoint_every"] == 0
+                if not (log or score_now or save):
+                    continue
+                # Nothing that depends on a release is written before the ledger has it.
+                _record(ledger, released)
+                scalars = {"examples/s": clock.examples_per_second(step)}
+                scalars["epsilon"] = epsilon(mechanism, steps=step)
+                scalars["update_norm"] = float(released.update_norm)
+                if run["log_sensitive"]:
+                    scalars |= summarise(statistics, mechanism)
+                if score_now:
+                    score = evaluate(evaluated_params(state), experiment.held_out)
+                    scalars[metric] = score
+                writer.write(step, scalars)
+                progress.update(step, scalars)
+                if save:
+                    saved.save(step, state, metadata=identity)
+                    report.card_of(config, mechanism, step).write(workdir)
+                if stop and not last:
+                    saved.wait()
+                    raise Interrupted(f"saved step {step} of {mechanism.steps}")
+                clock.restart(step)
+
+        card = report.card_of(config, mechanism, mechanism.steps)
+        if not (workdir / "export").exists():
+            export(workdir / "export", evaluated_params(state), card.files())
+        if math.isnan(score):  # The run was complete before it was resumed.
+            score = evaluate(evaluated_params(state), experiment.held_out)
+        print(report.end_block(card, {metric: score}, workdir))
+    return state
+
+
+class TrainStep(NamedTuple):
+    """One training step: query, accumulate over chunks, release, update.
+
+    A batch of any size is a number of chunks of one shape, so each function is compiled
+    once for each phase, whatever sizes the sampler draws.
+
+    Attributes:
+        phase: Step number -> phase, a static argument of the others.
+        begin: ``(phase, state) -> `` the sum over no examples.
+        accumulate: ``(phase, state, total, batch) -> `` total and statistics.
+        finish: ``(phase, state, total) -> `` the next state and what was released.
+    """
+
+    phase: Callable[[int], str]
+    begin: Callable[..., ClippedSum]
+    accumulate: Callable[..., tuple[ClippedSum, PerExample | None]]
+    finish: Callable[..., tuple[TrainState, Released]]
+
+    def __call__(
+        self, state: TrainState, batch: StepBatch
+    ) -> tuple[TrainState, Released, list[PerExample | None]]:
+        """Return the next state, what was released, and statistics of each chunk."""
+        phase = self.phase(batch.step)
+        total, statistics = self.begin(phase, state), []
+        for chunk in batch.chunks:
+            total, per_example = self.accumulate(phase, state, total, chunk)
+            statistics.append(per_example)
+        state, released = self.finish(phase, state, total)
+        return state, released, statistics
+
+
+def make_train_step(
+    config: Mapping[str, Any],
+    experiment: Experiment,
+    transform: optax.GradientTransformationExtraArgs,
+) -> TrainStep:
+    """Compile the parts of a training step. Sums and state are donated."""
+    mechanism = experiment.mechanism
+    keep_statistics = config["run"]["log_sensitive"]
+    decay = config["evaluation"]["ema_decay"]
+
+    def query(phase: str, state: TrainState) -> Query:
+        return mechanism.query(phase, state.params, state.private.mechanism)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def begin(phase: str, state: TrainState) -> ClippedSum:
+        asked = query(phase, state)
+        return ClippedSum.zeros(
+            state.params, l2_bound=asked.l2_bound, residual=asked.residual
+        )
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+    def accumulate(
+        phase: str, state: TrainState, total: ClippedSum, batch: Batch
+    ) -> tuple[ClippedSum, PerExample | None]:
+        key = jax.random.fold_in(state.loss_key, state.private.step)
+        clipped, per_example = experiment.engine(
+            experiment.loss, query(phase, state), batch, key
+        )
+        return total.merge(clipped), per_example if keep_statistics else None
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
+    def finish(
+        phase: str, state: TrainState, total: ClippedSum
+    ) -> tuple[TrainState, Released]:
+        step = state.private.step
+        updates, after = transform.update(
+            total, state.private, state.params, phase=phase
+        )
+        params = optax.apply_updates(state.params, updates)
+        average = _moving_average(state.average, params, decay=decay, step=step)
+        released = Released(step, after.released, optax.global_norm(updates))
+        state = state._replace(params=params, private=after, average=average)
+        return state, released
+
+    return TrainStep(mechanism.phase, begin, accumulate, finish)
+
+
+def init_state(
+    config: Mapping[str, Any],
+    experiment: Experiment,
+    transform: optax.GradientTransformationExtraArgs,
+) -> TrainState:
+    """Return the state before the first step; its secrets are fresh unless seeded."""
+    seed = config["run"]["seed"]
+    example = jax.tree.map(lambda x: x[0], experiment.source[[0]])
+    params = jax.jit(experiment.model.init)(_key("init", seed), example)
+    keeps_average = config["evaluation"]["ema_decay"] > 0
+    return TrainState(
+        params=params,
+        private=transform.init(params),
+        average=jax.tree.map(jnp.copy, params) if keeps_average else (),
+        loss_key=_key("loss", seed),
+        sampling_seed=jnp.asarray(
+            np.frombuffer(entropy("sampling", seed=seed), np.uint32)
+        ),
+    )
+
+
+def evaluated_params(state: TrainState) -> Params:
+    """Return what is evaluated and exported: the moving average if one is kept."""
+    return state.average if jax.tree.leaves(state.average) else state.params
+
+
+def summarise(statistics: list[PerExample | None], mechanism: Any) -> dict[str, float]:
+    """Return un-noised statistics of the last batch. They are private."""
+    revealed = [reveal(part) for part in statistics if part is not None]
+    if not revealed:
+        return {"sensitive/batch_size": 0.0}
+    columns = {
+        name: np.concatenate([np.asarray(part[name]) for part in revealed])
+        for name in revealed[0]
+    }
+    mask = columns["mask"]
+    return {
+        "sensitive/batch_size": float(mask.sum()),
+        "sensitive/loss": float(columns["losses"][mask].mean()),
+        "sensitive/norm_median": float(np.median(columns["norms"][mask])),
+        "sensitive/nonfinite": float(columns["nonfinite"].sum()),
+    }
+
+
+def _record(ledger: Ledger, released: Released | None) -> None:
+    if released is None:
+        return
+    step = int(released.step)
+    if not math.isfinite(float(released.update_norm)):
+        raise FloatingPointError(
+            f"the update of step {step} is not finite: training diverged (lower the "
+            "learning rate), or something changed the clipped sum before its release"
+        )
+    ledger.record(step, int(released.fingerprint))
+
+
+def _moving_average(
+    average: Params | tuple[()], params: Params, *, decay: float, step: Scalar
+) -> Params | tuple[()]:
+    if not jax.tree.leaves(average):
+        return average
+    # Short memory at first, so that the initial parameters are soon forgotten
+    # (De et al. 2022, arXiv 2204.13650, appendix C).
+    rate = jnp.minimum(decay, (1 + step) / (10 + step))
+    return optax.incremental_update(params, average, 1 - rate)
+
+
+def _check_same_run(
+    before: Mapping[str, Any] | None, now: Mapping[str, Any], workdir: Path
+) -> None:
+    if before is None:
+        return
+    keys = configs.differing_keys(before, now)
+    if keys:
+        raise configs.ConfigError(
+            f"{workdir} holds a run that differs in {', '.join(keys)}; "
+            "use another --workdir, or set these keys back"
+        )
+
+
+def _size(params: Params) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _key(purpose: str, seed: int | None) -> Key:
+    words = np.frombuffer(entropy(purpose, seed=seed), np.uint32)[:2]
+    return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
+
+
+@contextlib.contextmanager
+def _interruptions() -> Iterator[Callable[[], bool]]:
+    """Collect SIGTERM and SIGINT, so that a step is never cut in two."""
+    seen: list[int] = []
+    signals = (signal.SIGTERM, signal.SIGINT)
+    old = [signal.signal(s, lambda number, _: seen.append(number)) for s in signals]
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, handler in zip(signals, old, strict=True):
+            signal.signal(number, handler)
+
+
+class _Clock:
+    """Throughput since the last report, in *expected* examples: real sizes are secret."""
+
+    def __init__(self, expected_batch_size: float, step: int) -> None:
+        self._expected = expected_batch_size
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        self._step, self._time = step, time.perf_counter()
+
+    def examples_per_second(self, step: int) -> float:
+        seconds = time.perf_counter() - self._time
+        return (step - self._step) * self._expected / seconds
