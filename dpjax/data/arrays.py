@@ -1,0 +1,160 @@
+"""Data sets held in memory: plain arrays, scikit-learn digits and Keras-style npz."""
+
+# What is heavy to import (scikit-learn here; Pillow, Grain and TFDS in the sibling
+# modules) is imported inside the functions that use it, so that a run pays only for
+# the source it reads.
+import dataclasses
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ArraySource:
+    """A data set in memory, one array per key.
+
+    Attributes:
+        arrays: Arrays ``[N, ...]`` with the same ``N >= 1``.
+        pixels: The keys of ``uint8`` arrays that are read as float32 in [0, 1]. They
+            stay ``uint8`` in memory, a quarter of the size.
+
+    Raises:
+        ValueError: If there are no arrays, if their lengths are unequal or zero, or if
+            an entry of ``pixels`` is not the key of a ``uint8`` array.
+    """
+
+    arrays: Mapping[str, np.ndarray]
+    pixels: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        lengths = {key: len(array) for key, array in self.arrays.items()}
+        if len(set(lengths.values())) != 1 or 0 in lengths.values():
+            raise ValueError(f"arrays must have one equal length >= 1, got {lengths}")
+        for key in self.pixels:
+            if key not in self.arrays or self.arrays[key].dtype != np.uint8:
+                found = {key: str(array.dtype) for key, array in self.arrays.items()}
+                raise ValueError(f"pixels={key!r} is not a uint8 array of {found}")
+
+    def __len__(self) -> int:
+        return len(next(iter(self.arrays.values())))
+
+    def __getitem__(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+        rows = check_indices(indices, length=len(self))
+        records = {key: array[rows] for key, array in self.arrays.items()}
+        return scale_pixels(records, keys=self.pixels)
+
+
+def scale_pixels(
+    records: dict[str, np.ndarray], *, keys: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Return ``records`` with the uint8 arrays of ``keys`` as float32 in [0, 1]."""
+    scaled = {key: records[key] / np.float32(255) for key in keys}
+    return records | scaled
+
+
+def check_indices(indices: Sequence[int], *, length: int) -> np.ndarray:
+    """Return ``indices`` as ``int64[len(indices)]``.
+
+    Negative positions are refused: a sampler never means "from the end".
+
+    Raises:
+        TypeError: If ``indices`` is not a flat sequence of integers.
+        IndexError: If an index is outside ``[0, length)``.
+    """
+    rows = np.asarray(indices)
+    if rows.ndim != 1 or (rows.size and rows.dtype.kind not in "iu"):
+        raise TypeError(f"indices must be a list of ints, got {indices!r}")
+    outside = rows[(rows < 0) | (rows >= length)]
+    if outside.size:
+        raise IndexError(f"index {outside[0]} is outside [0, {length})")
+    return rows.astype(np.int64)
+
+
+def slices(length: int) -> Iterator[list[int]]:
+    """Yield the indices [0, length) in pieces: a scan that needs little memory."""
+    for start in range(0, length, 1024):
+        yield list(range(start, min(start + 1024, length)))
+
+
+def digits(*, split: str, test_fraction: float) -> ArraySource:
+    """Return scikit-learn's handwritten digits: 1,797 images, no download.
+
+    The split is stratified by class and the same on every machine and in every run.
+
+    Args:
+        split: "train" or "test".
+        test_fraction: Fraction of the examples in the test split, in (0, 1).
+
+    Returns:
+        A source of ``image`` float32 [8, 8, 1] in [0, 1] and ``label`` int32 [].
+
+    Raises:
+        ValueError: If ``split`` or ``test_fraction`` is not one of the above.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    check_split(split)
+    if not 0 < test_fraction < 1:
+        raise ValueError(f"test_fraction={test_fraction} must be in (0, 1)")
+    images, labels = load_digits(return_X_y=True)
+    train, test = train_test_split(
+        np.arange(len(labels)),
+        test_size=test_fraction,
+        random_state=0,  # public: which examples are in the test split is no secret
+        stratify=labels,
+    )
+    rows = train if split == "train" else test
+    return ArraySource(
+        {
+            "image": images[rows].reshape(-1, 8, 8, 1).astype(np.float32) / 16,
+            "label": labels[rows].astype(np.int32),
+        }
+    )
+
+
+def npz(*, path: str, split: str) -> ArraySource:
+    """Read a data set in the layout of Keras' ``mnist.npz``.
+
+    Args:
+        path: File with the keys ``x_train, y_train, x_test, y_test``; images are uint8
+            [N, H, W] or [N, H, W, C], labels are integers [N].
+        split: "train" or "test".
+
+    Returns:
+        A source of ``image`` float32 [H, W, C] in [0, 1] and ``label`` int32 [].
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If ``split`` is unknown, or the file has another layout.
+    """
+    check_split(split)
+    if not pathlib.Path(path).is_file():
+        raise FileNotFoundError(f"path={path!r} does not exist; give a Keras-style npz")
+    with np.load(path) as archive:
+        missing = sorted({f"x_{split}", f"y_{split}"} - set(archive))
+        if missing:
+            raise ValueError(f"path={path!r} has no {missing}, only {sorted(archive)}")
+        images, labels = archive[f"x_{split}"], archive[f"y_{split}"]
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        raise ValueError(
+            f"path={path!r}: x_{split} must be uint8 [N, H, W] or [N, H, W, C], "
+            f"got {images.dtype} {list(images.shape)}"
+        )
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"path={path!r}: y_{split} must be integers [{len(images)}] like "
+            f"x_{split}, got {labels.dtype} {list(labels.shape)}"
+        )
+    if images.ndim == 3:
+        images = images[..., None]
+    return ArraySource(
+        {"image": images, "label": labels.astype(np.int32)}, pixels=("image",)
+    )
+
+
+def check_split(split: str) -> None:
+    """Raise ValueError unless ``split`` is "train" or "test"."""
+    if split not in ("train", "test"):
+        raise ValueError(f"split={split!r} must be 'train' or 'test'")

@@ -1,0 +1,1 @@
+"""TFDS builders that prepare local archives without TensorFlow."""

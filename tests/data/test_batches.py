@@ -1,0 +1,201 @@
+import threading
+
+import numpy as np
+import pytest
+
+from dpjax.data.arrays import ArraySource
+from dpjax.data.batches import batches, check_labels, fingerprint
+
+N = 40
+SOURCE = ArraySource(
+    {
+        "x": np.random.default_rng(0).normal(size=(N, 3, 2)).astype(np.float32),
+        "label": np.arange(1, N + 1, dtype=np.int32),
+        "flag": np.ones(N, bool),
+    }
+)
+SIZES = (0, 1, 3, 4, 5, 8, 13, 0, 40)  # of the draws of steps 0, 1, ...
+STEPS = range(len(SIZES))
+
+
+def draw(step):
+    return np.random.default_rng(step).permutation(N)[: SIZES[step]]
+
+
+def read(steps=STEPS, *, source=SOURCE, draw=draw, size=4, prefetch=2):
+    return batches(
+        source, draw, steps=steps, physical_batch_size=size, prefetch=prefetch
+    )
+
+
+def leaves(step_batch):
+    return [
+        array
+        for chunk in step_batch.chunks
+        for array in (*chunk.examples.values(), chunk.mask, chunk.index)
+    ]
+
+
+def assert_same(left, right):
+    assert left.step == right.step
+    assert len(left.chunks) == len(right.chunks)
+    for a, b in zip(leaves(left), leaves(right), strict=True):
+        assert a.dtype == b.dtype
+        assert a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 2, 20])
+@pytest.mark.parametrize("size", [1, 4, 64])
+def test_chunks_hold_exactly_the_draw_in_order(size, prefetch):
+    result = list(read(size=size, prefetch=prefetch))
+    assert [batch.step for batch in result] == list(STEPS)
+    for batch, k in zip(result, SIZES, strict=True):
+        assert len(batch.chunks) == -(-k // size)
+        if not k:
+            continue
+        mask = np.concatenate([chunk.mask for chunk in batch.chunks])
+        index = np.concatenate([chunk.index for chunk in batch.chunks])
+        assert mask.dtype == bool
+        assert index.dtype == np.int32
+        np.testing.assert_array_equal(mask, np.arange(len(mask)) < k)
+        np.testing.assert_array_equal(index[:k], draw(batch.step))
+        assert not index[k:].any()
+        for key, array in SOURCE.arrays.items():
+            parts = [chunk.examples[key] for chunk in batch.chunks]
+            assert {part.shape for part in parts} == {(size, *array.shape[1:])}
+            rows = np.concatenate(parts)
+            assert rows.dtype == array.dtype
+            np.testing.assert_array_equal(rows[:k], array[draw(batch.step)])
+            assert not rows[k:].any()
+
+
+@pytest.mark.parametrize("start", [0, 1, 4, len(SIZES)])
+def test_restart_gives_the_same_batches(start):
+    tail = list(read())[start:]
+    restarted = list(read(STEPS[start:]))
+    for left, right in zip(tail, restarted, strict=True):
+        assert_same(left, right)
+
+
+def test_steps_may_be_any_range():
+    assert [batch.step for batch in read(range(6, 0, -2))] == [6, 4, 2]
+
+
+def data_threads():
+    return [t for t in threading.enumerate() if t.name.startswith("grain")]
+
+
+def assert_threads_end():
+    for thread in data_threads():
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+
+
+def test_close_ends_the_threads():
+    iterator = read()
+    next(iterator)
+    assert data_threads()
+    iterator.close()
+    assert_threads_end()
+    with pytest.raises(StopIteration):
+        next(iterator)
+
+
+def test_exhaustion_ends_the_threads():
+    iterator = read()
+    assert len(list(iterator)) == len(SIZES)
+    assert_threads_end()
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_errors_reach_the_caller(prefetch):
+    def outside(step):
+        return np.array([N if step == 2 else 0])
+
+    iterator = read(draw=outside, prefetch=prefetch)
+    assert [next(iterator).step, next(iterator).step] == [0, 1]
+    with pytest.raises(IndexError, match=f"index {N} is outside"):
+        next(iterator)
+    assert_threads_end()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"size": 0}, "physical_batch_size=0"), ({"prefetch": -1}, "prefetch=-1")],
+)
+def test_bad_arguments_are_refused_at_the_call(change, message):
+    with pytest.raises(ValueError, match=message):
+        read(**change)
+
+
+def test_source_must_fit_the_int32_index():
+    class Long:
+        def __len__(self):
+            return 2**31
+
+    with pytest.raises(ValueError, match="int32"):
+        read(source=Long())
+
+
+def test_fingerprint_changes_with_the_data():
+    def source(n=1000, dtype=np.int32, key="x", shape=(), at=None):
+        array = np.arange(n).reshape(n, *shape).astype(dtype)
+        if at is not None:
+            array[at] += 1
+        return ArraySource({key: array, "other": np.zeros(n)})
+
+    base = fingerprint(source())
+    # Recorded once: it must not depend on the process or on hash randomisation.
+    assert base == "36de56a382447e6f"
+    others = [
+        source(n=1001),
+        source(n=999),
+        source(n=500),
+        source(dtype=np.int64),
+        source(dtype=np.uint32),
+        source(key="y"),
+        source(shape=(1,)),
+        source(at=0),
+        source(at=500),
+    ]
+    prints = [fingerprint(other) for other in others]
+    assert len({base, *prints}) == 1 + len(others)
+
+
+@pytest.mark.parametrize("n", [1, 2, 255, 256, 300])
+def test_fingerprint_reads_at_most_256_distinct_records(n):
+    class Spy:
+        def __len__(self):
+            return n
+
+        def __getitem__(self, indices):
+            self.indices = indices
+            return {"x": np.array(indices)}
+
+    spy = Spy()
+    fingerprint(spy)
+    assert len(set(spy.indices)) == len(spy.indices) == min(n, 256)
+    assert spy.indices[0] == 0
+    assert spy.indices[-1] < n
+
+
+@pytest.mark.parametrize("value", [-1, 3])
+@pytest.mark.parametrize("where", [0, 1023, 1024, 2499])
+def test_check_labels_names_the_first_offender(where, value):
+    labels = np.arange(2500, dtype=np.int32) % 3
+    check_labels(ArraySource({"label": labels}), num_classes=3)
+    labels[where] = value
+    labels[-1] = 99 if where < 2499 else value
+    with pytest.raises(
+        ValueError, match=rf"label={value} of example {where} .*\[0, 3\)"
+    ):
+        check_labels(ArraySource({"label": labels}), num_classes=3)
+
+
+def test_check_labels_wants_a_scalar_integer():
+    source = ArraySource({"y": np.zeros(3), "one_hot": np.eye(3, dtype=np.int32)})
+    with pytest.raises(ValueError, match=r"key='label'.*\['one_hot', 'y'\]"):
+        check_labels(source, num_classes=3)
+    for key in ("y", "one_hot"):
+        with pytest.raises(ValueError, match=f"{key} must be a scalar integer"):
+            check_labels(source, num_classes=3, key=key)
