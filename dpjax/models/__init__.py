@@ -1,0 +1,1 @@
+"""Models: pure functions of one example, built by ``dpjax.models.<file>:<builder>``."""

@@ -1,0 +1,34 @@
+"""The bridge from Flax linen to ``dpjax.typing.Model``.
+
+Flax is imported only in ``dpjax.models``; the rest of dpjax sees pure functions.
+"""
+
+from flax import linen as nn
+from jaxtyping import Array
+
+from dpjax.typing import Example, Key, Model, Params
+
+
+def image_model(module: nn.Module) -> Model:
+    """Turn a linen module of image batches into a model of one example.
+
+    The module sees a leading axis of 1: linen's GroupNorm takes the first axis for the
+    batch, so an unbatched ``[H, W, C]`` image would be normalised along H alone.
+
+    Args:
+        module: Maps images ``float32[1, H, W, C]`` to outputs ``[1, ...]``. Its only
+            variables are parameters (no BatchNorm) and it draws no randomness, so the
+            key given to ``apply`` is not used.
+
+    Returns:
+        The model; it reads ``example["image"]``, ``float32[H, W, C]``.
+    """
+
+    def init(key: Key, example: Example) -> Params:
+        return module.init(key, example["image"][None])["params"]
+
+    def apply(params: Params, example: Example, key: Key) -> Array:
+        del key
+        return module.apply({"params": params}, example["image"][None])[0]
+
+    return Model(init, apply)

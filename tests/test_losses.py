@@ -1,0 +1,103 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpjax.augment import flip_and_crop
+from dpjax.losses import accuracy, augmented, classification
+from dpjax.models.mlp import mlp
+from dpjax.typing import Model
+
+KEY = jax.random.key(3)
+EXAMPLE = {
+    "image": np.random.default_rng(0).normal(size=(3, 4, 2)).astype(np.float32),
+    "label": np.int32(2),
+}
+NETWORK = mlp(features=(), num_classes=4, activation="tanh")
+PARAMS = {
+    "head": {
+        "kernel": np.random.default_rng(1).normal(size=(24, 4)).astype(np.float32),
+        "bias": np.zeros(4, np.float32),
+    }
+}
+# Its outputs are its parameters, so that a loss of it can be computed by hand.
+TABLE = Model(lambda key, example: jnp.zeros(3), lambda params, example, key: params)
+
+
+def noisy_loss(params, example, key):
+    """A loss with randomness of its own, as of a model with dropout."""
+    scale = jax.random.uniform(key)
+    return scale * classification(NETWORK)(params, example, key)
+
+
+def assert_trees_close(actual, expected):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+        actual,
+        expected,
+    )
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_classification_is_the_cross_entropy_to_the_smoothed_label(smoothing):
+    logits = np.array([1.0, -2.0, 0.5], np.float32)
+    loss = classification(TABLE, label_smoothing=smoothing)(logits, EXAMPLE, KEY)
+    probabilities = np.exp(logits) / np.exp(logits).sum()
+    target = np.array([0.0, 0.0, 1.0]) * (1 - smoothing) + smoothing / 3
+    np.testing.assert_allclose(loss, -(target * np.log(probabilities)).sum(), rtol=1e-6)
+    assert loss.shape == ()
+
+
+def test_classification_computes_in_float32():
+    logits = jnp.array([1.0, -2.0, 0.5], jnp.bfloat16)
+    loss = classification(TABLE)(logits, EXAMPLE, KEY)
+    assert loss.dtype == jnp.float32
+    expected = classification(TABLE)(logits.astype(jnp.float32), EXAMPLE, KEY)
+    np.testing.assert_array_equal(loss, expected)
+
+
+def test_label_without_a_class_gives_nan():
+    loss = classification(TABLE)(jnp.zeros(3), EXAMPLE | {"label": np.int32(3)}, KEY)
+    assert np.isnan(loss)
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.0])
+def test_label_smoothing_out_of_range_raises(smoothing):
+    with pytest.raises(ValueError, match=rf"label_smoothing={smoothing} must be in"):
+        classification(TABLE, label_smoothing=smoothing)
+
+
+def test_augmented_gradient_is_the_mean_of_the_view_gradients():
+    augment = flip_and_crop(padding=1)
+    loss = augmented(noisy_loss, augment=augment, views=3)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(PARAMS, EXAMPLE, KEY)
+    view_gradient = jax.jit(jax.value_and_grad(noisy_loss))
+    values, gradients = [], []
+    for view_key in jax.random.split(KEY, 3):
+        augment_key, loss_key = jax.random.split(view_key)
+        view = augment(augment_key, EXAMPLE)
+        v, g = view_gradient(PARAMS, view, loss_key)
+        values.append(v)
+        gradients.append(g)
+    assert len({float(v) for v in values}) == 3
+    assert_trees_close(value, np.mean(values))
+    assert_trees_close(gradient, jax.tree.map(lambda *g: sum(g) / 3, *gradients))
+
+
+def test_one_view_without_augmentation_is_the_plain_loss():
+    plain = classification(NETWORK)
+    loss = augmented(plain, augment=lambda key, example: example, views=1)
+    gradient = jax.jit(jax.grad(loss))(PARAMS, EXAMPLE, KEY)
+    assert_trees_close(gradient, jax.jit(jax.grad(plain))(PARAMS, EXAMPLE, KEY))
+
+
+def test_views_below_one_raise():
+    with pytest.raises(ValueError, match="views=0 must be at least 1"):
+        augmented(noisy_loss, augment=flip_and_crop(padding=1), views=0)
+
+
+def test_accuracy_is_one_where_the_top_class_is_the_label():
+    correct = jax.vmap(accuracy(TABLE), (0, None))
+    outputs = np.array([[0, 1, 2], [3, 1, 2], [-3, -2, -1]], np.float32)
+    np.testing.assert_array_equal(correct(outputs, EXAMPLE), [1.0, 0.0, 1.0])
+    assert correct(outputs, EXAMPLE).dtype == jnp.float32
