@@ -143,8 +143,7 @@ def _check_keys(path: str, given: Any, wanted: Iterable[str]) -> None:
 def _check_spec(
     path: str, spec: Any, *, given: int = 0, extra: tuple[str, ...] = ()
 ) -> None:
-    """Check a spec against the signature it names, whose first ``given`` arguments and
-    whose ``extra`` keywords come from elsewhere."""
+    # The first `given` arguments and the `extra` keywords come from elsewhere.
     if not _is_spec(spec):
         raise ConfigError(
             f'{path}={spec!r} must be a group with a name, as in name="module:attribute"'

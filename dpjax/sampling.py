@@ -34,11 +34,8 @@ class Sampling(Protocol):
         amplified: Whether ``compose`` relies on privacy amplification by sampling.
     """
 
-    @property
-    def adjacency(self) -> Adjacency: ...
-
-    @property
-    def amplified(self) -> bool: ...
+    adjacency: ClassVar[Adjacency]
+    amplified: ClassVar[bool]
 
     def expected_batch_size(self, num_examples: int) -> float:
         """Return the public constant that divides the released sum."""

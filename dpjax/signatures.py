@@ -88,7 +88,10 @@ def _of_function(node: ast.FunctionDef) -> Signature:
 def _of_dataclass(node: ast.ClassDef) -> Signature:
     required, optional = [], []
     for field in node.body:
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-            if "ClassVar" not in ast.unparse(field.annotation):
-                (required if field.value is None else optional).append(field.target.id)
+        if not (
+            isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        ):
+            continue
+        if "ClassVar" not in ast.unparse(field.annotation):
+            (required if field.value is None else optional).append(field.target.id)
     return Signature(tuple(required), tuple(optional))

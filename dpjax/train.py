@@ -148,7 +148,7 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
                 scalars["epsilon"] = epsilon(mechanism, steps=step)
                 scalars["update_norm"] = float(released.update_norm)
                 if run["log_sensitive"]:
-                    scalars |= summarise(statistics, mechanism)
+                    scalars |= summarise(statistics)
                 if score_now:
                     score = evaluate(evaluated_params(state), experiment.held_out)
                     scalars[metric] = score
@@ -275,7 +275,7 @@ def evaluated_params(state: TrainState) -> Params:
     return state.average if jax.tree.leaves(state.average) else state.params
 
 
-def summarise(statistics: list[PerExample | None], mechanism: Any) -> dict[str, float]:
+def summarise(statistics: list[PerExample | None]) -> dict[str, float]:
     """Return un-noised statistics of the last batch. They are private."""
     revealed = [reveal(part) for part in statistics if part is not None]
     if not revealed:
@@ -352,7 +352,7 @@ def _interruptions() -> Iterator[Callable[[], bool]]:
 
 
 class _Clock:
-    """Throughput since the last report, in *expected* examples: real sizes are secret."""
+    """Throughput since the last report, in expected examples: real sizes are private."""
 
     def __init__(self, expected_batch_size: float, step: int) -> None:
         self._expected = expected_batch_size

@@ -23,7 +23,7 @@ def config_from(argv: list[str]) -> tuple[dict[str, Any], Path]:
         # Overrides need the config to exist: --config goes first, wherever it stood.
         ordered = sorted(argv, key=lambda text: not text.startswith("--config="))
         rest = values(["train", *ordered])[1:]
-    except Exception as error:  # noqa: BLE001 (a config file is the user's code)
+    except Exception as error:
         raise ConfigError(_one_line(error)) from error
     if rest:
         raise ConfigError(f"unexpected argument {rest[0]!r}; see --help")

@@ -19,4 +19,6 @@ class Engine(Protocol):
 
     def __call__(
         self, loss: Loss, query: Query, batch: Batch, key: Key, /
-    ) -> tuple[ClippedSum, PerExample]: ...
+    ) -> tuple[ClippedSum, PerExample]:
+        """Return the clipped sum over ``batch`` and private statistics."""
+        ...

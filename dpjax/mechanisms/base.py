@@ -30,13 +30,25 @@ class Mechanism(Protocol):
     private: ClassVar[bool]
 
     @property
-    def sampling(self) -> Sampling: ...
+    def sampling(self) -> Sampling:
+        """See the class."""
+        ...
+
     @property
-    def steps(self) -> int: ...
+    def steps(self) -> int:
+        """See the class."""
+        ...
+
     @property
-    def num_examples(self) -> int: ...
+    def num_examples(self) -> int:
+        """See the class."""
+        ...
+
     @property
-    def delta(self) -> float: ...
+    def delta(self) -> float:
+        """See the class."""
+        ...
+
     @property
     def expected_batch_size(self) -> float:
         """The public constant that divides each released sum."""

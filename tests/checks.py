@@ -1,0 +1,168 @@
+"""Checks that hold for every honest implementation.
+
+They are called by the contract tests on what ships, and by ``test_mutants`` on what must
+be caught. Slow and obvious on purpose.
+"""
+
+import math
+
+import dp_accounting as dp
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpjax.clipping import Query
+from dpjax.sensitive import ClippedSum, reveal
+from dpjax.typing import Batch
+
+
+def batch_of(examples, *, mask=None, index=None):
+    size = jax.tree.leaves(examples)[0].shape[0]
+    mask = np.ones(size, bool) if mask is None else np.asarray(mask)
+    index = np.arange(size, dtype=np.int32) if index is None else np.asarray(index)
+    return Batch(examples, mask, index)
+
+
+def reference(loss, query, batch, key):
+    """The contract, example by example in float64 numpy: (total, residual, norms)."""
+    zeros = jax.tree.map(lambda p: np.zeros(p.shape), query.points[0])
+    total, residual, norms = zeros, zeros, []
+    for i in range(len(batch.mask)):
+        if not batch.mask[i]:
+            norms.append(0.0)
+            continue
+        example = jax.tree.map(lambda x, i=i: x[i], batch.examples)
+        example_key = jax.random.fold_in(key, batch.index[i])
+        vector = zeros
+        for sign, point in zip(query.signs, query.points, strict=True):
+            gradient = jax.grad(loss)(point, example, example_key)
+            vector = jax.tree.map(
+                lambda v, g, s=sign: v + s * np.asarray(g, np.float64), vector, gradient
+            )
+        norms.append(norm(vector))
+        if not math.isfinite(norms[-1]):
+            continue
+        clipped = clip(vector, float(query.clip_norm), query.style)
+        total = jax.tree.map(np.add, total, clipped)
+        residual = jax.tree.map(lambda r, v, c: r + v - c, residual, vector, clipped)
+    return total, residual, np.array(norms)
+
+
+def clip(vector, clip_norm, style):
+    if style == "automatic":
+        factor = clip_norm / (norm(vector) + 0.01)
+        return jax.tree.map(lambda v: factor * v, vector)
+    if style == "flat":
+        factor = min(1.0, clip_norm / max(norm(vector), 1e-300))
+        return jax.tree.map(lambda v: factor * v, vector)
+    paths = jax.tree_util.tree_leaves_with_path(vector)
+    layers = {path[:-1] for path, _ in paths}
+    bound = clip_norm / math.sqrt(len(layers))
+    factors = {
+        layer: min(
+            1.0,
+            bound / max(norm([leaf for p, leaf in paths if p[:-1] == layer]), 1e-300),
+        )
+        for layer in layers
+    }
+    return jax.tree_util.tree_map_with_path(lambda p, v: factors[p[:-1]] * v, vector)
+
+
+def norm(tree):
+    squares = [np.sum(np.square(np.asarray(x, np.float64))) for x in jax.tree.leaves(tree)]
+    return math.sqrt(sum(squares))
+
+
+def check_engine_contract(engine, loss, query, batch, key, *, rtol=1e-5):
+    """``engine`` returns the sum, residual and norms of the reference."""
+    total, residual, norms = reference(loss, query, batch, key)
+    clipped, statistics = jax.jit(engine, static_argnums=0)(loss, query, batch, key)
+    assert_close(clipped.total, total, rtol=rtol, scale=norm(total) + query.clip_norm)
+    if query.residual:
+        scale = norm(residual) + norm(total) + query.clip_norm
+        assert_close(clipped.residual, residual, rtol=rtol, scale=scale)
+    else:
+        assert clipped.residual is None
+    finite = np.isfinite(norms)
+    opened = reveal(statistics)
+    np.testing.assert_allclose(opened["norms"][finite], norms[finite], rtol, 1e-6)
+    np.testing.assert_array_equal(opened["nonfinite"], ~finite)
+    np.testing.assert_array_equal(opened["mask"], batch.mask)
+    assert float(clipped.seal) == 1.0
+    np.testing.assert_allclose(clipped.l2_bound, query.clip_norm, rtol=1e-7)
+
+
+def assert_close(actual, expected, *, rtol, scale):
+    difference = jax.tree.map(
+        lambda a, e: np.asarray(a, np.float64) - np.asarray(e, np.float64),
+        actual,
+        expected,
+    )
+    assert norm(difference) <= rtol * scale, (norm(difference), scale)
+
+
+def check_sensitivity(engine, loss, params, batch, key, *, clip_norm, style):
+    """Removing any one example moves the clipped sum by at most ``clip_norm``."""
+    query = Query((params,), clip_norm=clip_norm, style=style)
+    run = jax.jit(engine, static_argnums=0)
+    whole, _ = run(loss, query, batch, key)
+    # Float32 sums over B examples of norm at most C round by about B * C * 2**-24.
+    slack = 1e-6 * clip_norm * len(batch.mask)
+    for i in np.flatnonzero(batch.mask):
+        mask = np.array(batch.mask)
+        mask[i] = False
+        without, _ = run(loss, query, batch._replace(mask=mask), key)
+        moved = norm(jax.tree.map(np.subtract, whole.total, without.total))
+        assert moved <= clip_norm + slack, (i, moved)
+
+
+def check_noise(release, *, stddev, divisor, clip_norm, steps=40):
+    """``release(sum, step)`` of an empty sum is N(0, (stddev/divisor)^2), fresh each time."""
+    empty = ClippedSum.zeros(
+        {"a": jnp.zeros((40, 25)), "b": jnp.zeros(1000)}, l2_bound=clip_norm
+    )
+    draws = [
+        np.concatenate([np.ravel(x) for x in jax.tree.leaves(release(empty, step))])
+        for step in range(steps)
+    ]
+    values = np.concatenate(draws) * divisor / stddev
+    count = len(values)
+    # Five standard errors of the mean and of the variance.
+    assert abs(values.mean()) < 5 / math.sqrt(count), "mean"
+    assert abs(values.var() - 1) < 5 * math.sqrt(2 / count), "variance"
+    assert len(np.unique(values)) > 0.999 * count, "noise repeats"
+
+
+def check_adds_to_sum(release, *, divisor, clip_norm):
+    """Noise aside, release divides the SUM by the public divisor."""
+    total = {"a": jnp.full((1000,), 1000.0 * clip_norm), "b": jnp.zeros(1000)}
+    clipped = ClippedSum.zeros(total, l2_bound=clip_norm)
+    filled = ClippedSum(total, None, clipped.seal, clipped.l2_bound)
+    mean = np.mean(release(filled, 0)["a"])
+    np.testing.assert_allclose(mean * divisor, 1000.0 * clip_norm, rtol=0.01)
+
+
+def check_poisson(sampling, *, num_examples, steps=400):
+    """Draws are independent coins of exactly the rate that is accounted."""
+    event = sampling.compose(1.0, steps=steps, num_examples=num_examples)
+    assert isinstance(event, dp.SelfComposedDpEvent)
+    assert event.count == steps
+    assert isinstance(event.event, dp.PoissonSampledDpEvent)
+    rate = event.event.sampling_probability
+    seen = np.zeros((steps, num_examples), bool)
+    for step in range(steps):
+        draw = sampling.draw(step, num_examples=num_examples, seed=7)
+        assert len(np.unique(draw)) == len(draw), "an example twice in one batch"
+        seen[step, draw] = True
+    count = seen.size
+    error = math.sqrt(rate * (1 - rate) / count)
+    assert abs(seen.mean() - rate) < 5 * error, (seen.mean(), rate)
+    # Sizes vary as coins do: a fixed size, or a wrong one, has another variance.
+    variance = num_examples * rate * (1 - rate)
+    sizes = seen.sum(axis=1)
+    assert abs(sizes.var() / variance - 1) < 5 * math.sqrt(2 / steps), sizes.var()
+    # Each example and each pair of neighbouring steps is an independent coin.
+    per_example = seen.mean(axis=0)
+    assert np.abs(per_example - rate).max() < 6 * math.sqrt(rate * (1 - rate) / steps)
+    together = (seen[1:] & seen[:-1]).mean()
+    assert abs(together - rate**2) < 5 * rate / math.sqrt(count)

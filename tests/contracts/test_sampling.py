@@ -1,0 +1,156 @@
+"""One contract body over all samplings."""
+
+import math
+
+import dp_accounting as dp
+import numpy as np
+import pytest
+
+from dpjax.sampling import (
+    FullBatch,
+    Poisson,
+    ShuffledFixed,
+    TruncatedPoisson,
+    secret_seed,
+)
+from tests.checks import check_poisson
+
+SAMPLINGS = {
+    "poisson": Poisson(rate=0.1),
+    "poisson of rate 1": Poisson(rate=1.0),
+    "truncated": TruncatedPoisson(rate=0.1, capacity=25),
+    "full": FullBatch(),
+    "shuffled": ShuffledFixed(batch_size=16),
+}
+all_samplings = pytest.mark.parametrize(
+    "sampling", SAMPLINGS.values(), ids=list(SAMPLINGS)
+)
+N = 200
+
+
+def draw(sampling, step, seed=1):
+    return sampling.draw(step, num_examples=N, seed=seed)
+
+
+@all_samplings
+def test_draw_is_a_pure_function_of_seed_and_step(sampling):
+    forward = [draw(sampling, step) for step in range(30)]
+    backward = [draw(sampling, step) for step in reversed(range(30))][::-1]
+    for one, other in zip(forward, backward, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@all_samplings
+def test_draws_are_distinct_indices_in_range(sampling):
+    for step in range(30):
+        indices = draw(sampling, step)
+        assert indices.dtype == np.int64
+        assert len(np.unique(indices)) == len(indices)
+        assert ((indices >= 0) & (indices < N)).all()
+
+
+@pytest.mark.parametrize("name", ["poisson", "truncated", "shuffled"])
+def test_seeds_and_steps_draw_differently(name):
+    sampling = SAMPLINGS[name]
+    draws = {
+        tuple(np.sort(draw(sampling, step, seed)))
+        for step in range(10)
+        for seed in (1, 2, 2**100, 2**127 + 5)
+    }
+    assert len(draws) == 40
+
+
+@all_samplings
+def test_expected_batch_size_is_the_mean_size(sampling):
+    sizes = [len(draw(sampling, step)) for step in range(600)]
+    error = max(np.std(sizes), 1e-9) / math.sqrt(len(sizes))
+    expected = sampling.expected_batch_size(N)
+    if isinstance(sampling, TruncatedPoisson):
+        assert max(sizes) == sampling.capacity
+        assert np.mean(sizes) < expected
+    else:
+        assert abs(np.mean(sizes) - expected) <= 5 * error
+
+
+@all_samplings
+def test_every_composed_gaussian_reveals_its_noise_to_the_accountant(sampling):
+    loose = sampling.compose(4.0, steps=20, num_examples=N)
+    tight = sampling.compose(1.0, steps=20, num_examples=N)
+
+    def epsilon(event):
+        accountant = dp.pld.PLDAccountant()
+        return accountant.compose(event).get_epsilon(1e-5)
+
+    assert 0 < epsilon(loose) < epsilon(tight)
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.3])
+def test_poisson_draws_what_is_accounted(rate):
+    check_poisson(Poisson(rate=rate), num_examples=N)
+
+
+def test_truncated_poisson_draws_what_is_accounted():
+    sampling = SAMPLINGS["truncated"]
+    event = sampling.compose(1.0, steps=7, num_examples=N)
+    assert event == dp.SelfComposedDpEvent(
+        dp.TruncatedSubsampledGaussianDpEvent(N, 0.1, 25, 1.0), 7
+    )
+    sizes = np.array([len(draw(sampling, step)) for step in range(2000)])
+    # Binomial(200, 0.1) exceeds 24 with probability 0.1449 (scipy binom.sf(24, 200, .1)).
+    assert abs((sizes == 25).mean() - 0.1449) < 5 * math.sqrt(0.145 * 0.855 / 2000)
+
+
+def test_shuffled_fixed_shows_each_example_at_most_once_an_epoch():
+    sampling = SAMPLINGS["shuffled"]
+    per_epoch = N // 16
+    epochs = [
+        np.concatenate([draw(sampling, e * per_epoch + i) for i in range(per_epoch)])
+        for e in range(3)
+    ]
+    for epoch in epochs:
+        assert len(np.unique(epoch)) == per_epoch * 16
+    assert not np.array_equal(epochs[0], epochs[1])
+
+
+def test_shuffled_fixed_claims_no_amplification_and_zero_out_adjacency():
+    sampling = SAMPLINGS["shuffled"]
+    assert sampling.adjacency == "zero_out_one"
+    assert not sampling.amplified
+    gaussian = dp.GaussianDpEvent(2.0)
+    for steps, epochs in ((1, 1), (12, 1), (13, 2), (25, 3)):
+        event = sampling.compose(2.0, steps=steps, num_examples=N)
+        assert event == dp.SelfComposedDpEvent(gaussian, epochs)
+
+
+def test_full_batch_is_everyone_every_time():
+    np.testing.assert_array_equal(np.sort(draw(FullBatch(), 5)), np.arange(N))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Poisson(rate=0.0), "rate=0.0 must be in"),
+        (lambda: Poisson(rate=1.5), "rate=1.5 must be in"),
+        (lambda: Poisson(rate=float("nan")), "rate=nan must be in"),
+        (lambda: TruncatedPoisson(rate=0.1, capacity=0), "capacity=0 must be an integer"),
+        (lambda: ShuffledFixed(batch_size=-3), "batch_size=-3 must be an integer"),
+        (
+            lambda: ShuffledFixed(batch_size=300).expected_batch_size(N),
+            "batch_size=300 exceeds num_examples=200",
+        ),
+        (
+            lambda: TruncatedPoisson(rate=0.5, capacity=50).expected_batch_size(N),
+            "capacity=50 is below the expected batch size 100.0",
+        ),
+    ],
+)
+def test_impossible_samplings_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_secret_seeds_are_fresh_and_128_bits_long():
+    seeds = [secret_seed(None) for _ in range(50)]
+    assert len(set(seeds)) == 50
+    assert max(seeds).bit_length() > 120
+    assert secret_seed(3) == secret_seed(3) != secret_seed(4)
