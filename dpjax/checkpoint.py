@@ -19,10 +19,10 @@ import datetime
 import hashlib
 import json
 import logging
-import math
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental import multihost_utils
-from jaxtyping import Array, PyTree, Shaped, UInt32
-from orbax.checkpoint import v1 as ocp
+from jaxtyping import Array, PyTree
+from orbax.checkpoint import v1
+
+from dpjax.fingerprint import fingerprint
+
+ocp: Any = v1  # its own annotations reject the paths and arrays it accepts
 
 _log = logging.getLogger(__name__)
 
@@ -52,32 +55,24 @@ class _Corrupt(Exception):
 class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoints of one run, one sub-directory per step.
 
-    One `Checkpoints` per directory at a time: construction removes what interrupted
-    saves left behind, and would remove a save in progress elsewhere.
+    Use it as a context manager, and only one per directory at a time: construction
+    removes what interrupted saves left behind, and would remove a save in progress.
 
-    Example:
-        with Checkpoints(workdir / "checkpoints", keep=2) as checkpoints:
-            step, state = checkpoints.restore(state) or (0, state)
-            ...
-            checkpoints.save(step, state, metadata={"config": config})
+    Args:
+        directory: Created if absent, and made accessible to its owner only.
+        keep: How many of the newest checkpoints to keep, at least 1. Quarantined ones
+            are not counted, and never deleted.
+
+    Raises:
+        ValueError: ``keep`` is less than 1.
     """
 
-    def __init__(self, directory: Path, *, keep: int):
-        """Open or create a directory of checkpoints.
-
-        Args:
-            directory: Created if absent, and made accessible to its owner only.
-            keep: How many of the newest checkpoints to keep, at least 1. Quarantined
-                ones are not counted and never deleted.
-
-        Raises:
-            ValueError: If `keep` is less than 1.
-        """
+    def __init__(self, directory: Path, *, keep: int) -> None:
         if keep < 1:
             raise ValueError(f"keep={keep} must be at least 1")
         self.directory = Path(directory).absolute()
         self._keep = keep
-        self._saving: tuple[int, ocp.AsyncResponse[None]] | None = None
+        self._saving: tuple[int, Any] | None = None  # step and Orbax's response
         if jax.process_index() == 0:
             self.directory.mkdir(mode=_OWNER_ONLY, parents=True, exist_ok=True)
             self.directory.chmod(_OWNER_ONLY)
@@ -109,7 +104,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             wait: Return only when the checkpoint is complete on disk.
 
         Raises:
-            CheckpointError: If this save, or the previous one in the background, failed.
+            CheckpointError: If this save, or the one before in the background, failed.
             TypeError: If a leaf is not a jax array.
             ValueError: If `step` is not later than `latest`, or `metadata` not JSON.
         """
@@ -195,9 +190,10 @@ class Checkpoints(contextlib.AbstractContextManager):
         """
         if self._saving is None:
             return
-        (step, response), self._saving = self._saving, None
+        step, response = self._saving
         with self._naming_failure(step):
             response.result()
+        self._saving = None
         if jax.process_index() == 0:
             for old in self._steps()[: -self._keep]:
                 # Renamed first: a half-deleted checkpoint must not look like one.
@@ -225,6 +221,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         try:
             yield
         except Exception as error:
+            self._saving = None
             if jax.process_index() == 0:
                 self._remove_unfinished()
             intact = (
@@ -272,23 +269,6 @@ class Checkpoints(contextlib.AbstractContextManager):
             )
 
 
-def fingerprint(tree: PyTree[Array]) -> dict[str, int]:
-    """Reduce each leaf's values to 32 bits, whatever its sharding or device.
-
-    Each 32-bit word is mixed with its position by an invertible function, and the
-    results are added modulo 2**32. A change inside one word (such as a flipped bit)
-    always changes the sum; any other change, such as two elements that trade places,
-    goes unseen with probability 2**-32.
-
-    Args:
-        tree: Pytree of arrays of any real dtype, or typed keys.
-
-    Returns:
-        A number in ``[0, 2**32)`` by the path of the leaf, such as ``"['w'][0].mu"``.
-    """
-    return _fingerprints(_named_leaves(tree))
-
-
 def export(directory: Path, params: PyTree[Array], card: Mapping[str, str]) -> None:
     """Write what may be published: the parameters and the privacy card.
 
@@ -312,16 +292,19 @@ def export(directory: Path, params: PyTree[Array], card: Mapping[str, str]) -> N
             raise ValueError(f"card file name {name!r}: use a plain, unused file name")
     arrays = _flatten_params(params)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = directory.with_name(f".{directory.name}.{os.getpid()}")
+    unfinished = directory.with_name(f".{directory.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
+    unfinished.mkdir()
     try:
-        unfinished.mkdir()
-        np.savez(unfinished / "params.npz", **arrays)
+        with zipfile.ZipFile(unfinished / "params.npz", "w") as archive:
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                    np.save(file, array, allow_pickle=False)
         for name, text in card.items():
             (unfinished / name).write_text(text, encoding="utf-8")
         unfinished.rename(directory)
-    except BaseException:
+    finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise
 
 
 def load_export(directory: Path) -> dict[str, Any]:
@@ -345,32 +328,12 @@ def _signatures(leaves: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _fingerprints(leaves: Mapping[str, Array]) -> dict[str, int]:
-    # One program per shape: leaves may live on different devices.
-    found = jax.device_get({name: _fingerprint(x) for name, x in leaves.items()})
+    # One program per shape, since leaves may live on different devices.
+    found = jax.device_get({name: _jitted(leaf) for name, leaf in leaves.items()})
     return {name: int(value) for name, value in found.items()}
 
 
-@jax.jit
-def _fingerprint(array: Shaped[Array, "..."]) -> UInt32[Array, ""]:
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-        array = jax.random.key_data(array)
-    if array.dtype == jnp.bool_:
-        array = array.astype(jnp.uint8)
-    bits = min(32, jax.dtypes.itemsize_bits(array.dtype))
-    words = lax.bitcast_convert_type(array, f"uint{bits}").astype(jnp.uint32)
-    position = jnp.zeros(words.shape, jnp.uint32)
-    for axis in range(words.ndim):
-        stride = math.prod(words.shape[axis + 1 :]) % 2**32
-        iota = lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-        position += iota * jnp.uint32(stride)
-    return jnp.sum(_mix(words ^ _mix(position)), dtype=jnp.uint32)
-
-
-def _mix(words: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """Invertible: odd multipliers and right shifts lose no bit."""
-    words = (words ^ (words >> 16)) * jnp.uint32(0x7FEB352D)
-    words = (words ^ (words >> 15)) * jnp.uint32(0x846CA68B)
-    return words ^ (words >> 16)
+_jitted = jax.jit(fingerprint)
 
 
 def _seal(record: dict[str, Any]) -> dict[str, str]:
@@ -457,8 +420,8 @@ def _require_readable(path: Path, problem: str) -> None:
                     pass
     if jax.process_count() > 1:
         raise CheckpointError(
-            f"checkpoint {path} cannot be decoded ({problem}): if it is corrupt, rename "
-            f"it to corrupt-{path.name} and start again"
+            f"checkpoint {path} cannot be decoded ({problem}): if it is corrupt, "
+            f"rename it to corrupt-{path.name} and start again"
         )
 
 
