@@ -43,3 +43,8 @@ def flip_and_crop(*, padding: int) -> Callable[[Key, Example], Example]:
         return {**example, "image": jnp.where(flip, crop[:, ::-1], crop)}
 
     return augment
+
+
+def identity() -> Callable[[Key, Example], Example]:
+    """Build the augmentation that changes nothing."""
+    return lambda key, example: example
