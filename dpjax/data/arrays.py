@@ -4,7 +4,6 @@
 # modules) is imported inside the functions that use it, so that a run pays only for
 # the source it reads.
 import dataclasses
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -130,8 +129,6 @@ def npz(*, path: str, split: str) -> ArraySource:
         ValueError: If ``split`` is unknown, or the file has another layout.
     """
     check_split(split)
-    if not pathlib.Path(path).is_file():
-        raise FileNotFoundError(f"path={path!r} does not exist; give a Keras-style npz")
     with np.load(path) as archive:
         missing = sorted({f"x_{split}", f"y_{split}"} - set(archive))
         if missing:

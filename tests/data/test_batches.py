@@ -184,8 +184,8 @@ def test_fingerprint_reads_at_most_256_distinct_records(n):
 def test_check_labels_names_the_first_offender(where, value):
     labels = np.arange(2500, dtype=np.int32) % 3
     check_labels(ArraySource({"label": labels}), num_classes=3)
+    labels[where:] = 99
     labels[where] = value
-    labels[-1] = 99 if where < 2499 else value
     with pytest.raises(
         ValueError, match=rf"label={value} of example {where} .*\[0, 3\)"
     ):

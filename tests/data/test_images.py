@@ -1,3 +1,4 @@
+import os
 import shutil
 
 import numpy as np
@@ -52,7 +53,7 @@ def test_bad_files_are_counted_and_named(root):
     Image.new("RGB", (4, 5)).save(bad[3])
     Image.new("RGBA", (4, 6)).save(bad[4])
     Image.new("L", (4, 6)).save(bad[5])
-    with pytest.raises(ValueError, match="^6 of 15 images are unusable") as error:
+    with pytest.raises(ValueError, match=r"^6 of 15 images are unusable") as error:
         read(root)
     message = str(error.value)
     assert "\n" not in message
@@ -73,24 +74,40 @@ def test_empty_folders(root):
     with pytest.raises(FileNotFoundError, match="valid has no class folders"):
         read(root, split="valid")
     (root / "train" / "ant").mkdir()
-    with pytest.raises(ValueError, match="ant has no .jpg"):
+    with pytest.raises(ValueError, match="ant has no"):
         read(root)
 
 
-def test_cache_is_used_until_a_file_changes(root, tmp_path, monkeypatch):
+def change_pixels(file):
+    pixels = file.with_name("1.png").read_bytes()
+    assert len(pixels) == file.stat().st_size
+    file.write_bytes(pixels)  # only the time of modification tells
+
+
+def change_size(file):
+    Image.new("RGB", (4, 6)).save(file)
+    os.utime(file, (0, 0))
+
+
+def change_order(file):
+    file.rename(file.with_name("9.png"))
+
+
+@pytest.mark.parametrize("change", [change_pixels, change_size, change_order])
+def test_cache_is_used_until_a_file_changes(change, root, tmp_path, monkeypatch):
+    for file in root.rglob("*.png"):
+        os.utime(file, (0, 0))
     cache = str(tmp_path / "cache")
-    first = read(root, cache=cache)
+    first = read(root, cache=cache).arrays["image"]
     with monkeypatch.context() as patch:
         patch.setattr("dpjax.data.images.decode_image", None)  # would fail if called
-        again = read(root, cache=cache)
-    np.testing.assert_array_equal(first.arrays["image"], again.arrays["image"])
-    np.testing.assert_array_equal(first.arrays["label"], again.arrays["label"])
+        again = read(root, cache=cache).arrays["image"]
+    np.testing.assert_array_equal(first, again)
 
-    Image.new("RGB", (4, 6)).save(root / "train" / "bird" / "0.png")
-    changed = read(root, cache=cache)
-    assert changed.arrays["image"][0].max() == 0
-    (root / "train" / "dog" / "4.png").unlink()
-    assert len(read(root, cache=cache)) == 14
+    change(root / "train" / "bird" / "0.png")
+    changed = read(root, cache=cache).arrays["image"]
+    assert not np.array_equal(changed, first)
+    np.testing.assert_array_equal(changed, read(root).arrays["image"])
 
 
 def test_cache_is_not_written_for_unusable_images(root, tmp_path):

@@ -145,12 +145,12 @@ def test_builder_refuses_bad_images(size, name, message, image_root, tmp_path):
 
 
 def test_builder_refuses_to_keep_older_data(image_root, tfds_dir):
-    with pytest.raises(FileExistsError, match="tiny/1.0.0 exists"):
+    with pytest.raises(FileExistsError, match="remove it or change --name"):
         prepare(tfds_dir / "tiny.tar.gz", tfds_dir)
 
 
 def test_builder_refuses_an_archive_without_images(tmp_path):
     with tarfile.open(tmp_path / "empty.tar", "w"):
         pass
-    with pytest.raises(ValueError, match="empty.tar has no .jpg"):
+    with pytest.raises(ValueError, match=r"empty\.tar has no"):
         prepare(tmp_path / "empty.tar", tmp_path)

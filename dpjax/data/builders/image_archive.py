@@ -1,8 +1,8 @@
-"""Prepare a tar archive of an image folder as a TFDS data set, without TensorFlow.
+r"""Prepare a tar archive of an image folder as a TFDS data set, without TensorFlow.
 
 The archive holds ``<split>/<class>/<name>.{jpg,jpeg,png}``, all images of one size:
 
-    python -m dpjax.data.builders.image_archive --archive=cifar10.tar.xz \\
+    python -m dpjax.data.builders.image_archive --archive=cifar10.tar.xz \
         --name=cifar10 --data_dir=$HOME/tensorflow_datasets
 
 Then ``tfds_source(name="image_archive/cifar10:1.0.0", ...)`` reads it.
