@@ -126,6 +126,15 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def nearest(key: str, choices: Iterable[str]) -> str:
+    """Return a hint at what ``key`` was meant to be."""
+    choices = list(choices)
+    near = difflib.get_close_matches(key, choices, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    listed = ", ".join(choices) if 0 < len(choices) <= 20 else f"{len(choices)} names"
+    return f"{hint}Choices: {listed}"
+
+
 def _check_keys(path: str, given: Any, wanted: Iterable[str]) -> None:
     wanted = list(wanted)
     if not isinstance(given, Mapping):
@@ -134,7 +143,7 @@ def _check_keys(path: str, given: Any, wanted: Iterable[str]) -> None:
         )
     for key in given:
         if key not in wanted:
-            raise ConfigError(f"{path}.{key} is unknown; {_nearest(key, wanted)}")
+            raise ConfigError(f"{path}.{key} is unknown; {nearest(key, wanted)}")
     missing = [key for key in wanted if key not in given]
     if missing:
         raise ConfigError(f"{path}.{missing[0]} is missing; set it in the config file")
@@ -155,7 +164,7 @@ def _check_spec(
         if key == "name":
             continue
         if key not in known and not signature.open:
-            raise ConfigError(f"{path}.{key} is unknown; {_nearest(key, known)}")
+            raise ConfigError(f"{path}.{key} is unknown; {nearest(key, known)}")
         if _is_spec(value):
             _check_spec(f"{path}.{key}", value)
     missing = [key for key in wanted if key not in spec]
@@ -236,7 +245,7 @@ def _check_values(config: Mapping[str, Any]) -> None:
 def _check_choice(path: str, value: Any, choices: Iterable[str]) -> None:
     if value not in choices:
         raise ConfigError(
-            f"{path}={value!r} is unknown; {_nearest(str(value), choices)}"
+            f"{path}={value!r} is unknown; {nearest(str(value), choices)}"
         )
 
 
@@ -245,17 +254,8 @@ def _located(
 ) -> Any:
     try:
         return function(*args, **kwargs)
-    except ConfigError:
-        raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{path}{join}{error}") from error
-
-
-def _nearest(key: str, choices: Iterable[str]) -> str:
-    choices = list(choices)
-    near = difflib.get_close_matches(key, choices, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{hint}Choices: {', '.join(choices) or 'none'}"
 
 
 def _is_spec(value: Any) -> bool:
@@ -276,7 +276,7 @@ def _signature(path: str, name: str) -> signatures.Signature:
         raise ConfigError(f"{path}.name={name!r}: there is no module {module!r}")
     found = signatures.find(file, attribute)
     if found is None:
-        near = _nearest(attribute, signatures.public_names(file))
+        near = nearest(attribute, signatures.public_names(file))
         raise ConfigError(
             f"{path}.name={name!r}: {module} has no {attribute!r}; {near}"
         )

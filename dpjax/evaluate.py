@@ -1,13 +1,14 @@
 """Average a metric over held-out data."""
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
-from dpjax.data.arrays import slices
-from dpjax.data.batches import pad_batch
+from dpjax.data.batches import batches
 from dpjax.typing import Batch, Example, Params, Source
 
 Metric = Callable[[Params, Example], Array]
@@ -31,10 +32,19 @@ def evaluator(metric: Metric, *, batch_size: int) -> Evaluate:
         return jnp.sum(jnp.where(batch.mask, values, 0.0))
 
     def evaluate(params: Params, source: Source) -> float:
+        size = len(source)
+
+        def draw(part: int) -> np.ndarray:
+            return np.arange(part * batch_size, min((part + 1) * batch_size, size))
+
+        parts = range(math.ceil(size / batch_size))
         totals = [
-            total(params, pad_batch(source, indices, size=batch_size))
-            for indices in slices(len(source), batch_size)
+            total(params, chunk)
+            for batch in batches(
+                source, draw, steps=parts, physical_batch_size=batch_size
+            )
+            for chunk in batch.chunks
         ]
-        return float(sum(float(part) for part in totals) / len(source))
+        return sum(float(part) for part in totals) / size
 
     return evaluate

@@ -50,9 +50,13 @@ def _parse(file: Path) -> ast.Module:
 
 
 def public_names(file: Path) -> list[str]:
-    """Return the public functions and classes that ``file`` defines."""
-    kinds = (ast.FunctionDef, ast.ClassDef)
-    names = [n.name for n in _parse(file).body if isinstance(n, kinds)]
+    """Return the public functions and classes that ``file`` defines or imports."""
+    names = []
+    for node in _parse(file).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.append(node.name)
+        elif isinstance(node, ast.ImportFrom):
+            names.extend(alias.asname or alias.name for alias in node.names)
     return [name for name in names if not name.startswith("_")]
 
 

@@ -24,6 +24,7 @@ from dpjax.entropy import entropy
 from dpjax.evaluate import evaluator
 from dpjax.experiment import Experiment, build_experiment
 from dpjax.ledger import Ledger
+from dpjax.mechanisms import Mechanism
 from dpjax.metrics import Progress, writers
 from dpjax.noise import root_key
 from dpjax.sensitive import ClippedSum, PerExample, reveal
@@ -125,10 +126,9 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
             previous, clock = None, _Clock(mechanism.expected_batch_size, start)
             for batch in batches(
                 experiment.source,
-                mechanism,
-                seed=int.from_bytes(np.asarray(state.sampling_seed).tobytes(), "big"),
+                _draw(mechanism, state.sampling_seed),
+                steps=range(start, mechanism.steps),
                 physical_batch_size=config["compute"]["physical_batch_size"],
-                start=start,
             ):
                 state, released, statistics = train_step(state, batch)
                 # The device works on this step while the host records the one before.
@@ -207,7 +207,7 @@ def make_train_step(
     experiment: Experiment,
     transform: optax.GradientTransformationExtraArgs,
 ) -> TrainStep:
-    """Compile the parts of a training step. Sums and state are donated."""
+    """Compile the parts of a training step. A state is donated to the next one."""
     mechanism = experiment.mechanism
     keep_statistics = config["run"]["log_sensitive"]
     decay = config["evaluation"]["ema_decay"]
@@ -232,7 +232,7 @@ def make_train_step(
         )
         return total.merge(clipped), per_example if keep_statistics else None
 
-    @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
     def finish(
         phase: str, state: TrainState, total: ClippedSum
     ) -> tuple[TrainState, Released]:
@@ -327,6 +327,14 @@ def _check_same_run(
             f"{workdir} holds a run that differs in {', '.join(keys)}; "
             "use another --workdir, or set these keys back"
         )
+
+
+def _draw(mechanism: Mechanism, seed: jax.Array) -> Callable[[int], np.ndarray]:
+    return functools.partial(
+        mechanism.sampling.draw,
+        num_examples=mechanism.num_examples,
+        seed=int.from_bytes(np.asarray(seed).tobytes(), "big"),
+    )
 
 
 def _size(params: Params) -> int:

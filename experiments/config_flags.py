@@ -1,13 +1,15 @@
-"""Command line -> checked config, as plain dicts. Imports neither jax nor absl's app."""
+"""Command line -> checked config, as plain dicts. Does not import jax."""
 
 import re
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
-from dpjax.config import ConfigError, check
+from dpjax.config import ConfigError, check, nearest
 
 
 def config_from(argv: list[str]) -> tuple[dict[str, Any], Path]:
@@ -16,26 +18,53 @@ def config_from(argv: list[str]) -> tuple[dict[str, Any], Path]:
     Raises:
         ConfigError: In one line, whatever is wrong.
     """
+    file = next((a for a in argv if a.startswith("--config=")), None)
+    if file is None:
+        raise ConfigError("--config=FILE is missing; see --help")
+    path = Path(file.removeprefix("--config=").partition(":")[0])
+    if not path.is_file():
+        raise ConfigError(f"--config={path} is not a file")
+    written, _ = _parse([file])
+    for argument in argv:
+        _check_override(written, argument)
+    # Overrides need the config to exist: --config goes first, wherever it stood.
+    config, workdir = _parse([file, *(a for a in argv if a != file)])
+    check(config)
+    if workdir is None and not config["run"]["dry_run"]:
+        raise ConfigError("--workdir=DIR is missing; see --help")
+    return config, Path(workdir or ".")
+
+
+def _parse(argv: list[str]) -> tuple[dict[str, Any], str | None]:
     values = flags.FlagValues()
     holder = config_flags.DEFINE_config_file("config", flag_values=values)
     flags.DEFINE_string("workdir", None, "", flag_values=values)
+    # ml_collections looks for overrides in sys.argv itself.
+    caller, sys.argv = sys.argv, ["train", *argv]
     try:
-        # Overrides need the config to exist: --config goes first, wherever it stood.
-        ordered = sorted(argv, key=lambda text: not text.startswith("--config="))
-        rest = values(["train", *ordered])[1:]
-    except Exception as error:
-        raise ConfigError(_one_line(error)) from error
-    if rest:
-        raise ConfigError(f"unexpected argument {rest[0]!r}; see --help")
-    if holder.value is None:
-        raise ConfigError("--config=FILE is missing; see --help")
-    config = holder.value.to_dict()
-    check(config)
-    if values.workdir is None and not config["run"]["dry_run"]:
-        raise ConfigError("--workdir=DIR is missing; see --help")
-    return config, Path(values.workdir or ".")
+        unexpected = values(sys.argv)[1:]
+    except Exception as error:  # A config file is the user's code: anything may come.
+        raise ConfigError(_last_line(error)) from error
+    finally:
+        sys.argv = caller
+    if unexpected:
+        raise ConfigError(f"unexpected argument {unexpected[0]!r}; see --help")
+    return holder.value.to_dict(), values["workdir"].value
 
 
-def _one_line(error: BaseException) -> str:
-    text = re.sub(r"\s+", " ", str(error)).strip().strip('"')
-    return text or type(error).__name__
+def _check_override(config: dict[str, Any], argument: str) -> None:
+    found = re.match(r"--(?:no)?config\.([^=]+)", argument)
+    if not found:
+        return
+    node: Any = config
+    for key in found[1].split("."):
+        if not isinstance(node, Mapping) or key not in node:
+            choices = node if isinstance(node, Mapping) else ()
+            raise ConfigError(f"config.{found[1]} is unknown; {nearest(key, choices)}")
+        node = node[key]
+
+
+def _last_line(error: Exception) -> str:
+    # ml_collections wraps the traceback of a config file in a flag error.
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

@@ -86,8 +86,7 @@ def check_plan(mechanism: Mechanism) -> None:
         check_positive_int(name, getattr(mechanism, name))
     if not 0 < mechanism.delta < 1:
         raise ValueError(
-            f"delta={mechanism.delta} must be in (0, 1), and well below "
-            f"1/num_examples={1 / mechanism.num_examples:.1e}"
+            f"delta={mechanism.delta} must be in (0, 1), and well below 1/num_examples"
         )
     # Raises if the sampling does not fit the data set.
     mechanism.sampling.expected_batch_size(mechanism.num_examples)
