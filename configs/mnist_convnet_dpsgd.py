@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-RATE = 2048 / 60_000
-STEPS = 1200
+RATE = 4096 / 60_000
+STEPS = 900
 
 
 def get_config(path: str = "mnist.npz") -> ConfigDict:
@@ -31,7 +31,13 @@ def get_config(path: str = "mnist.npz") -> ConfigDict:
         }
     )
     config.model = ConfigDict(
-        {"name": "dpjax.models.convnet:tanh_cnn", "num_classes": 10}
+        {
+            "name": "dpjax.models.inputs:standardized",
+            # Customary public constants of MNIST.
+            "mean": (0.1307,),
+            "std": (0.3081,),
+            "model": {"name": "dpjax.models.convnet:tanh_cnn", "num_classes": 10},
+        }
     )
     config.loss = ConfigDict(
         {"name": "dpjax.losses:classification", "label_smoothing": 0.0}
@@ -44,7 +50,7 @@ def get_config(path: str = "mnist.npz") -> ConfigDict:
             "name": "optax:sgd",
             "learning_rate": {
                 "name": "optax:linear_schedule",
-                "init_value": 3.0,
+                "init_value": 4.0,
                 "end_value": 0.5,
                 "transition_steps": STEPS,
             },

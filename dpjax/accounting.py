@@ -45,16 +45,7 @@ def epsilon(
         )
     if accountant not in ("pld", "rdp"):
         raise ValueError(f"accountant={accountant!r} is unknown; use 'pld' or 'rdp'")
-    if steps == 0:
-        return 0.0
-    from dp_accounting.privacy_accountant import UnsupportedEventError
-
-    ledger = _accountant(accountant)
-    try:
-        ledger.compose(mechanism.event(steps))
-    except UnsupportedEventError:
-        return math.nan
-    return float(ledger.get_epsilon(mechanism.delta))
+    return _epsilon(mechanism, steps, accountant) if steps else 0.0
 
 
 def calibrate(make: Callable[[float], MechanismT], *, epsilon: float) -> MechanismT:
@@ -86,6 +77,18 @@ def calibrate(make: Callable[[float], MechanismT], *, epsilon: float) -> Mechani
             "raise epsilon, or lower steps or the sampling rate"
         ) from error
     return make(float(noise_multiplier))
+
+
+@functools.lru_cache(maxsize=1024)
+def _epsilon(mechanism: Any, steps: int, accountant: Accountant) -> float:
+    from dp_accounting.privacy_accountant import UnsupportedEventError
+
+    ledger = _accountant(accountant)
+    try:
+        ledger.compose(mechanism.event(steps))
+    except UnsupportedEventError:
+        return math.nan
+    return float(ledger.get_epsilon(mechanism.delta))
 
 
 def _event(mechanism: Any) -> "DpEvent":

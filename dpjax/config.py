@@ -12,7 +12,6 @@ import difflib
 import hashlib
 import importlib
 import json
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -110,6 +109,12 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def num_classes(model: Mapping[str, Any]) -> int | None:
+    """Return how many classes a model spec, or one nested in it, was given."""
+    flat = flatten(model)
+    return next((v for k, v in flat.items() if k.endswith("num_classes")), None)
+
+
 def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Name the keys in which two configs would not make the same releases."""
     before, after = (flatten(json.loads(json.dumps(c))) for c in (old, new))
@@ -189,8 +194,11 @@ def _check_mechanism(spec: Any, provenance: str) -> None:
             facts["noise_multiplier"] = 1.0
     elif "epsilon" in spec:
         raise ConfigError(f"{path}.epsilon is unknown; {spec['name']} adds no noise")
-    # The size of the data is not known yet: the real one is checked when it is.
-    private = _located(path, build, facts, num_examples=sys.maxsize).private
+    # The size of the data, and whether the sampling fits it, are not known yet.
+    _located(f"{path}.sampling", build, facts["sampling"])
+    anyone = {"name": "dpjax.sampling:FullBatch"}
+    stand_in = {**facts, "sampling": anyone}
+    private = _located(path, build, stand_in, num_examples=1).private
     _check_choice("config.data.provenance", provenance, PROVENANCES)
     if private and provenance == "public":
         raise ConfigError(

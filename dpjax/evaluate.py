@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from dpjax.data.batches import batches
+from dpjax.data.batches import read_steps
 from dpjax.typing import Batch, Example, Params, Source
 
 Metric = Callable[[Params, Example], Array]
@@ -40,7 +40,7 @@ def evaluator(metric: Metric, *, batch_size: int) -> Evaluate:
         parts = range(math.ceil(size / batch_size))
         totals = [
             total(params, chunk)
-            for batch in batches(
+            for batch in read_steps(
                 source, draw, steps=parts, physical_batch_size=batch_size
             )
             for chunk in batch.chunks

@@ -91,7 +91,7 @@ def _check_data(config: Mapping[str, Any], source: Source, held_out: Source) -> 
     for name, data in (("data", source), ("evaluation", held_out)):
         if len(data) == 0:
             raise configs.ConfigError(f"config.{name}.source has no examples")
-        classes = config["model"].get("num_classes")
+        classes = configs.num_classes(config["model"])
         if classes is not None and "label" in data[[0]]:
             try:
                 check_labels(data, num_classes=classes)

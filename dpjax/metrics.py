@@ -184,8 +184,7 @@ class AllWriters(contextlib.AbstractContextManager):
         self._each, self._closing = each, closing
 
     def write(self, step: int, scalars: Scalars) -> None:
-        """Write the scalars of one step to all, or raise TypeError and write none."""
-        scalars = plain_scalars(scalars)
+        """Write the scalars of one step to all; what the first refuses, none gets."""
         for writer in self._each:
             writer.write(step, scalars)
 

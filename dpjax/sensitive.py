@@ -62,7 +62,7 @@ class ClippedSum:
         total, residual = jax.tree.map(
             jnp.add, (self.total, self.residual), (other.total, other.residual)
         )
-        seal = jnp.where(intact, 1.0, jnp.nan)
+        seal = jnp.where(intact, self.seal, jnp.nan)
         return ClippedSum(total, residual, seal, self.l2_bound)
 
 

@@ -24,7 +24,6 @@ from dpjax.entropy import entropy
 from dpjax.evaluate import evaluator
 from dpjax.experiment import Experiment, build_experiment
 from dpjax.ledger import Ledger
-from dpjax.mechanisms import Mechanism
 from dpjax.metrics import Progress, writers
 from dpjax.noise import root_key
 from dpjax.sensitive import ClippedSum, PerExample, reveal
@@ -118,18 +117,21 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
         evaluate = evaluator(
             experiment.metric, batch_size=config["evaluation"]["batch_size"]
         )
+        stream = batches(
+            experiment.source,
+            mechanism,
+            seed=sampling_seed(state),
+            physical_batch_size=config["compute"]["physical_batch_size"],
+            start=start,
+        )
         with (
+            contextlib.closing(stream),
             writers(run["writers"], workdir, resume_step=start) as writer,
             Progress(mechanism.steps, start=start) as progress,
             _interruptions() as interrupted,
         ):
             previous, clock = None, _Clock(mechanism.expected_batch_size, start)
-            for batch in batches(
-                experiment.source,
-                _draw(mechanism, state.sampling_seed),
-                steps=range(start, mechanism.steps),
-                physical_batch_size=config["compute"]["physical_batch_size"],
-            ):
+            for batch in stream:
                 state, released, statistics = train_step(state, batch)
                 # The device works on this step while the host records the one before.
                 _record(ledger, previous)
@@ -242,7 +244,7 @@ def make_train_step(
         )
         params = optax.apply_updates(state.params, updates)
         average = _moving_average(state.average, params, decay=decay, step=step)
-        released = Released(step, after.released, optax.global_norm(updates))
+        released = Released(step, after.released, optax.tree.norm(updates))
         state = state._replace(params=params, private=after, average=average)
         return state, released
 
@@ -268,6 +270,11 @@ def init_state(
             np.frombuffer(entropy("sampling", seed=seed), np.uint32)
         ),
     )
+
+
+def sampling_seed(state: TrainState) -> int:
+    """Return the 128-bit seed of the sampler. Secret."""
+    return int.from_bytes(np.asarray(state.sampling_seed).tobytes(), "big")
 
 
 def evaluated_params(state: TrainState) -> Params:
@@ -327,14 +334,6 @@ def _check_same_run(
             f"{workdir} holds a run that differs in {', '.join(keys)}; "
             "use another --workdir, or set these keys back"
         )
-
-
-def _draw(mechanism: Mechanism, seed: jax.Array) -> Callable[[int], np.ndarray]:
-    return functools.partial(
-        mechanism.sampling.draw,
-        num_examples=mechanism.num_examples,
-        seed=int.from_bytes(np.asarray(seed).tobytes(), "big"),
-    )
 
 
 def _size(params: Params) -> int:

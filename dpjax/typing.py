@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 Params = PyTree[Float[Array, "..."]]
@@ -30,8 +31,8 @@ class Batch(NamedTuple):
     """
 
     examples: PyTree[Shaped[Array, "B ..."]]
-    mask: Bool[Array, "B"]
-    index: Int[Array, "B"]
+    mask: Bool[Array | np.ndarray, "B"]
+    index: Int[Array | np.ndarray, "B"]
 
 
 class Model(NamedTuple):

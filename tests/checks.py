@@ -69,7 +69,9 @@ def clip(vector, clip_norm, style):
 
 
 def norm(tree):
-    squares = [np.sum(np.square(np.asarray(x, np.float64))) for x in jax.tree.leaves(tree)]
+    squares = [
+        np.sum(np.square(np.asarray(x, np.float64))) for x in jax.tree.leaves(tree)
+    ]
     return math.sqrt(sum(squares))
 
 

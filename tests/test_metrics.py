@@ -194,21 +194,41 @@ def test_wandb_gets_scalars_and_step(tmp_path, fake_wandb):
     assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 3, "epsilon": 0.5}]
 
 
-def test_tensorboard_files_hold_the_values(tmp_path):
+def tensorboard_events(directory):
     from tensorboardX.proto.event_pb2 import Event
 
-    with writers(["tensorboard"], tmp_path) as writer:
-        writer.write(3, {"epsilon": 0.5, "phase": "diff"})
-    (file,) = tmp_path.glob("events.out.tfevents.*")
-    content, found = file.read_bytes(), {}
+    (file,) = directory.glob("events.out.tfevents.*")
+    content, events = file.read_bytes(), []
     while content:  # length (8 bytes), checksum (4), event, checksum (4)
         length = int.from_bytes(content[:8], "little")
-        event = Event.FromString(content[12 : 12 + length])
-        found |= {value.tag: (event.step, value) for value in event.summary.value}
+        events.append(Event.FromString(content[12 : 12 + length]))
         content = content[16 + length :]
+    return events
+
+
+def test_tensorboard_files_hold_the_values(tmp_path):
+    with writers(["tensorboard"], tmp_path) as writer:
+        writer.write(3, {"epsilon": 0.5, "phase": "diff"})
+    found = {
+        value.tag: (event.step, value)
+        for event in tensorboard_events(tmp_path)
+        for value in event.summary.value
+    }
     step, value = found["epsilon"]
     assert (step, value.simple_value) == (3, 0.5)
     assert found["phase/text_summary"][1].tensor.string_val == [b"diff"]
+
+
+def test_tensorboard_resume_hides_what_will_be_written_again(tmp_path):
+    from tensorboardX.proto.event_pb2 import SessionLog
+
+    writers(["tensorboard"], tmp_path, resume_step=4).close()
+    starts = [
+        event.step
+        for event in tensorboard_events(tmp_path)
+        if event.session_log.status == SessionLog.START
+    ]
+    assert starts == [5]  # readers drop earlier events from this step on
 
 
 @pytest.mark.parametrize(
@@ -263,13 +283,13 @@ def test_progress_prints_plain_lines(capsys, monkeypatch):
     with Progress(400, start=100) as progress:
         progress.update(110, {"loss": 0.123456, "phase": "diff"})
         progress.update(
-            120, {"test/accuracy": 0.9, "epsilon": 1.4213, "examples/s": 5321.4}
+            120, {"test/accuracy": 0.9, "epsilon": 1.4213, "examples/s": 15321.4}
         )
         progress.update(130, {})
     assert capsys.readouterr().err.splitlines() == [
         "step 110/400  eta 48:20  loss 0.1235  phase diff",
         # The first steps are not counted: they took 100 s, the others 10 s.
-        "step 120/400  ex/s 5321  epsilon 1.421  eta 4:40  test/accuracy 0.9",
+        "step 120/400  ex/s 15321  epsilon 1.421  eta 4:40  test/accuracy 0.9",
         "step 130/400  eta 10:52:30",
     ]
 
@@ -285,8 +305,8 @@ def test_progress_is_one_live_line_on_a_terminal(monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "120")
     with Progress(400) as progress:
-        progress.update(120, {"epsilon": 1.5, "loss[/red]": 2.0})
-        progress.update(400, {"epsilon": 1.75})
+        progress.update(120, {"epsilon": 1.5})
+        progress.update(400, {"epsilon": 1.75, "loss[/red]": 3.0})
     shown = terminal.getvalue()
-    assert "step 400/400  epsilon 1.75" in shown
+    assert "step 400/400  epsilon 1.75  eta 0:00  loss[/red] 3" in shown
     assert "\x1b[" in shown  # drawn in place

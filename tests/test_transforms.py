@@ -133,7 +133,9 @@ def test_each_step_has_its_own_noise_and_fingerprint():
 )
 def test_a_transform_before_release_fails_or_poisons(before):
     chain = optax.chain(before, private())
-    clipped = dataclasses.replace(empty_sum(), total=jax.tree.map(jnp.ones_like, PARAMS))
+    clipped = dataclasses.replace(
+        empty_sum(), total=jax.tree.map(jnp.ones_like, PARAMS)
+    )
     try:
         updates, _ = chain.update(clipped, chain.init(PARAMS), PARAMS)
     except (TypeError, ValueError, AttributeError):
@@ -167,9 +169,11 @@ def test_merging_cannot_mend_a_broken_seal():
 
 def test_the_noise_key_is_an_argument_and_no_constant_of_the_program():
     transform = private(seed=5)
-    text = jax.jit(transform.update).lower(
-        empty_sum(), transform.init(PARAMS), PARAMS
-    ).as_text()
+    text = (
+        jax.jit(transform.update)
+        .lower(empty_sum(), transform.init(PARAMS), PARAMS)
+        .as_text()
+    )
     for word in np.ravel(jax.random.key_data(dpjax.root_key(5))):
         assert str(word) not in text
         assert f"{word:08x}" not in text.lower()

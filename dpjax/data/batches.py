@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpjax.data.arrays import slices
+from dpjax.mechanisms import Mechanism
 from dpjax.typing import Batch, Source
 
 
@@ -27,6 +29,46 @@ class StepBatch(NamedTuple):
 
 
 def batches(
+    source: Source,
+    mechanism: Mechanism,
+    *,
+    seed: int,
+    physical_batch_size: int,
+    start: int = 0,
+) -> Generator[StepBatch, None, None]:
+    """Yield the training batches of a mechanism, from step ``start`` to its last.
+
+    This is the only source of training batches: they are what ``mechanism.sampling``
+    draws, and so what it accounts. Resuming needs ``start`` and ``seed`` only.
+
+    Args:
+        source: The data set the mechanism was made for.
+        mechanism: Its sampling draws; its ``steps`` end the iteration.
+        seed: 128 secret bits, ``dpjax.secret_seed()``.
+        physical_batch_size: Rows of every chunk; memory only.
+        start: The first step to yield.
+
+    Raises:
+        ValueError: ``len(source)`` is not ``mechanism.num_examples``, or see
+            ``read_steps``.
+    """
+    if len(source) != mechanism.num_examples:
+        raise ValueError(
+            f"len(source)={len(source)} is not mechanism.num_examples="
+            f"{mechanism.num_examples}; make the mechanism for this source"
+        )
+    draw = functools.partial(
+        mechanism.sampling.draw, num_examples=len(source), seed=seed
+    )
+    return read_steps(
+        source,
+        draw,
+        steps=range(start, mechanism.steps),
+        physical_batch_size=physical_batch_size,
+    )
+
+
+def read_steps(
     source: Source,
     draw: Callable[[int], np.ndarray],
     *,

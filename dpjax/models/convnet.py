@@ -9,15 +9,22 @@ from dpjax.models.linen import image_model
 from dpjax.typing import Model
 
 
+def _max_pool(x: Array) -> Array:
+    """Return the 2x2 max pool of stride 1, ``[B, H, W, C]`` to ``[B, H-1, W-1, C]``."""
+    # As slices its backward pass is 1.5 to 3 times faster on CPU than nn.max_pool's.
+    rows = jnp.maximum(x[:, 1:], x[:, :-1])
+    return jnp.maximum(rows[:, :, 1:], rows[:, :, :-1])
+
+
 class _TanhCnn(nn.Module):
     num_classes: int
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         x = nn.Conv(16, (8, 8), strides=2, padding="SAME", name="conv_0")(x)
-        x = nn.max_pool(jnp.tanh(x), (2, 2), strides=(1, 1))
+        x = _max_pool(jnp.tanh(x))
         x = nn.Conv(32, (4, 4), strides=2, padding="VALID", name="conv_1")(x)
-        x = nn.max_pool(jnp.tanh(x), (2, 2), strides=(1, 1))
+        x = _max_pool(jnp.tanh(x))
         x = x.reshape(x.shape[0], -1)
         x = jnp.tanh(nn.Dense(32, name="dense")(x))
         return nn.Dense(self.num_classes, name="head")(x)

@@ -147,7 +147,9 @@ def test_bfloat16_parameters_are_summed_in_float32_within_the_bound(engine):
     for i in range(8):
         one = batch_of(examples, mask=np.arange(8) == i)
         clipped, _ = run(engine, loss, Query((params,), clip_norm=0.01), one)
-        assert {x.dtype for x in jax.tree.leaves(clipped.total)} == {jnp.dtype("float32")}
+        assert {x.dtype for x in jax.tree.leaves(clipped.total)} == {
+            jnp.dtype("float32")
+        }
         assert norm(clipped.total) <= 0.01
 
 
@@ -283,7 +285,9 @@ def test_plain_engine_is_the_gradient_of_the_summed_loss():
 def test_plain_engine_uses_no_per_example_gradients():
     loss, params, examples = CASES["network"]
     query = Query((params,), clip_norm=np.inf)
-    lowered = jax.jit(functools.partial(plain, loss)).lower(query, batch_of(examples), KEY)
+    lowered = jax.jit(functools.partial(plain, loss)).lower(
+        query, batch_of(examples), KEY
+    )
     # A per-example gradient of first/w would be [8, 5, 7].
     assert "8x5x7" not in lowered.as_text()
     reference = jax.jit(functools.partial(vmap, loss))

@@ -43,9 +43,9 @@ all_mechanisms = pytest.mark.parametrize("name", MECHANISMS)
 all_private = pytest.mark.parametrize("name", PRIVATE)
 
 
-def release(mechanism, clipped, step, key=root_key(0)):
+def release(mechanism, clipped, step):
     mean, _ = jax.jit(functools.partial(mechanism.release, "gradient"))(
-        clipped, mechanism.init(clipped.total), key=key, step=step
+        clipped, mechanism.init(clipped.total), key=root_key(0), step=step
     )
     return mean
 
@@ -151,12 +151,18 @@ def test_calibration_meets_the_target_from_below(name, target):
             lambda: dp_sgd(sampling=ShuffledFixed(batch_size=2000)),
             "batch_size=2000 exceeds num_examples=1000",
         ),
-        (lambda: dpjax.calibrate(lambda z: dp_sgd(), epsilon=0.0), "epsilon=0.0 must be"),
+        (
+            lambda: dpjax.calibrate(lambda z: dp_sgd(), epsilon=0.0),
+            "epsilon=0.0 must be",
+        ),
         (
             lambda: dpjax.calibrate(lambda z: dp_sgd(), epsilon=math.inf),
             "use the NonPrivate mechanism",
         ),
-        (lambda: dpjax.epsilon(dp_sgd(), accountant="prv"), "accountant='prv' is unknown"),
+        (
+            lambda: dpjax.epsilon(dp_sgd(), accountant="prv"),
+            "accountant='prv' is unknown",
+        ),
     ],
 )
 def test_impossible_plans_are_refused(make, message):

@@ -132,7 +132,10 @@ def test_full_batch_is_everyone_every_time():
         (lambda: Poisson(rate=0.0), "rate=0.0 must be in"),
         (lambda: Poisson(rate=1.5), "rate=1.5 must be in"),
         (lambda: Poisson(rate=float("nan")), "rate=nan must be in"),
-        (lambda: TruncatedPoisson(rate=0.1, capacity=0), "capacity=0 must be an integer"),
+        (
+            lambda: TruncatedPoisson(rate=0.1, capacity=0),
+            "capacity=0 must be an integer",
+        ),
         (lambda: ShuffledFixed(batch_size=-3), "batch_size=-3 must be an integer"),
         (
             lambda: ShuffledFixed(batch_size=300).expected_batch_size(N),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dpjax.data.arrays import ArraySource
-from dpjax.data.batches import batches, check_labels, fingerprint
+from dpjax.data.batches import check_labels, fingerprint, read_steps
 
 N = 40
 SOURCE = ArraySource(
@@ -23,7 +23,7 @@ def draw(step):
 
 
 def read(steps=STEPS, *, source=SOURCE, draw=draw, size=4, prefetch=2):
-    return batches(
+    return read_steps(
         source, draw, steps=steps, physical_batch_size=size, prefetch=prefetch
     )
 

@@ -38,7 +38,9 @@ def dp_sgd(*, rate, steps, noise_multiplier, delta=1e-5, num_examples=50_000):
     ],
 )
 def test_golden_poisson_gaussian(rate, steps, noise_multiplier, delta, pld, rdp):
-    plan = dp_sgd(rate=rate, steps=steps, noise_multiplier=noise_multiplier, delta=delta)
+    plan = dp_sgd(
+        rate=rate, steps=steps, noise_multiplier=noise_multiplier, delta=delta
+    )
     assert dpjax.epsilon(plan) == pytest.approx(pld, abs=5e-4), INTENDED
     found = dpjax.epsilon(plan, accountant="rdp")
     assert found == pytest.approx(rdp, abs=1e-3), INTENDED

@@ -1,0 +1,449 @@
+"""The loop: what a run leaves behind, and that a resumed run is the same run."""
+
+import json
+import math
+import shutil
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import dpjax
+from dpjax.checkpoint import CheckpointError
+from dpjax.config import ConfigError
+from dpjax.data.batches import batches
+from dpjax.experiment import build_experiment
+from dpjax.ledger import Ledger, NoiseReuseError
+from dpjax.noise import root_key
+from dpjax.train import Interrupted, init_state, make_train_step, sampling_seed, train
+from dpjax.transforms import private
+from tests.runs import assert_same_export, card, command, metrics, tiny
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """One whole run of 12 steps with seed 1, to compare with."""
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    train(tiny(), workdir)
+    return workdir
+
+
+def crash_after(monkeypatch, steps):
+    """Make the process 'die' when the release of step ``steps`` is recorded."""
+    record = Ledger.record
+
+    def dying(self, step, fingerprint):
+        if step >= steps:
+            raise KeyboardInterrupt
+        record(self, step, fingerprint)
+
+    monkeypatch.setattr(Ledger, "record", dying)
+
+
+def test_a_run_leaves_metrics_card_export_and_checkpoints(undisturbed):
+    names = {path.name for path in undisturbed.iterdir()}
+    assert names == {
+        "checkpoints",
+        "export",
+        "ledger.txt",
+        "metrics.jsonl",
+        "privacy_card.json",
+        "privacy_card.md",
+    }
+    assert {p.name for p in (undisturbed / "export").iterdir()} == {
+        "params.npz",
+        "privacy_card.json",
+        "privacy_card.md",
+    }
+    assert len((undisturbed / "ledger.txt").read_text().splitlines()) == 12
+
+
+def test_metrics_hold_public_values_only(undisturbed):
+    records = metrics(undisturbed)
+    assert [r["step"] for r in records] == [4, 6, 8, 12]
+    public = {"step", "epsilon", "examples/s", "update_norm", "test/accuracy"}
+    assert set().union(*records) == public
+    epsilons = [r["epsilon"] for r in records]
+    assert epsilons == sorted(epsilons)
+
+
+def test_the_card_tells_the_epsilon_of_the_steps_taken(undisturbed):
+    found = card(undisturbed)
+    plan = dpjax.DpSgd(
+        clip_norm=1.0,
+        clip_style="flat",
+        noise_multiplier=1.0,
+        sampling=dpjax.Poisson(rate=0.1),
+        steps=12,
+        num_examples=1437,
+        delta=1e-5,
+    )
+    assert found["epsilon"] == pytest.approx(dpjax.epsilon(plan), abs=1e-9)
+    assert found["steps_taken"] == 12
+    assert metrics(undisturbed)[-1]["epsilon"] == pytest.approx(found["epsilon"])
+
+
+def test_one_program_for_fifty_poisson_batches_of_all_sizes(tmp_path):
+    config = tiny(**{"mechanism.steps": 50, "compute.physical_batch_size": 32})
+    experiment = build_experiment(config)
+    mechanism = experiment.mechanism
+    transform = private(mechanism, experiment.optimizer, noise_key=root_key(1))
+    state = init_state(config, experiment, transform)
+    step = make_train_step(config, experiment, transform)
+    chunks, sizes = set(), set()
+    for batch in batches(
+        experiment.source,
+        mechanism,
+        seed=sampling_seed(state),
+        physical_batch_size=32,
+    ):
+        state, _, _ = step(state, batch)
+        chunks.add(len(batch.chunks))
+        sizes.add(sum(int(chunk.mask.sum()) for chunk in batch.chunks))
+    assert len(sizes) > 15
+    assert len(chunks) > 2
+    for function in (step.begin, step.accumulate, step.finish):
+        assert function._cache_size() == 1
+    assert int(state.private.step) == 50
+
+
+def test_an_empty_poisson_batch_is_a_release_of_noise_alone(tmp_path):
+    config = tiny(
+        **{"mechanism.sampling": {"name": "dpjax.sampling:Poisson", "rate": 1e-6}}
+    )
+    state = train(config, tmp_path)
+    assert int(state.private.step) == 12
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4, 5, 9, 11])
+def test_resume_after_a_crash_is_bitwise_the_undisturbed_run(
+    steps, tmp_path, undisturbed, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        crash_after(patch, steps)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny(), tmp_path)
+    train(tiny(), tmp_path)
+    assert_same_export(tmp_path, undisturbed)
+    ours, theirs = metrics(tmp_path), metrics(undisturbed)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine | {"examples/s": 0} == other | {"examples/s": 0}
+    ledgers = [(path / "ledger.txt").read_text() for path in (tmp_path, undisturbed)]
+    assert ledgers[0] == ledgers[1]
+
+
+def test_resume_after_kill_9_is_bitwise_the_undisturbed_run(tmp_path):
+    config = [
+        "--config=configs/digits_mlp_dpsgd.py",
+        "--config.mechanism.sampling.rate=0.05",
+        "--config.mechanism.steps=60",
+        "--config.run.seed=1",
+        "--config.run.log_every=1",
+        "--config.run.checkpoint_every=7",
+    ]
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    for kill_at in (3, 24, 47):
+        process = command(*config, f"--workdir={broken}")
+        while process.poll() is None and last_step(broken) < kill_at:
+            time.sleep(0.02)
+        assert process.poll() is None, process.stdout.read()
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert last_step(broken) < 60
+    for workdir in (broken, whole):
+        process = command(*config, f"--workdir={workdir}")
+        output, _ = process.communicate()
+        assert process.returncode == 0, output
+    assert_same_export(broken, whole)
+
+
+def last_step(workdir):
+    try:
+        records = metrics(workdir)
+    except (FileNotFoundError, ValueError):
+        return 0
+    return records[-1]["step"] if records else 0
+
+
+def test_sigterm_saves_exits_75_and_the_run_goes_on(tmp_path):
+    arguments = [
+        "--config=configs/digits_mlp_dpsgd.py",
+        f"--workdir={tmp_path}",
+        "--config.run.log_every=1",
+        "--config.run.checkpoint_every=1000",
+    ]
+    process = command(*arguments)
+    while process.poll() is None and last_step(tmp_path) < 5:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate()
+    assert process.returncode == 75, output
+    assert "run the same command to go on" in output
+    saved = card(tmp_path)["steps_taken"]
+    assert 5 <= saved < 200
+    assert (tmp_path / "checkpoints" / str(saved)).is_dir()
+    assert not (tmp_path / "export").exists()
+    seen = last_step(tmp_path)
+    process = command(*arguments)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert last_step(tmp_path) == 200
+    steps = [record["step"] for record in metrics(tmp_path)]
+    assert steps == sorted(set(steps))
+    assert seen in steps
+
+
+def test_a_corrupt_checkpoint_costs_steps_but_changes_nothing(
+    tmp_path, undisturbed, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        crash_after(patch, 10)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny(), tmp_path)
+    flip_bits(tmp_path / "checkpoints" / "8")
+    train(tiny(), tmp_path)
+    assert_same_export(tmp_path, undisturbed)
+    assert any((tmp_path / "checkpoints").glob("corrupt-8-*"))
+
+
+def test_with_every_checkpoint_corrupt_nothing_starts_afresh(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        crash_after(patch, 10)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny(), tmp_path)
+    for step in ("4", "8"):
+        flip_bits(tmp_path / "checkpoints" / step)
+    before = (tmp_path / "ledger.txt").read_text()
+    with pytest.raises(CheckpointError, match="every checkpoint"):
+        train(tiny(), tmp_path)
+    assert (tmp_path / "ledger.txt").read_text() == before
+
+
+def flip_bits(directory):
+    """Flip one bit in the middle of every array file."""
+    files = [f for f in (directory / "state").rglob("*") if f.parent.name == "d"]
+    assert files
+    for file in files:
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(bytes(data))
+
+
+def test_lost_checkpoints_are_no_fresh_start(tmp_path):
+    train(tiny(), tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(NoiseReuseError, match="no checkpoint to go on from"):
+        train(tiny(), tmp_path)
+
+
+def test_a_replayed_step_that_comes_out_differently_is_refused(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        crash_after(patch, 10)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny(), tmp_path)
+    # Stand in for whatever changed the sum of step 9: say it released something else.
+    path = tmp_path / "ledger.txt"
+    lines = path.read_text().splitlines()
+    assert lines[9].startswith("9 ")
+    lines[9] = "9 12345"
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(NoiseReuseError, match="step 9 was released before"):
+        train(tiny(), tmp_path)
+
+
+def test_a_finished_run_is_reported_again_and_not_repeated(
+    tmp_path, undisturbed, capsys
+):
+    shutil.copytree(undisturbed, tmp_path / "copy")
+    before = (tmp_path / "copy" / "ledger.txt").read_text()
+    state = train(tiny(), tmp_path / "copy")
+    assert int(state.private.step) == 12
+    assert (tmp_path / "copy" / "ledger.txt").read_text() == before
+    assert "test/accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"mechanism.clip_norm": 2.0}, ["mechanism.clip_norm"]),
+        ({"mechanism.steps": 24}, ["mechanism.steps"]),
+        (
+            {"optimizer.learning_rate": 0.5, "run.seed": 2},
+            ["optimizer.learning_rate", "run.seed"],
+        ),
+        ({"compute.physical_batch_size": 32}, ["compute.physical_batch_size"]),
+    ],
+)
+def test_a_workdir_of_another_config_is_refused_with_the_keys(
+    change, names, tmp_path, undisturbed
+):
+    shutil.copytree(undisturbed, tmp_path / "copy")
+    with pytest.raises(ConfigError, match="holds a run that differs in") as error:
+        train(tiny(**change), tmp_path / "copy")
+    for name in names:
+        assert name in str(error.value)
+    assert "run.log_every" not in str(error.value)
+
+
+def test_resume_on_changed_data_is_refused(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    arrays = {
+        f"{kind}_{split}": value
+        for split in ("train", "test")
+        for kind, value in (
+            ("x", rng.integers(0, 256, (300, 8, 8), dtype=np.uint8)),
+            ("y", rng.integers(0, 10, 300, dtype=np.uint8)),
+        )
+    }
+    file = tmp_path / "data.npz"
+    sources = {
+        f"{group}.source": {
+            "name": "dpjax.data.arrays:npz",
+            "path": str(file),
+            "split": s,
+        }
+        for group, s in (("data", "train"), ("evaluation", "test"))
+    }
+    np.savez(file, **arrays)
+    with monkeypatch.context() as patch:
+        crash_after(patch, 10)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny(**sources), tmp_path / "run")
+    arrays["x_train"][0] += 1
+    np.savez(file, **arrays)
+    with pytest.raises(ConfigError, match=r"differs in resolved\.data"):
+        train(tiny(**sources), tmp_path / "run")
+
+
+def test_how_often_to_log_may_change_on_resume(tmp_path, undisturbed, monkeypatch):
+    with monkeypatch.context() as patch:
+        crash_after(patch, 7)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny(), tmp_path)
+    train(tiny(**{"run.log_every": 2, "run.keep_checkpoints": 1}), tmp_path)
+    assert_same_export(tmp_path, undisturbed)
+
+
+def test_secrets_from_the_os_differ_between_runs(tmp_path):
+    states = [train(tiny(**{"run.seed": None}), tmp_path / name) for name in "ab"]
+    one, other = (jax.random.key_data(s.private.noise_key) for s in states)
+    assert not np.array_equal(one, other)
+    seeds = [np.asarray(s.sampling_seed) for s in states]
+    assert not np.array_equal(*seeds)
+    assert card(tmp_path / "a")["key_source"] == "operating system entropy"
+    assert card(tmp_path / "a")["private"]
+
+
+def test_secrets_stay_in_the_checkpoints(tmp_path):
+    state = train(tiny(**{"run.seed": None}), tmp_path)
+    words = [
+        *np.ravel(jax.random.key_data(state.private.noise_key)),
+        *np.ravel(state.sampling_seed),
+    ]
+    for path in tmp_path.rglob("*"):
+        if path.is_dir() or "checkpoints" in path.relative_to(tmp_path).parts:
+            continue
+        content = path.read_bytes()
+        for word in words:
+            assert np.uint32(word).tobytes() not in content, path
+            assert str(word).encode() not in content, path
+    assert (tmp_path / "checkpoints").stat().st_mode & 0o077 == 0
+
+
+def test_a_written_seed_makes_the_card_say_not_private(undisturbed):
+    found = card(undisturbed)
+    assert not found["private"]
+    assert any("seed=1" in flag and "not private" in flag for flag in found["flags"])
+    assert "NOT PRIVATE" in (undisturbed / "privacy_card.md").read_text()
+
+
+def test_sensitive_statistics_are_logged_only_when_asked_and_flagged(tmp_path):
+    train(tiny(**{"run.log_sensitive": True}), tmp_path)
+    records = metrics(tmp_path)
+    assert 80 < records[-1]["sensitive/batch_size"] < 210
+    assert 0 < records[-1]["sensitive/loss"] < 5
+    assert any("un-noised statistics" in flag for flag in card(tmp_path)["flags"])
+
+
+def test_private_evaluation_is_marked_in_metrics_and_card(tmp_path):
+    train(tiny(**{"evaluation.provenance": "private"}), tmp_path)
+    assert "private_test/accuracy" in metrics(tmp_path)[-1]
+    assert any("evaluated on private data" in flag for flag in card(tmp_path)["flags"])
+
+
+def test_delta_of_one_over_n_warns_and_is_flagged(tmp_path, caplog):
+    train(tiny(**{"mechanism.delta": 1e-3}), tmp_path)
+    assert "delta=0.001 is not below 1/num_examples" in caplog.text
+    assert any("delta is not below" in flag for flag in card(tmp_path)["flags"])
+
+
+def test_diverged_training_stops_with_the_step(tmp_path):
+    optimizer = {"name": "optax:sgd", "learning_rate": 1e38}
+    with pytest.raises(FloatingPointError, match="the update of step"):
+        train(tiny(optimizer=optimizer), tmp_path)
+
+
+def test_microbatches_change_the_sum_by_rounding_only(tmp_path, undisturbed):
+    train(tiny(**{"compute.microbatch_size": 16}), tmp_path)
+    last, other = metrics(tmp_path)[-1], metrics(undisturbed)[-1]
+    assert last["update_norm"] == pytest.approx(other["update_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"name": "dpjax.sampling:FullBatch"},
+        {"name": "dpjax.sampling:ShuffledFixed", "batch_size": 128},
+        {"name": "dpjax.sampling:TruncatedPoisson", "rate": 0.1, "capacity": 160},
+    ],
+    ids=lambda s: s["name"],
+)
+def test_every_sampling_trains_and_says_what_it_assumes(sampling, tmp_path):
+    train(tiny(**{"mechanism.sampling": sampling, "mechanism.steps": 4}), tmp_path)
+    found = card(tmp_path)
+    amplified = sampling["name"].endswith("TruncatedPoisson")
+    assert found["amplified"] == amplified
+    said = "accounted without amplification by sampling" in found["flags"]
+    assert said == (not amplified)
+    assert math.isfinite(found["epsilon"])
+
+
+def test_the_non_private_twin_trains_and_claims_nothing(tmp_path):
+    train(tiny("nonprivate"), tmp_path)
+    found = card(tmp_path)
+    assert found["epsilon"] == "inf"
+    assert not found["private"]
+    assert "NOT PRIVATE" in (tmp_path / "privacy_card.md").read_text()
+    json.loads((tmp_path / "privacy_card.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_augmentation_and_moving_average_train(tmp_path):
+    augment = {
+        "transform": {"name": "dpjax.augment:flip_and_crop", "padding": 1},
+        "views": 3,
+    }
+    state = train(tiny(**{"augment": augment, "evaluation.ema_decay": 0.9}), tmp_path)
+    different = jax.tree.map(np.array_equal, state.average, state.params)
+    assert not any(jax.tree.leaves(different))
+    without = train(tiny(**{"evaluation.ema_decay": 0.0}), tmp_path / "without")
+    assert without.average == ()
+
+
+def test_interrupted_is_raised_after_saving(tmp_path, monkeypatch, undisturbed):
+    record = Ledger.record
+
+    def interrupt(self, step, fingerprint):
+        record(self, step, fingerprint)
+        if step == 5:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "record", interrupt)
+        with pytest.raises(Interrupted, match="of 12"):
+            train(tiny(), tmp_path)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    train(tiny(), tmp_path)
+    assert_same_export(tmp_path, undisturbed)
