@@ -8,28 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-from configs import digits_mlp_dpsgd
 from dpjax.checkpoint import load_export
 from dpjax.metrics import read_jsonl
+from tests import tiny_config
 
 ROOT = Path(__file__).parent.parent
 
 
 def tiny(variant="dpsgd", **changes):
-    """A config of 12 cheap steps on digits; keys as in ``**{"run.seed": 1}``."""
-    config = digits_mlp_dpsgd.get_config(variant)
-    if variant == "dpsgd":
-        config.mechanism.epsilon = None
-        config.mechanism.noise_multiplier = 1.0
-        config.mechanism.sampling.rate = 0.1
-    config.mechanism.steps = 12
-    config.model.features = (8,)
-    config.compute.physical_batch_size = 64
-    config.run.seed = 1
-    config.run.log_every = 6
-    config.run.eval_every = 6
-    config.run.checkpoint_every = 4
-    config = config.to_dict()
+    """``tiny_config`` as plain dicts, with keys changed as in ``**{"run.seed": 1}``."""
+    config = tiny_config.get_config(variant).to_dict()
     for key, value in changes.items():
         *path, last = key.split(".")
         node = config

@@ -136,27 +136,19 @@ def test_resume_after_a_crash_is_bitwise_the_undisturbed_run(
 
 
 def test_resume_after_kill_9_is_bitwise_the_undisturbed_run(tmp_path):
-    config = [
-        "--config=configs/digits_mlp_dpsgd.py",
-        "--config.mechanism.sampling.rate=0.05",
-        "--config.mechanism.steps=60",
-        "--config.run.seed=1",
-        "--config.run.log_every=1",
-        "--config.run.checkpoint_every=7",
-    ]
+    config = {"mechanism.steps": 24, "run.log_every": 1, "run.checkpoint_every": 5}
+    flags = [f"--config.{key}={value}" for key, value in config.items()]
     broken, whole = tmp_path / "broken", tmp_path / "whole"
-    for kill_at in (3, 24, 47):
-        process = command(*config, f"--workdir={broken}")
+    for kill_at in (2, 11, 17):
+        process = command("--config=tests/tiny_config.py", *flags, f"--workdir={broken}")
         while process.poll() is None and last_step(broken) < kill_at:
-            time.sleep(0.02)
+            time.sleep(0.01)
         assert process.poll() is None, process.stdout.read()
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    assert last_step(broken) < 60
-    for workdir in (broken, whole):
-        process = command(*config, f"--workdir={workdir}")
-        output, _ = process.communicate()
-        assert process.returncode == 0, output
+    assert last_step(broken) < 24
+    train(tiny(**config), broken)
+    train(tiny(**config), whole)
     assert_same_export(broken, whole)
 
 
@@ -169,12 +161,9 @@ def last_step(workdir):
 
 
 def test_sigterm_saves_exits_75_and_the_run_goes_on(tmp_path):
-    arguments = [
-        "--config=configs/digits_mlp_dpsgd.py",
-        f"--workdir={tmp_path}",
-        "--config.run.log_every=1",
-        "--config.run.checkpoint_every=1000",
-    ]
+    config = {"mechanism.steps": 60, "run.log_every": 1, "run.checkpoint_every": 1000}
+    flags = [f"--config.{key}={value}" for key, value in config.items()]
+    arguments = ["--config=tests/tiny_config.py", *flags, f"--workdir={tmp_path}"]
     process = command(*arguments)
     while process.poll() is None and last_step(tmp_path) < 5:
         time.sleep(0.02)
@@ -183,19 +172,21 @@ def test_sigterm_saves_exits_75_and_the_run_goes_on(tmp_path):
     assert process.returncode == 75, output
     assert "run the same command to go on" in output
     saved = card(tmp_path)["steps_taken"]
-    assert 5 <= saved < 200
+    assert 5 <= saved < 60
     assert (tmp_path / "checkpoints" / str(saved)).is_dir()
     assert not (tmp_path / "export").exists()
-    seen = last_step(tmp_path)
-    process = command(*arguments)
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
-    assert last_step(tmp_path) == 200
+    train(tiny(**config), tmp_path)
     steps = [record["step"] for record in metrics(tmp_path)]
-    assert steps == sorted(set(steps))
-    assert seen in steps
+    assert steps == list(range(1, 61))
 
 
+# Orbax leaves callbacks behind on a closed event loop when a load fails.
+orbax_debris = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+
+@orbax_debris
 def test_a_corrupt_checkpoint_costs_steps_but_changes_nothing(
     tmp_path, undisturbed, monkeypatch
 ):
@@ -209,6 +200,7 @@ def test_a_corrupt_checkpoint_costs_steps_but_changes_nothing(
     assert any((tmp_path / "checkpoints").glob("corrupt-8-*"))
 
 
+@orbax_debris
 def test_with_every_checkpoint_corrupt_nothing_starts_afresh(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         crash_after(patch, 10)

@@ -1,0 +1,22 @@
+"""Twelve cheap steps on digits, from a fixed seed: a config for tests."""
+
+from ml_collections import ConfigDict
+
+from configs import digits_mlp_dpsgd
+
+
+def get_config(variant: str = "dpsgd") -> ConfigDict:
+    """Return digits_mlp_dpsgd, or its non-private twin, made small."""
+    config = digits_mlp_dpsgd.get_config(variant)
+    if variant == "dpsgd":
+        config.mechanism.epsilon = None
+        config.mechanism.noise_multiplier = 1.0
+        config.mechanism.sampling.rate = 0.1
+    config.mechanism.steps = 12
+    config.model.features = (8,)
+    config.compute.physical_batch_size = 64
+    config.run.seed = 1
+    config.run.log_every = 6
+    config.run.eval_every = 6
+    config.run.checkpoint_every = 4
+    return config
