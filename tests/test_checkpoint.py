@@ -537,6 +537,7 @@ def test_an_export_that_fails_leaves_nothing(tmp_path):
             "'w' has dtype=bfloat16.*cast it to float32",
         ),
         ({"a/b": jnp.ones(3)}, "nested dicts"),
+        ({"a": jnp.ones(3), "a/b": jnp.ones(3)}, "nested dicts"),
         ({"a": [jnp.ones(3)]}, "nested dicts"),
         ({1: jnp.ones(3)}, "nested dicts"),
         ({"a": jnp.ones(3), "b": {}}, "nested dicts"),
