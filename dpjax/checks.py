@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 ClipStyle = Literal["flat", "automatic", "per_layer"]
 ENGINE_NAMES = ("vmap",)
+WRITER_NAMES = ("tensorboard", "wandb")
 
 
 def check_clip(*, clip_norm: float, style: str) -> None:

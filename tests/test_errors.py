@@ -1,0 +1,277 @@
+"""Wrong config or input -> one clear line and exit status 2, before any compute."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments.train import main
+from tests.runs import ROOT, tiny
+
+TINY = "--config=tests/tiny_config.py"
+
+WRONG_FLAGS = {
+    "no config": ([], "--config=FILE is missing"),
+    "no such config file": (["--config=configs/nope.py"], "configs/nope.py is not a file"),
+    "unknown variant": (
+        ["--config=configs/digits_mlp_dpsgd.py:fast"],
+        "variant='fast' is unknown; use dpsgd or nonprivate",
+    ),
+    "no workdir": ([TINY], "--workdir=DIR is missing"),
+    "unknown flag": ([TINY, "--workdri=x"], "Unknown command line flag 'workdri'"),
+    "stray argument": ([TINY, "digits"], "unexpected argument 'digits'"),
+    "unknown key": (
+        [TINY, "--config.mechanism.clip_nrom=1"],
+        "config.mechanism.clip_nrom is unknown; did you mean 'clip_norm'",
+    ),
+    "unknown group": (
+        [TINY, "--config.mechanisms.steps=1"],
+        "config.mechanisms.steps is unknown; did you mean 'mechanism'",
+    ),
+    "key below a value": ([TINY, "--config.run.seed.x=1"], "config.run.seed.x is unknown"),
+    "not a number": (
+        [TINY, "--config.mechanism.clip_norm=abc"],
+        "could not convert string to float: 'abc'",
+    ),
+    "not an int": ([TINY, "--config.mechanism.steps=1e3"], "config.mechanism.steps=1e3"),
+}
+
+WRONG_VALUES = {
+    "clip norm zero": ({"mechanism.clip_norm": 0.0}, "clip_norm=0.0 must be positive"),
+    "clip norm negative": ({"mechanism.clip_norm": -1.0}, "clip_norm=-1.0 must be"),
+    "clip style": ({"mechanism.clip_style": "layer"}, "clip_style='layer' is unknown"),
+    "epsilon zero": (
+        {"mechanism.epsilon": 0.0, "mechanism.noise_multiplier": None},
+        "config.mechanism: epsilon=0.0 must be positive",
+    ),
+    "epsilon negative": (
+        {"mechanism.epsilon": -3.0, "mechanism.noise_multiplier": None},
+        "epsilon=-3.0 must be positive",
+    ),
+    "epsilon infinite": (
+        {"mechanism.epsilon": float("inf"), "mechanism.noise_multiplier": None},
+        "use the NonPrivate mechanism",
+    ),
+    "epsilon and noise": ({"mechanism.epsilon": 1.0}, "set exactly one of them"),
+    "neither epsilon nor noise": (
+        {"mechanism.noise_multiplier": None},
+        "set exactly one of them",
+    ),
+    "noise negative": (
+        {"mechanism.noise_multiplier": -1.0},
+        "noise_multiplier=-1.0 must be finite and at least 0",
+    ),
+    "delta one": ({"mechanism.delta": 1.0}, "delta=1.0 must be in (0, 1)"),
+    "delta zero": ({"mechanism.delta": 0.0}, "delta=0.0 must be in (0, 1)"),
+    "rate above one": ({"mechanism.sampling.rate": 1.5}, "rate=1.5 must be in (0, 1]"),
+    "rate zero": ({"mechanism.sampling.rate": 0.0}, "rate=0.0 must be in (0, 1]"),
+    "no steps": ({"mechanism.steps": 0}, "steps=0 must be an integer of at least 1"),
+    "capacity below expected": (
+        {
+            "mechanism.sampling": {
+                "name": "dpjax.sampling:TruncatedPoisson",
+                "rate": 0.5,
+                "capacity": 100,
+            }
+        },
+        "capacity=100 is below the expected batch size 718.5",
+    ),
+    "batch larger than data": (
+        {
+            "mechanism.sampling": {
+                "name": "dpjax.sampling:ShuffledFixed",
+                "batch_size": 5000,
+            }
+        },
+        "batch_size=5000 exceeds num_examples=1437",
+    ),
+    "unknown sampling": (
+        {"mechanism.sampling.name": "dpjax.sampling:Poison"},
+        "has no 'Poison'; did you mean 'Poisson'",
+    ),
+    "unknown optimizer": (
+        {"optimizer.name": "optax:sdg"},
+        "optax has no 'sdg'; did you mean 'sgd'",
+    ),
+    "unknown optimizer key": (
+        {"optimizer.momentun": 0.9},
+        "config.optimizer.momentun is unknown; did you mean 'momentum'",
+    ),
+    "optimizer key missing": (
+        {"optimizer": {"name": "optax:sgd"}},
+        "config.optimizer.learning_rate is missing",
+    ),
+    "unknown model module": (
+        {"model.name": "dpjax.models.transformer:gpt"},
+        "there is no module 'dpjax.models.transformer'",
+    ),
+    "name without a colon": ({"model.name": "mlp"}, "must be 'module:attribute'"),
+    "unknown activation": (
+        {"model.activation": "gelu"},
+        "activation='gelu'",
+    ),
+    "no spec": ({"model": 3}, "must be a group with a name"),
+    "unknown engine": (
+        {"compute.engine": "vamp"},
+        "config.compute.engine='vamp' is unknown; did you mean 'vmap'",
+    ),
+    "microbatch does not divide": (
+        {"compute.microbatch_size": 48},
+        "microbatch_size=48 must divide config.compute.physical_batch_size=64",
+    ),
+    "physical batch zero": (
+        {"compute.physical_batch_size": 0},
+        "config.compute.physical_batch_size=0 must be an integer of at least 1",
+    ),
+    "views zero": ({"augment.views": 0}, "config.augment.views=0 must be"),
+    "average decay one": (
+        {"evaluation.ema_decay": 1.0},
+        "config.evaluation.ema_decay=1.0 must be in [0, 1)",
+    ),
+    "unknown writer": (
+        {"run.writers": ("tensorbord",)},
+        "config.run.writers='tensorbord' is unknown; did you mean 'tensorboard'",
+    ),
+    "private mechanism on public data": (
+        {"data.provenance": "public"},
+        "noise on public data protects nobody",
+    ),
+    "unknown provenance": (
+        {"data.provenance": "secret"},
+        "config.data.provenance='secret' is unknown",
+    ),
+    "no privacy on private data": (
+        {
+            "mechanism": {
+                "name": "dpjax.mechanisms.non_private:NonPrivate",
+                "sampling": {"name": "dpjax.sampling:FullBatch"},
+                "steps": 3,
+                "delta": 1e-5,
+            }
+        },
+        "nothing would protect the data",
+    ),
+    "missing group": ({"run": {}}, "config.run.seed is missing"),
+    "missing data file": (
+        {
+            "data.source": {
+                "name": "dpjax.data.arrays:npz",
+                "path": "no/such.npz",
+                "split": "train",
+            }
+        },
+        "no/such.npz",
+    ),
+    "missing image folder": (
+        {
+            "data.source": {
+                "name": "dpjax.data.images:image_folder",
+                "path": "no/such",
+                "split": "train",
+                "cache": None,
+            }
+        },
+        "no/such/train has no class folders",
+    ),
+    "unknown split": ({"data.source.split": "dev"}, "split='dev'"),
+    "label out of range": ({"model.num_classes": 9}, "label=9 of example"),
+}
+
+
+def stderr_of(argv, capsys):
+    status = main(argv)
+    captured = capsys.readouterr()
+    assert status == 2, captured
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.mark.parametrize("name", WRONG_FLAGS)
+def test_wrong_flags_are_one_line(name, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    argv, message = WRONG_FLAGS[name]
+    assert message in stderr_of(argv, capsys)
+
+
+@pytest.mark.parametrize("name", WRONG_VALUES)
+def test_wrong_values_are_one_line_and_leave_nothing(name, capsys, monkeypatch, tmp_path):
+    changes, message = WRONG_VALUES[name]
+    assert message in stderr_with(tiny(**changes), capsys, monkeypatch, tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+def stderr_with(config, capsys, monkeypatch, tmp_path):
+    """Run the command on a config file that returns ``config``."""
+    file = tmp_path / "wrong.py"
+    file.write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config():\n"
+        f"    return ConfigDict({config!r})\n".replace("inf,", "float('inf'),")
+    )
+    monkeypatch.chdir(ROOT)
+    return stderr_of([f"--config={file}", f"--workdir={tmp_path / 'run'}"], capsys)
+
+
+def test_a_corrupt_image_is_named_before_training(capsys, monkeypatch, tmp_path):
+    for split in ("train", "test"):
+        for label in ("cat", "dog"):
+            folder = tmp_path / "images" / split / label
+            folder.mkdir(parents=True)
+            for i in range(3):
+                pixels = np.full((8, 8, 3), 40 * i, np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    bad = tmp_path / "images" / "train" / "dog" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:40])
+    source = {
+        "name": "dpjax.data.images:image_folder",
+        "path": str(tmp_path / "images"),
+        "cache": None,
+    }
+    config = tiny(
+        **{
+            "data.source": {**source, "split": "train"},
+            "evaluation.source": {**source, "split": "test"},
+        }
+    )
+    message = stderr_with(config, capsys, monkeypatch, tmp_path)
+    assert "dog/1.png" in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--help"],
+        [TINY, "--workdir=x", "--config.mechanism.clip_norm=0"],
+        [TINY, "--workdir=x", "--config.mechanism.sampling.rate=2"],
+        [TINY, "--workdir=x", "--config.optimizer.name=optax:sdg"],
+        [TINY, "--workdir=x", "--config.model.name=dpjax.models.mlp:mpl"],
+        [TINY, "--workdir=x", "--config.compute.engine=vamp"],
+    ],
+    ids=lambda argv: argv[-1],
+)
+def test_help_and_config_errors_do_not_import_jax(argv):
+    code = (
+        "import sys; from experiments.train import main; "
+        f"status = main({argv!r}); "
+        "heavy = {'jax', 'optax', 'flax', 'dp_accounting', 'scipy'} & set(sys.modules); "
+        "print(status, sorted(heavy))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    expected = 0 if argv == ["--help"] else 2
+    assert done.stdout.splitlines()[-1] == f"{expected} []", done.stdout + done.stderr
+
+
+def test_dry_run_prints_plan_and_card_and_trains_nothing(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    assert main([TINY, "--config.run.dry_run=True", f"--workdir={tmp_path / 'run'}"]) == 0
+    printed = capsys.readouterr().out
+    assert "610 parameters" in printed
+    assert "# Privacy card" in printed
+    assert not (tmp_path / "run").exists()
