@@ -14,7 +14,10 @@ TINY = "--config=tests/tiny_config.py"
 
 WRONG_FLAGS = {
     "no config": ([], "--config=FILE is missing"),
-    "no such config file": (["--config=configs/nope.py"], "configs/nope.py is not a file"),
+    "no such config file": (
+        ["--config=configs/nope.py"],
+        "configs/nope.py is not a file",
+    ),
     "unknown variant": (
         ["--config=configs/digits_mlp_dpsgd.py:fast"],
         "variant='fast' is unknown; use dpsgd or nonprivate",
@@ -30,12 +33,18 @@ WRONG_FLAGS = {
         [TINY, "--config.mechanisms.steps=1"],
         "config.mechanisms.steps is unknown; did you mean 'mechanism'",
     ),
-    "key below a value": ([TINY, "--config.run.seed.x=1"], "config.run.seed.x is unknown"),
+    "key below a value": (
+        [TINY, "--config.run.seed.x=1"],
+        "config.run.seed.x is unknown",
+    ),
     "not a number": (
         [TINY, "--config.mechanism.clip_norm=abc"],
         "could not convert string to float: 'abc'",
     ),
-    "not an int": ([TINY, "--config.mechanism.steps=1e3"], "config.mechanism.steps=1e3"),
+    "not an int": (
+        [TINY, "--config.mechanism.steps=1e3"],
+        "config.mechanism.steps=1e3",
+    ),
 }
 
 WRONG_VALUES = {
@@ -198,7 +207,9 @@ def test_wrong_flags_are_one_line(name, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("name", WRONG_VALUES)
-def test_wrong_values_are_one_line_and_leave_nothing(name, capsys, monkeypatch, tmp_path):
+def test_wrong_values_are_one_line_and_leave_nothing(
+    name, capsys, monkeypatch, tmp_path
+):
     changes, message = WRONG_VALUES[name]
     assert message in stderr_with(tiny(**changes), capsys, monkeypatch, tmp_path)
     assert not (tmp_path / "run").exists()
@@ -262,7 +273,11 @@ def test_help_and_config_errors_do_not_import_jax(argv):
         "print(status, sorted(heavy))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     expected = 0 if argv == ["--help"] else 2
     assert done.stdout.splitlines()[-1] == f"{expected} []", done.stdout + done.stderr
@@ -270,7 +285,9 @@ def test_help_and_config_errors_do_not_import_jax(argv):
 
 def test_dry_run_prints_plan_and_card_and_trains_nothing(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
-    assert main([TINY, "--config.run.dry_run=True", f"--workdir={tmp_path / 'run'}"]) == 0
+    assert (
+        main([TINY, "--config.run.dry_run=True", f"--workdir={tmp_path / 'run'}"]) == 0
+    )
     printed = capsys.readouterr().out
     assert "610 parameters" in printed
     assert "# Privacy card" in printed

@@ -140,7 +140,9 @@ def test_resume_after_kill_9_is_bitwise_the_undisturbed_run(tmp_path):
     flags = [f"--config.{key}={value}" for key, value in config.items()]
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     for kill_at in (2, 11, 17):
-        process = command("--config=tests/tiny_config.py", *flags, f"--workdir={broken}")
+        process = command(
+            "--config=tests/tiny_config.py", *flags, f"--workdir={broken}"
+        )
         while process.poll() is None and last_step(broken) < kill_at:
             time.sleep(0.01)
         assert process.poll() is None, process.stdout.read()

@@ -1,0 +1,275 @@
+"""Each classical way to break DP-SGD makes a check fail: the checks have teeth.
+
+Every mutant is a plausible bug, run through the same check that the honest code passes.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dpjax
+from dpjax.clipping import vmap
+from dpjax.noise import root_key
+from dpjax.sampling import Poisson
+from tests.checks import (
+    batch_of,
+    check_adds_to_sum,
+    check_noise,
+    check_poisson,
+    check_sensitivity,
+)
+
+MECHANISM = dpjax.DpSgd(
+    clip_norm=0.5,
+    clip_style="flat",
+    noise_multiplier=1.2,
+    sampling=Poisson(rate=0.1),
+    steps=50,
+    num_examples=200,
+    delta=1e-5,
+)
+KEY = root_key(0)
+
+
+def release(mechanism, *, key=KEY, step_of=lambda step: step):
+    def run(clipped, step):
+        return mechanism.release("gradient", clipped, (), key=key, step=step_of(step))[
+            0
+        ]
+
+    return run
+
+
+def noise_check(run):
+    check_noise(
+        run,
+        stddev=MECHANISM.noise_stddev,
+        divisor=MECHANISM.expected_batch_size,
+        clip_norm=MECHANISM.clip_norm,
+        steps=20,
+    )
+
+
+def sum_check(run):
+    check_adds_to_sum(
+        run, divisor=MECHANISM.expected_batch_size, clip_norm=MECHANISM.clip_norm
+    )
+
+
+def sensitivity_check(engine):
+    def loss(params, example, key):
+        del key
+        return jnp.square(jnp.dot(params["w"], example["x"]) - example["y"])
+
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=5), jnp.float32)}
+    examples = {
+        "x": jnp.asarray(rng.normal(size=(6, 5)), jnp.float32),
+        "y": jnp.asarray(rng.normal(size=6), jnp.float32),
+    }
+    check_sensitivity(
+        engine,
+        loss,
+        params,
+        batch_of(examples),
+        jax.random.key(0),
+        clip_norm=0.5,
+        style="flat",
+    )
+
+
+def sampling_check(sampling):
+    check_poisson(sampling, num_examples=MECHANISM.num_examples)
+
+
+def no_noise():
+    return release(dataclasses.replace(MECHANISM, noise_multiplier=0.0))
+
+
+def noise_divided_twice():
+    silent = dataclasses.replace(
+        MECHANISM,
+        noise_multiplier=MECHANISM.noise_multiplier / MECHANISM.expected_batch_size,
+    )
+    return release(silent)
+
+
+def noise_for_another_clip_norm():
+    honest = release(MECHANISM)
+
+    def run(clipped, step):
+        tighter = dataclasses.replace(MECHANISM, noise_multiplier=1.2 / 10)
+        return jax.tree.map(
+            lambda a, b: 0 * a + b,
+            honest(clipped, step),
+            release(tighter)(clipped, step),
+        )
+
+    return run
+
+
+def same_key_every_step():
+    return release(MECHANISM, step_of=lambda step: 0)
+
+
+def key_reused_after_resume():
+    return release(MECHANISM, step_of=lambda step: step % 10)
+
+
+def same_noise_in_all_leaves():
+    def run(clipped, step):
+        out = release(MECHANISM)(clipped, step)
+        return {"a": out["b"].reshape(40, 25), "b": out["b"]}
+
+    return run
+
+
+def mean_instead_of_sum():
+    def run(clipped, step):
+        mean = jax.tree.map(lambda x: x / 20, clipped.total)
+        return release(MECHANISM)(dataclasses.replace(clipped, total=mean), step)
+
+    return run
+
+
+def divided_by_the_realised_batch():
+    def run(clipped, step):
+        realised = MECHANISM.expected_batch_size * 1.3
+        scale = MECHANISM.expected_batch_size / realised
+        return jax.tree.map(lambda x: x * scale, release(MECHANISM)(clipped, step))
+
+    return run
+
+
+def clip_times_ten(loss, query, batch, key):
+    return vmap(
+        loss, dataclasses.replace(query, clip_norm=10 * query.clip_norm), batch, key
+    )
+
+
+def clips_the_batch_not_the_example(loss, query, batch, key):
+    def mean(params, examples, key):
+        return jnp.mean(jax.vmap(loss, in_axes=(None, 0, None))(params, examples, key))
+
+    count = jnp.maximum(batch.mask.sum(), 1)
+    gradient = jax.grad(mean)(query.points[0], batch.examples, key)
+    clipped, statistics = vmap(loss, query, batch, key)
+    norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient)))
+    scale = count * jnp.minimum(1.0, query.clip_norm / norm)
+    total = jax.tree.map(lambda g: g * scale * count, gradient)
+    return dataclasses.replace(clipped, total=total), statistics
+
+
+def forgets_the_mask(loss, query, batch, key):
+    """Padding counts, and twice: the sum depends on rows that should not be there."""
+    clipped, statistics = vmap(loss, query, batch, key)
+    extra, _ = vmap(loss, query, batch._replace(mask=jnp.roll(batch.mask, 1)), key)
+    doubled = jax.tree.map(lambda a, b: a + b, clipped.total, extra.total)
+    return dataclasses.replace(clipped, total=doubled), statistics
+
+
+def per_layer_norm_for_a_flat_bound(loss, query, batch, key):
+    """One leaf is clipped, a second one slips through with a bound of its own."""
+    clipped, statistics = vmap(loss, query, batch, key)
+    return dataclasses.replace(
+        clipped, total=jax.tree.map(lambda x: x * jnp.sqrt(2.0), clipped.total)
+    ), statistics
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn(Poisson):
+    """Accounts ``rate`` but draws otherwise."""
+
+    def wrong(self, step, num_examples, seed):
+        raise AssertionError
+
+    def draw(self, step, *, num_examples, seed):
+        return self.wrong(step, num_examples, seed)
+
+
+class TwiceTheRate(Drawn):
+    def wrong(self, step, num_examples, seed):
+        honest = Poisson(rate=2 * self.rate)
+        return honest.draw(step, num_examples=num_examples, seed=seed)
+
+
+class FixedSize(Drawn):
+    def wrong(self, step, num_examples, seed):
+        rng = np.random.default_rng([seed, step])
+        return rng.choice(num_examples, int(self.rate * num_examples), replace=False)
+
+
+class ShuffledEpochs(Drawn):
+    def wrong(self, step, num_examples, seed):
+        honest = dpjax.ShuffledFixed(batch_size=int(self.rate * num_examples))
+        return honest.draw(step, num_examples=num_examples, seed=seed)
+
+
+class SameBatchTwice(Drawn):
+    def wrong(self, step, num_examples, seed):
+        honest = Poisson(rate=self.rate)
+        return honest.draw(step // 2, num_examples=num_examples, seed=seed)
+
+
+class UnaccountedTruncation(Drawn):
+    def wrong(self, step, num_examples, seed):
+        honest = Poisson(rate=self.rate)
+        return honest.draw(step, num_examples=num_examples, seed=seed)[:20]
+
+
+class SomeExamplesMoreOften(Drawn):
+    def wrong(self, step, num_examples, seed):
+        honest = Poisson(rate=self.rate)
+        drawn = honest.draw(step, num_examples=num_examples, seed=seed)
+        return np.unique(np.where(drawn < 20, 0, drawn))
+
+
+MUTANTS = {
+    "no noise": (noise_check, no_noise()),
+    "noise divided by the batch twice": (noise_check, noise_divided_twice()),
+    "noise for another clip norm": (noise_check, noise_for_another_clip_norm()),
+    "same key every step": (noise_check, same_key_every_step()),
+    "key reused after resume": (noise_check, key_reused_after_resume()),
+    "same noise in all leaves": (noise_check, same_noise_in_all_leaves()),
+    "mean instead of sum": (sum_check, mean_instead_of_sum()),
+    "divided by the realised batch": (sum_check, divided_by_the_realised_batch()),
+    "clip x10": (sensitivity_check, clip_times_ten),
+    "clips the batch": (sensitivity_check, clips_the_batch_not_the_example),
+    "forgets the mask": (sensitivity_check, forgets_the_mask),
+    "bound exceeded by sqrt(2)": (sensitivity_check, per_layer_norm_for_a_flat_bound),
+    "rate x2": (sampling_check, TwiceTheRate(rate=0.1)),
+    "fixed size": (sampling_check, FixedSize(rate=0.1)),
+    "shuffled epochs": (sampling_check, ShuffledEpochs(rate=0.1)),
+    "same batch twice": (sampling_check, SameBatchTwice(rate=0.1)),
+    "unaccounted truncation": (sampling_check, UnaccountedTruncation(rate=0.1)),
+    "some examples more often": (sampling_check, SomeExamplesMoreOften(rate=0.1)),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_caught(name):
+    check, mutant = MUTANTS[name]
+    with pytest.raises(AssertionError):
+        check(mutant)
+
+
+@pytest.mark.parametrize(
+    ("check", "honest"),
+    [
+        (noise_check, release(MECHANISM)),
+        (sum_check, release(MECHANISM)),
+        (sensitivity_check, vmap),
+        (sampling_check, Poisson(rate=0.1)),
+    ],
+)
+def test_the_honest_code_passes_the_same_checks(check, honest):
+    check(honest)
+
+
+def test_a_doubled_release_changes_epsilon():
+    """Noise added twice, or a step accounted once but run twice, moves the claim."""
+    half = dpjax.epsilon(MECHANISM, steps=25)
+    assert dpjax.epsilon(MECHANISM, steps=50) > 1.2 * half
