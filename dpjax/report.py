@@ -208,9 +208,9 @@ def end_block(card: PrivacyCard, scores: Mapping[str, float], workdir: Path) -> 
     return _block("result", rows)
 
 
-def facts(mechanism: Mechanism) -> dict[str, Any]:
+def facts(mechanism: Any) -> dict[str, Any]:
     """Return every primary fact of a mechanism, JSON-able, nested values included."""
-    found = {"name": type(mechanism).__name__}
+    found: dict[str, Any] = {"name": type(mechanism).__name__}
     for field in dataclasses.fields(mechanism):
         value = getattr(mechanism, field.name)
         found[field.name] = facts(value) if dataclasses.is_dataclass(value) else value

@@ -207,7 +207,7 @@ class TrainStep(NamedTuple):
 def make_train_step(
     config: Mapping[str, Any],
     experiment: Experiment,
-    transform: optax.GradientTransformationExtraArgs,
+    transform: Any,  # optax types know trees of arrays only, not ClippedSum
 ) -> TrainStep:
     """Compile the parts of a training step. A state is donated to the next one."""
     mechanism = experiment.mechanism
@@ -254,7 +254,7 @@ def make_train_step(
 def init_state(
     config: Mapping[str, Any],
     experiment: Experiment,
-    transform: optax.GradientTransformationExtraArgs,
+    transform: Any,
 ) -> TrainState:
     """Return the state before the first step; its secrets are fresh unless seeded."""
     seed = config["run"]["seed"]

@@ -1,6 +1,6 @@
 """Optax transforms: where sensitive sums become plain updates."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -87,4 +87,5 @@ def private(
             optimizer=optimizer_state,
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    # Optax types updates as trees of arrays; a ClippedSum is made to be none.
+    return optax.GradientTransformationExtraArgs(init, cast(Any, update))

@@ -179,49 +179,38 @@ def per_layer_norm_for_a_flat_bound(loss, query, batch, key):
     ), statistics
 
 
-@dataclasses.dataclass(frozen=True)
-class Drawn(Poisson):
-    """Accounts ``rate`` but draws otherwise."""
-
-    def wrong(self, step, num_examples, seed):
-        raise AssertionError
-
+class TwiceTheRate(Poisson):
     def draw(self, step, *, num_examples, seed):
-        return self.wrong(step, num_examples, seed)
-
-
-class TwiceTheRate(Drawn):
-    def wrong(self, step, num_examples, seed):
         honest = Poisson(rate=2 * self.rate)
         return honest.draw(step, num_examples=num_examples, seed=seed)
 
 
-class FixedSize(Drawn):
-    def wrong(self, step, num_examples, seed):
+class FixedSize(Poisson):
+    def draw(self, step, *, num_examples, seed):
         rng = np.random.default_rng([seed, step])
         return rng.choice(num_examples, int(self.rate * num_examples), replace=False)
 
 
-class ShuffledEpochs(Drawn):
-    def wrong(self, step, num_examples, seed):
+class ShuffledEpochs(Poisson):
+    def draw(self, step, *, num_examples, seed):
         honest = dpjax.ShuffledFixed(batch_size=int(self.rate * num_examples))
         return honest.draw(step, num_examples=num_examples, seed=seed)
 
 
-class SameBatchTwice(Drawn):
-    def wrong(self, step, num_examples, seed):
+class SameBatchTwice(Poisson):
+    def draw(self, step, *, num_examples, seed):
         honest = Poisson(rate=self.rate)
         return honest.draw(step // 2, num_examples=num_examples, seed=seed)
 
 
-class UnaccountedTruncation(Drawn):
-    def wrong(self, step, num_examples, seed):
+class UnaccountedTruncation(Poisson):
+    def draw(self, step, *, num_examples, seed):
         honest = Poisson(rate=self.rate)
         return honest.draw(step, num_examples=num_examples, seed=seed)[:20]
 
 
-class SomeExamplesMoreOften(Drawn):
-    def wrong(self, step, num_examples, seed):
+class SomeExamplesMoreOften(Poisson):
+    def draw(self, step, *, num_examples, seed):
         honest = Poisson(rate=self.rate)
         drawn = honest.draw(step, num_examples=num_examples, seed=seed)
         return np.unique(np.where(drawn < 20, 0, drawn))

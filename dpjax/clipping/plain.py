@@ -31,9 +31,11 @@ def plain(
     check_loss(loss, query.points[0], batch, key)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, batch.index)
 
+    mask = jnp.asarray(batch.mask)
+
     def summed(params: Params) -> tuple[jax.Array, jax.Array]:
         losses = jax.vmap(loss, in_axes=(None, 0, 0))(params, batch.examples, keys)
-        losses = jnp.where(batch.mask, losses.astype(jnp.float32), 0.0)
+        losses = jnp.where(mask, losses.astype(jnp.float32), 0.0)
         return losses.sum(), losses
 
     gradient, losses = jax.grad(summed, has_aux=True)(query.points[0])
@@ -45,4 +47,4 @@ def plain(
         l2_bound=empty.l2_bound,
     )
     unknown = jnp.full_like(losses, jnp.nan)
-    return unclipped, per_example(losses, unknown, batch.mask, batch.mask)
+    return unclipped, per_example(losses, unknown, mask, mask)

@@ -34,14 +34,15 @@ def vmap(
     """
     check_loss(loss, query.points[0], batch, key)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, batch.index)
+    mask = jnp.asarray(batch.mask)
     vector = _signed_gradient(loss, query)
     losses, vectors = jax.vmap(vector)(batch.examples, keys)
 
     squares = jax.tree.map(_squared_norms, vectors)
     factors = clip_factors(
-        squares, mask=batch.mask, clip_norm=query.clip_norm, style=query.style
+        squares, mask=mask, clip_norm=query.clip_norm, style=query.style
     )
-    keep = batch.mask & factors.finite
+    keep = mask & factors.finite
     vectors = jax.tree.map(lambda v: jnp.where(_rows(keep, v), v, 0.0), vectors)
     residual = None
     if query.residual:
@@ -53,7 +54,7 @@ def vmap(
         seal=jnp.ones((), jnp.float32),
         l2_bound=query.l2_bound,
     )
-    return clipped, per_example(losses, factors.norms, factors.finite, batch.mask)
+    return clipped, per_example(losses, factors.norms, factors.finite, mask)
 
 
 def per_example(losses: Array, norms: Array, finite: Array, mask: Array) -> PerExample:
