@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import math
 import signal
 import time
@@ -81,7 +82,8 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
 
     Args:
         config: Plain dicts; see ``dpjax.config``.
-        workdir: Receives checkpoints, ledger, metrics, privacy card and export.
+        workdir: Receives the resolved config, checkpoints, ledger, metrics, card and
+            export.
 
     Returns:
         The state after the last planned step.
@@ -109,6 +111,8 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
         start, state = saved.restore(fresh) or (0, fresh)
         if saved.latest is None:
             ledger.check_empty()
+            resolved = json.dumps(identity, indent=2)
+            (workdir / "config.json").write_text(resolved + "\n")
             # Before any release, so that its keys cannot be lost and drawn anew.
             saved.save(0, state, metadata=identity, wait=True)
         print(report.start_block(config, mechanism, parameters=_size(state.params)))

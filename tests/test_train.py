@@ -46,6 +46,7 @@ def test_a_run_leaves_metrics_card_export_and_checkpoints(undisturbed):
     names = {path.name for path in undisturbed.iterdir()}
     assert names == {
         "checkpoints",
+        "config.json",
         "export",
         "ledger.txt",
         "metrics.jsonl",
@@ -58,6 +59,14 @@ def test_a_run_leaves_metrics_card_export_and_checkpoints(undisturbed):
         "privacy_card.md",
     }
     assert len((undisturbed / "ledger.txt").read_text().splitlines()) == 12
+
+
+def test_the_resolved_config_is_kept_with_the_run(undisturbed):
+    kept = json.loads((undisturbed / "config.json").read_text())
+    resolved = kept.pop("resolved")
+    assert kept == json.loads(json.dumps(tiny()))
+    assert resolved["mechanism"]["noise_multiplier"] == 1.0
+    assert resolved["mechanism"]["num_examples"] == 1437
 
 
 def test_metrics_hold_public_values_only(undisturbed):
