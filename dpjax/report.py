@@ -165,9 +165,18 @@ def card_of(config: Mapping[str, Any], mechanism: Mechanism, steps: int) -> Priv
 def identity(
     config: Mapping[str, Any], mechanism: Mechanism, data_fingerprint: str
 ) -> dict[str, Any]:
-    """Return what must not change while a run goes on; kept in every checkpoint."""
+    """Return what must not change while a run goes on.
+
+    Kept in the checkpoints only: a fingerprint of private data is private.
+    """
     resolved = {"mechanism": facts(mechanism), "data": data_fingerprint}
     return {**config, "resolved": resolved}
+
+
+def config_text(config: Mapping[str, Any], mechanism: Mechanism) -> str:
+    """Return the resolved config as JSON, for people and scripts."""
+    resolved = {"mechanism": facts(mechanism)}
+    return json.dumps(_strict({**config, "resolved": resolved}), indent=2) + "\n"
 
 
 def metric_name(config: Mapping[str, Any]) -> str:

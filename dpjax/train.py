@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import math
 import signal
 import time
@@ -111,8 +110,7 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
         start, state = saved.restore(fresh) or (0, fresh)
         if saved.latest is None:
             ledger.check_empty()
-            resolved = json.dumps(identity, indent=2)
-            (workdir / "config.json").write_text(resolved + "\n")
+            (workdir / "config.json").write_text(report.config_text(config, mechanism))
             # Before any release, so that its keys cannot be lost and drawn anew.
             saved.save(0, state, metadata=identity, wait=True)
         print(report.start_block(config, mechanism, parameters=_size(state.params)))
