@@ -50,7 +50,7 @@ def get_config(path: str = "mnist.npz") -> ConfigDict:
             "name": "optax:sgd",
             "learning_rate": {
                 "name": "optax:linear_schedule",
-                "init_value": 4.0,
+                "init_value": 8.0,
                 "end_value": 0.5,
                 "transition_steps": STEPS,
             },
