@@ -10,7 +10,7 @@
 --config.run.dry_run=True print the plan and the privacy card, train nothing
 
 Exit status: 0 done, 2 wrong config or input, 75 interrupted by a signal (run the same
-command again to go on), 1 anything else.
+command again to go on), 1 stopped for another reason.
 """
 
 import os
@@ -38,6 +38,8 @@ def _run(config: dict, workdir: Path) -> int:
     # Compiled programs are kept between runs; secrets are arguments, never constants.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(".cache") / "jax"))
     from dpjax import train
+    from dpjax.checkpoint import CheckpointError
+    from dpjax.ledger import NoiseReuseError
 
     if config["run"]["dry_run"]:
         print(train.plan(config))
@@ -47,6 +49,9 @@ def _run(config: dict, workdir: Path) -> int:
     except train.Interrupted as interrupted:
         print(f"interrupted: {interrupted}; run the same command to go on")
         return os.EX_TEMPFAIL
+    except (CheckpointError, NoiseReuseError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

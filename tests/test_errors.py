@@ -283,6 +283,14 @@ def test_help_and_config_errors_do_not_import_jax(argv):
     assert done.stdout.splitlines()[-1] == f"{expected} []", done.stdout + done.stderr
 
 
+def test_divergence_stops_with_one_line_and_status_1(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    flags = [f"--workdir={tmp_path}", "--config.optimizer.learning_rate=1e38"]
+    assert main([TINY, *flags]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: the update of step")
+
+
 def test_dry_run_prints_plan_and_card_and_trains_nothing(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     assert (
