@@ -47,7 +47,7 @@ def get_config(path: str = "mnist.npz") -> ConfigDict:
     )
     config.optimizer = ConfigDict(
         {
-            "name": "optax:sgd",
+            "name": "dpjax.optimizers:sgdw",
             "learning_rate": {
                 "name": "optax:linear_schedule",
                 "init_value": 8.0,
@@ -55,6 +55,7 @@ def get_config(path: str = "mnist.npz") -> ConfigDict:
                 "transition_steps": STEPS,
             },
             "momentum": 0.9,
+            "weight_decay": 5e-4,
         }
     )
     config.compute.physical_batch_size = 256

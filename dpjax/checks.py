@@ -7,6 +7,7 @@ import math
 from typing import Literal, get_args
 
 ClipStyle = Literal["flat", "automatic", "per_layer"]
+MIN_CLIP_NORM = 1e-12
 ENGINE_NAMES = ("vmap",)
 WRITER_NAMES = ("tensorboard", "wandb")
 
@@ -17,6 +18,11 @@ def check_clip(*, clip_norm: float, style: str) -> None:
         raise ValueError(
             f"clip_norm={clip_norm} must be positive and finite; "
             "it bounds the L2 norm of each example's gradient"
+        )
+    if clip_norm < MIN_CLIP_NORM:
+        raise ValueError(
+            f"clip_norm={clip_norm} is below {MIN_CLIP_NORM}, where squares underflow in "
+            "float32; rescale the loss"
         )
     if style not in get_args(ClipStyle):
         raise ValueError(

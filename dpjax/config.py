@@ -41,7 +41,11 @@ GROUPS: dict[str, tuple[str, ...] | None] = {
 }
 """Keys of each group; None marks a group that is itself a spec."""
 
-FREE_ON_RESUME = tuple(f"run.{key}" for key in GROUPS["run"] or () if key != "seed")
+FREE_ON_RESUME = tuple(
+    f"run.{key}"
+    for key in GROUPS["run"] or ()
+    if key not in ("seed", "log_sensitive")  # what was logged once stays on the card
+)
 """Keys that may differ when a run is resumed: they change no release."""
 
 
@@ -179,6 +183,8 @@ def _check_spec(
 
 def _check_mechanism(spec: Any, provenance: str) -> None:
     path = "config.mechanism"
+    if not _is_spec(spec):
+        raise ConfigError(f"{path}={spec!r} must be a group with a name")
     facts = {k: v for k, v in spec.items() if k != "epsilon"}
     _check_spec(path, facts, extra=("num_examples", "noise_multiplier"))
     noisy = "noise_multiplier" in _signature(path, spec["name"]).required
@@ -194,11 +200,13 @@ def _check_mechanism(spec: Any, provenance: str) -> None:
             facts["noise_multiplier"] = 1.0
     elif "epsilon" in spec:
         raise ConfigError(f"{path}.epsilon is unknown; {spec['name']} adds no noise")
+    _check_spec(f"{path}.sampling", facts["sampling"])
     # The size of the data, and whether the sampling fits it, are not known yet.
     _located(f"{path}.sampling", build, facts["sampling"])
     anyone = {"name": "dpjax.sampling:FullBatch"}
     stand_in = {**facts, "sampling": anyone}
-    private = _located(path, build, stand_in, num_examples=1).private
+    mechanism = _located(path, build, stand_in, num_examples=1)
+    private = mechanism.private and spec.get("noise_multiplier") != 0
     _check_choice("config.data.provenance", provenance, PROVENANCES)
     if private and provenance == "public":
         raise ConfigError(
@@ -207,8 +215,8 @@ def _check_mechanism(spec: Any, provenance: str) -> None:
         )
     if not private and provenance == "private":
         raise ConfigError(
-            "config.data.provenance='private' with mechanism NonPrivate: nothing would "
-            "protect the data; use a private mechanism, or declare the data public"
+            "config.data.provenance='private' with a mechanism that adds no noise: nothing "
+            "would protect the data; use a private one, or declare the data public"
         )
 
 
@@ -226,9 +234,10 @@ def _check_values(config: Mapping[str, Any]) -> None:
     }
     for key, value in positive.items():
         _located("config", checks.check_positive_int, key, value, join=".")
-    if not 0 <= evaluation["ema_decay"] < 1:
+    decay = evaluation["ema_decay"]
+    if not (isinstance(decay, int | float) and 0 <= decay < 1):
         raise ConfigError(
-            f"config.evaluation.ema_decay={evaluation['ema_decay']} must be in [0, 1); "
+            f"config.evaluation.ema_decay={decay!r} must be in [0, 1); "
             "0 evaluates the last parameters"
         )
     size, physical = compute["microbatch_size"], compute["physical_batch_size"]
@@ -246,6 +255,15 @@ def _check_values(config: Mapping[str, Any]) -> None:
                 f"config.compute.physical_batch_size={physical}"
             )
     _check_choice("config.compute.engine", compute["engine"], checks.ENGINE_NAMES)
+    for key in ("log_sensitive", "dry_run"):
+        if not isinstance(run[key], bool):
+            raise ConfigError(f"config.run.{key}={run[key]!r} must be True or False")
+    if not (run["seed"] is None or isinstance(run["seed"], int)):
+        raise ConfigError(f"config.run.seed={run['seed']!r} must be an integer or None")
+    if not isinstance(run["writers"], list | tuple):
+        raise ConfigError(
+            f"config.run.writers={run['writers']!r} must be a tuple of names"
+        )
     for writer in run["writers"]:
         _check_choice("config.run.writers", writer, checks.WRITER_NAMES)
 

@@ -7,8 +7,12 @@ it released before. The ledger holds a fingerprint of each *noised* release, whi
 public by post-processing, and refuses a step that comes out differently.
 """
 
+import contextlib
+import fcntl
+import os
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
 
 class NoiseReuseError(RuntimeError):
@@ -23,8 +27,11 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._seen = _read(path)
-        self._file = path.open("a")
+        with contextlib.ExitStack() as opened:
+            self._file = opened.enter_context(path.open("a"))
+            _lock(self._file)
+            self._seen = _read(path)
+            opened.pop_all()  # Opened for good: __exit__ closes it.
 
     def record(self, step: int, fingerprint: int) -> None:
         """Note what ``step`` released, in its uint32 fingerprint.
@@ -44,6 +51,15 @@ class Ledger:
                 "config, code or hardware changed since: start a new run in a new workdir"
             )
 
+    def check_complete(self, steps: int) -> None:
+        """Raise NoiseReuseError unless the first ``steps`` releases are recorded."""
+        missing = [number for number in range(steps) if number not in self._seen]
+        if missing:
+            raise NoiseReuseError(
+                f"{self._path} does not record the release of step {missing[0]}: it was "
+                "changed or lost; bring it back, or start a new run in a new workdir"
+            )
+
     def check_empty(self) -> None:
         """Raise NoiseReuseError if releases were made by a run whose state is lost."""
         if self._seen:
@@ -52,6 +68,10 @@ class Ledger:
                 "checkpoint to go on from: starting again would release more than is "
                 "accounted; use a new workdir"
             )
+
+    def sync(self) -> None:
+        """Make the record outlive a loss of power."""
+        os.fsync(self._file.fileno())
 
     def __enter__(self) -> "Ledger":
         return self
@@ -65,6 +85,15 @@ class Ledger:
         self._file.close()
 
 
+def _lock(file: TextIO) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise NoiseReuseError(
+            f"{file.name} is in use: another process is training in this workdir"
+        ) from error
+
+
 def _read(path: Path) -> dict[int, int]:
     if not path.exists():
         return {}
@@ -73,4 +102,14 @@ def _read(path: Path) -> dict[int, int]:
         # Torn by a crash, before anything that depends on it was written.
         lines.pop()
         path.write_text("".join(lines))
-    return {int(step): int(mark) for step, mark in map(str.split, lines)}
+    seen: dict[int, int] = {}
+    for number, line in enumerate(lines, start=1):
+        parts = line.split()
+        if len(parts) != 2 or not all(part.isdigit() for part in parts):
+            raise NoiseReuseError(
+                f"line {number} of {path} is damaged: {line.strip()!r}"
+            )
+        step, mark = map(int, parts)
+        if seen.setdefault(step, mark) != mark:
+            raise NoiseReuseError(f"line {number} of {path} contradicts an earlier one")
+    return seen

@@ -17,7 +17,8 @@ ASSUMPTIONS = (
     "Privacy unit: one training example.",
     "The number of training examples is public.",
     "Noise and sampling come from non-cryptographic generators (threefry, Philox), "
-    "and noise is added in floating point.",
+    "sums are rounded and noise is added in floating point.",
+    "The time that steps take, which depends on the batches drawn, is not observed.",
     "The cost covers this run only: other runs on the same data, such as a search for "
     "hyper-parameters, add theirs.",
 )
@@ -93,9 +94,11 @@ class PrivacyCard:
         return f"epsilon = {self.epsilon:.2f} at delta = {self.delta:g}"
 
     def write(self, directory: Path) -> None:
-        """Write ``privacy_card.json`` and ``privacy_card.md``."""
+        """Write ``privacy_card.json`` and ``privacy_card.md``, each atomically."""
         for name, text in self.files().items():
-            (directory / name).write_text(text)
+            unfinished = directory / f".{name}"
+            unfinished.write_text(text)
+            unfinished.replace(directory / name)
 
     def files(self) -> dict[str, str]:
         """Return both forms of the card by file name."""
@@ -201,9 +204,9 @@ def start_block(
         "steps": f"{mechanism.steps:,}",
         "engine": engine + (f" in microbatches of {size}" if size else ""),
     }
-    if mechanism.private:
+    if "noise_multiplier" in facts(mechanism):
         rows["noise multiplier"] = f"{facts(mechanism)['noise_multiplier']:.4f}"
-    rows["at the end"] = privacy_card(mechanism, steps=mechanism.steps).headline()
+    rows["at the end"] = card_of(config, mechanism, mechanism.steps).headline()
     return _block("plan", rows)
 
 

@@ -139,7 +139,7 @@ class TruncatedPoisson:
         import dp_accounting as dp
 
         event = dp.TruncatedSubsampledGaussianDpEvent(
-            dataset_size=num_examples,
+            dataset_size=num_examples + 1,  # the larger neighbour, if one is added
             sampling_probability=self.rate,
             truncated_batch_size=self.capacity,
             noise_multiplier=noise_multiplier,

@@ -11,30 +11,44 @@ from jaxtyping import Array, Bool, Float
 
 from dpjax.typing import Params, Scalar
 
+SEAL = 0.7548777
+"""An odd value: no fixed point of sign, square, reciprocal or rounding."""
+
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ClippedSum:
     """A sum of clipped per-example vectors: sensitive until a mechanism releases it.
 
-    It is not shaped like params, so an optax transform with state fails on it; one
-    without state changes the seal, and release then answers NaN.
+    It is not shaped like params, so an optax transform that keeps a state of that shape
+    fails on it; one that rescales values changes the seal, and release then answers NaN.
+    Adding a sum to itself is not noticed: merge disjoint sets only.
 
     Attributes:
         total: ``sum_i f_i d_i``, like params, at least float32.
         residual: ``sum_i (mask_i - f_i) d_i``, like params, or None if not asked for.
-        seal: 1.0 when made; anything that rescales the sum rescales this too.
+        seal: ``SEAL`` when made; what changes the sum by mistake changes this too.
         l2_bound: How far adding or removing one example can move ``total``.
+        phase: Static; the kind of query this answers.
     """
 
     total: Params
     residual: Params | None
     seal: Scalar
     l2_bound: Scalar
+    phase: str = dataclasses.field(metadata={"static": True})
+
+    def __repr__(self) -> str:
+        return "ClippedSum(private until a mechanism releases it)"
 
     @classmethod
     def zeros(
-        cls, params: Params, *, l2_bound: float | Scalar, residual: bool = False
+        cls,
+        params: Params,
+        *,
+        l2_bound: float | Scalar,
+        residual: bool = False,
+        phase: str = "gradient",
     ) -> "ClippedSum":
         """Return the sum over no examples, with leaves shaped like ``params``."""
 
@@ -46,8 +60,9 @@ class ClippedSum:
         return cls(
             total=empty(),
             residual=empty() if residual else None,
-            seal=jnp.ones((), jnp.float32),
+            seal=_seal(),
             l2_bound=jnp.asarray(l2_bound, jnp.float32),
+            phase=phase,
         )
 
     def merge(self, other: "ClippedSum") -> "ClippedSum":
@@ -56,14 +71,18 @@ class ClippedSum:
         Sensitivity: the shared ``l2_bound``, since an example is in one set only; with
         different bounds, the seal breaks.
         """
-        intact = (
-            (self.seal == 1) & (other.seal == 1) & (self.l2_bound == other.l2_bound)
-        )
+        if self.phase != other.phase:
+            raise ValueError(
+                f"phase={self.phase!r} and phase={other.phase!r} are different queries: "
+                "their sums cannot be merged"
+            )
+        sealed = (self.seal == _seal()) & (other.seal == _seal())
+        intact = sealed & (self.l2_bound == other.l2_bound)
         total, residual = jax.tree.map(
             jnp.add, (self.total, self.residual), (other.total, other.residual)
         )
         seal = jnp.where(intact, self.seal, jnp.nan)
-        return ClippedSum(total, residual, seal, self.l2_bound)
+        return ClippedSum(total, residual, seal, self.l2_bound, self.phase)
 
 
 @jax.tree_util.register_dataclass
@@ -99,8 +118,12 @@ def opened(clipped: ClippedSum, *, l2_bound: float | Scalar) -> Params:
     All NaN if the seal is broken, or if the sum was clipped to more than ``l2_bound``.
     """
     bound = jnp.asarray(l2_bound, jnp.float32)
-    intact = (clipped.seal == 1) & (clipped.l2_bound <= bound)
+    intact = (clipped.seal == _seal()) & (clipped.l2_bound <= bound)
     return jax.tree.map(lambda x: jnp.where(intact, x, jnp.nan), clipped.total)
+
+
+def _seal() -> Scalar:
+    return jnp.asarray(SEAL, jnp.float32)
 
 
 def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:

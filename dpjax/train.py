@@ -28,7 +28,7 @@ from dpjax.metrics import Progress, writers
 from dpjax.noise import root_key
 from dpjax.sensitive import ClippedSum, PerExample, reveal
 from dpjax.transforms import PrivateState, private
-from dpjax.typing import Batch, Key, Params, Scalar
+from dpjax.typing import Batch, Example, Key, Params, Scalar, Source
 
 
 class TrainState(NamedTuple):
@@ -48,6 +48,9 @@ class TrainState(NamedTuple):
     loss_key: Key
     sampling_seed: jax.Array
 
+    def __repr__(self) -> str:
+        return "TrainState(secret: holds keys and the sampling seed)"
+
 
 class Released(NamedTuple):
     """What one step made public: its number, fingerprint and the norm of the update."""
@@ -65,8 +68,9 @@ def plan(config: Mapping[str, Any]) -> str:
     """
     experiment = build_experiment(config)
     mechanism = experiment.mechanism
-    example = jax.tree.map(lambda x: x[0], experiment.source[[0]])
-    params = jax.eval_shape(experiment.model.init, jax.random.key(0), example)
+    params = jax.eval_shape(
+        experiment.model.init, jax.random.key(0), _blank(experiment.source)
+    )
     start = report.start_block(config, mechanism, parameters=_size(params))
     card = report.card_of(config, mechanism, mechanism.steps)
     return f"{start}\n\n{card.to_markdown()}"
@@ -108,6 +112,7 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
         _check_same_run(saved.metadata(), identity, workdir)
         fresh = init_state(config, experiment, transform)
         start, state = saved.restore(fresh) or (0, fresh)
+        ledger.check_complete(start)
         if saved.latest is None:
             ledger.check_empty()
             (workdir / "config.json").write_text(report.config_text(config, mechanism))
@@ -146,8 +151,10 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
                 save = last or stop or step % run["checkpoint_every"] == 0
                 if not (log or score_now or save):
                     continue
-                # Nothing that depends on a release is written before the ledger has it.
+                # Nothing that depends on a release is written before the ledger and the
+                # card tell of it.
                 _record(ledger, released)
+                report.card_of(config, mechanism, step).write(workdir)
                 scalars = {"examples/s": clock.examples_per_second(step)}
                 scalars["epsilon"] = epsilon(mechanism, steps=step)
                 scalars["update_norm"] = float(released.update_norm)
@@ -159,14 +166,15 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
                 writer.write(step, scalars)
                 progress.update(step, scalars)
                 if save:
+                    ledger.sync()
                     saved.save(step, state, metadata=identity)
-                    report.card_of(config, mechanism, step).write(workdir)
                 if stop and not last:
                     saved.wait()
                     raise Interrupted(f"saved step {step} of {mechanism.steps}")
                 clock.restart(step)
 
         card = report.card_of(config, mechanism, mechanism.steps)
+        card.write(workdir)
         if not (workdir / "export").exists():
             export(workdir / "export", evaluated_params(state), card.files())
         if math.isnan(score):  # The run was complete before it was resumed.
@@ -182,10 +190,10 @@ class TrainStep(NamedTuple):
     once for each phase, whatever sizes the sampler draws.
 
     Attributes:
-        phase: Step number -> phase, a static argument of the others.
+        phase: Step number -> phase, a static argument of the next two.
         begin: ``(phase, state) -> `` the sum over no examples.
         accumulate: ``(phase, state, total, batch) -> `` total and statistics.
-        finish: ``(phase, state, total) -> `` the next state and what was released.
+        finish: ``(state, total) -> `` the next state and what was released.
     """
 
     phase: Callable[[int], str]
@@ -202,7 +210,7 @@ class TrainStep(NamedTuple):
         for chunk in batch.chunks:
             total, per_example = self.accumulate(phase, state, total, chunk)
             statistics.append(per_example)
-        state, released = self.finish(phase, state, total)
+        state, released = self.finish(state, total)
         return state, released, statistics
 
 
@@ -221,10 +229,7 @@ def make_train_step(
 
     @functools.partial(jax.jit, static_argnums=0)
     def begin(phase: str, state: TrainState) -> ClippedSum:
-        asked = query(phase, state)
-        return ClippedSum.zeros(
-            state.params, l2_bound=asked.l2_bound, residual=asked.residual
-        )
+        return query(phase, state).empty()
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
     def accumulate(
@@ -236,14 +241,10 @@ def make_train_step(
         )
         return total.merge(clipped), per_example if keep_statistics else None
 
-    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-    def finish(
-        phase: str, state: TrainState, total: ClippedSum
-    ) -> tuple[TrainState, Released]:
+    @functools.partial(jax.jit, donate_argnums=0)
+    def finish(state: TrainState, total: ClippedSum) -> tuple[TrainState, Released]:
         step = state.private.step
-        updates, after = transform.update(
-            total, state.private, state.params, phase=phase
-        )
+        updates, after = transform.update(total, state.private, state.params)
         params = optax.apply_updates(state.params, updates)
         average = _moving_average(state.average, params, decay=decay, step=step)
         released = Released(step, after.released, optax.tree.norm(updates))
@@ -260,8 +261,8 @@ def init_state(
 ) -> TrainState:
     """Return the state before the first step; its secrets are fresh unless seeded."""
     seed = config["run"]["seed"]
-    example = jax.tree.map(lambda x: x[0], experiment.source[[0]])
-    params = jax.jit(experiment.model.init)(_key("init", seed), example)
+    blank = _blank(experiment.source)
+    params = jax.jit(experiment.model.init)(_key("init", seed), blank)
     keeps_average = config["evaluation"]["ema_decay"] > 0
     return TrainState(
         params=params,
@@ -336,6 +337,11 @@ def _check_same_run(
             f"{workdir} holds a run that differs in {', '.join(keys)}; "
             "use another --workdir, or set these keys back"
         )
+
+
+def _blank(source: Source) -> Example:
+    # Initialisation sees shapes only: one that reads values would release an example.
+    return jax.tree.map(lambda x: np.zeros(x.shape[1:], x.dtype), source[[0]])
 
 
 def _size(params: Params) -> int:

@@ -29,6 +29,9 @@ class PrivateState(NamedTuple):
     mechanism: Any
     optimizer: optax.OptState
 
+    def __repr__(self) -> str:
+        return "PrivateState(secret: holds the noise key)"
+
 
 def private(
     mechanism: Mechanism, optimizer: optax.GradientTransformation, *, noise_key: Key
@@ -43,11 +46,16 @@ def private(
         mechanism: What is released, and what it costs.
         optimizer: Any optax transform of mean gradients.
         noise_key: ``dpjax.noise.root_key()``. Kept in the state and not in the program, so
-            that it reaches no compilation cache.
+            that it reaches no compilation cache; ``init`` refuses to be traced.
     """
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params: Params) -> PrivateState:
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params)):
+            raise TypeError(
+                "private(...).init must not be traced by jit: the noise key would become "
+                "a constant of the program; call it outside"
+            )
         return PrivateState(
             step=jnp.zeros((), jnp.int32),
             noise_key=noise_key,
@@ -60,8 +68,6 @@ def private(
         updates: ClippedSum,
         state: PrivateState,
         params: Params | None = None,
-        *,
-        phase: str = "gradient",
         **extra_args: Any,
     ) -> tuple[Params, PrivateState]:
         if not isinstance(updates, ClippedSum):
@@ -70,9 +76,9 @@ def private(
                 "place it first in the chain, right after dpjax.clipped_grad"
             )
         mean, mechanism_state = mechanism.release(
-            phase,
             updates,
             state.mechanism,
+            params,
             key=state.noise_key,
             step=state.step,
         )

@@ -147,6 +147,22 @@ WRONG_VALUES = {
         {"data.provenance": "public"},
         "noise on public data protects nobody",
     ),
+    "no noise on private data": (
+        {"mechanism.noise_multiplier": 0.0},
+        "nothing would protect the data",
+    ),
+    "moving average no number": (
+        {"evaluation.ema_decay": "x"},
+        "ema_decay='x' must be",
+    ),
+    "mechanism no group": ({"mechanism": 3}, "config.mechanism=3 must be a group"),
+    "sampling no group": (
+        {"mechanism.sampling": 3},
+        "config.mechanism.sampling=3 must",
+    ),
+    "writers no tuple": ({"run.writers": 3}, "config.run.writers=3 must be a tuple"),
+    "flag no bool": ({"run.log_sensitive": "no"}, "log_sensitive='no' must be True"),
+    "seed no int": ({"run.seed": 1.5}, "config.run.seed=1.5 must be an integer"),
     "unknown provenance": (
         {"data.provenance": "secret"},
         "config.data.provenance='secret' is unknown",

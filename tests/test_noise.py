@@ -52,6 +52,12 @@ def test_noise_depends_on_both_halves_of_the_key():
         assert not np.array_equal(noise(0, mixed)["a"], noise(0, key)["a"])
 
 
+def test_streams_of_one_step_differ():
+    other = add_noise(SHAPES, key=KEY, step=3, stddev=1.0, stream=1)
+    correlation = np.corrcoef(noise(3)["b"]["c"], other["b"]["c"])[0, 1]
+    assert abs(correlation) < 5 / np.sqrt(2048)
+
+
 def test_replayed_step_draws_the_same_noise_bitwise():
     jax.tree.map(np.testing.assert_array_equal, noise(7), noise(7))
     traced = jax.jit(noise)(jnp.int32(7), root_key(0))

@@ -21,6 +21,8 @@ from dpjax.train import Interrupted, init_state, make_train_step, sampling_seed,
 from dpjax.transforms import private
 from tests.runs import assert_same_export, card, command, metrics, tiny
 
+metrics_of = metrics
+
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
@@ -113,6 +115,7 @@ def test_one_program_for_fifty_poisson_batches_of_all_sizes(tmp_path):
         sizes.add(sum(int(chunk.mask.sum()) for chunk in batch.chunks))
     assert len(sizes) > 15
     assert len(chunks) > 2
+    assert int(state.private.step) == 50
     for function in (step.begin, step.accumulate, step.finish):
         assert function._cache_size() == 1
     assert int(state.private.step) == 50
@@ -235,6 +238,59 @@ def flip_bits(directory):
         file.write_bytes(bytes(data))
 
 
+def test_a_lost_ledger_is_no_permission(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        crash_after(patch, 10)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny(), tmp_path)
+    (tmp_path / "ledger.txt").unlink()
+    with pytest.raises(NoiseReuseError, match="does not record the release of step 0"):
+        train(tiny(), tmp_path)
+
+
+@pytest.mark.parametrize("step", [6, 8, 12])
+@pytest.mark.parametrize("write", ["metrics", "checkpoint", "card"])
+def test_a_crash_between_two_writes_leaves_no_understated_card(
+    write, step, tmp_path, monkeypatch
+):
+    from dpjax import checkpoint, metrics, report
+
+    target, name, at = {
+        "metrics": (metrics.AllWriters, "write", lambda args: args[1]),
+        "checkpoint": (checkpoint.Checkpoints, "save", lambda args: args[1]),
+        "card": (report.PrivacyCard, "write", lambda args: args[0].steps_taken),
+    }[write]
+    honest = getattr(target, name)
+
+    def dying(*args, **kwargs):
+        if at(args) == step:
+            raise KeyboardInterrupt
+        return honest(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target, name, dying)
+        if write == "checkpoint" and step == 6:
+            return  # No checkpoint is due there.
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny(), tmp_path)
+    published = metrics_of(tmp_path)
+    if published:
+        assert card(tmp_path)["steps_taken"] >= published[-1]["step"]
+    train(tiny(), tmp_path)
+    assert card(tmp_path)["steps_taken"] == 12
+
+
+def test_initialisation_sees_no_example(tmp_path):
+    config = tiny(model={"name": "tests.leaky:leaky", "num_classes": 10})
+    experiment = build_experiment(config)
+    transform = private(
+        experiment.mechanism, experiment.optimizer, noise_key=root_key(1)
+    )
+    state = init_state(config, experiment, transform)
+    assert not np.any(state.params["first"])
+    assert np.any(experiment.source[[0]]["image"])
+
+
 def test_lost_checkpoints_are_no_fresh_start(tmp_path):
     train(tiny(), tmp_path)
     shutil.rmtree(tmp_path / "checkpoints")
@@ -278,6 +334,7 @@ def test_a_finished_run_is_reported_again_and_not_repeated(
             ["optimizer.learning_rate", "run.seed"],
         ),
         ({"compute.physical_batch_size": 32}, ["compute.physical_batch_size"]),
+        ({"run.log_sensitive": True}, ["run.log_sensitive"]),
     ],
 )
 def test_a_workdir_of_another_config_is_refused_with_the_keys(

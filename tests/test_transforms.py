@@ -10,7 +10,7 @@ import pytest
 
 import dpjax
 from dpjax.clipping import microbatched, vmap
-from dpjax.sensitive import ClippedSum
+from dpjax.sensitive import SEAL, ClippedSum
 
 PARAMS = {"w": jnp.ones((5, 3)), "b": jnp.zeros(3)}
 MECHANISM = dpjax.DpSgd(
@@ -52,9 +52,7 @@ def is_finite(tree):
 def test_any_optax_optimizer_sees_the_released_mean(name):
     transform = private(OPTIMIZERS[name])
     updates, state = transform.update(empty_sum(), transform.init(PARAMS), PARAMS)
-    mean, _ = MECHANISM.release(
-        "gradient", empty_sum(), (), key=dpjax.root_key(0), step=0
-    )
+    mean, _ = MECHANISM.release(empty_sum(), (), PARAMS, key=dpjax.root_key(0), step=0)
     inner = OPTIMIZERS[name]
     expected, _ = inner.update(mean, inner.init(PARAMS), PARAMS)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-6), updates, expected)
@@ -107,6 +105,10 @@ def test_each_step_has_its_own_noise_and_fingerprint():
     [
         optax.scale(10.0),
         optax.scale(0.1),
+        optax.scale_by_sign(),
+        optax.stateless(lambda u, p: jax.tree.map(jnp.square, u)),
+        optax.stateless(lambda u, p: jax.tree.map(lambda x: 1 / x, u)),
+        optax.stateless(lambda u, p: jax.tree.map(jnp.round, u)),
         optax.clip(0.01),
         optax.clip_by_global_norm(0.01),
         optax.set_to_zero(),
@@ -120,6 +122,10 @@ def test_each_step_has_its_own_noise_and_fingerprint():
     ids=[
         "scale up",
         "scale down",
+        "sign",
+        "square",
+        "reciprocal",
+        "round",
         "clip",
         "clip_by_global_norm",
         "set_to_zero",
@@ -158,7 +164,7 @@ def test_a_sum_clipped_further_out_is_not_released():
 
 def test_merging_sums_of_different_bounds_breaks_the_seal():
     assert np.isnan(empty_sum(1.0).merge(empty_sum(2.0)).seal)
-    assert float(empty_sum(1.0).merge(empty_sum(1.0)).seal) == 1.0
+    assert empty_sum(1.0).merge(empty_sum(1.0)).seal == np.float32(SEAL)
 
 
 def test_merging_cannot_mend_a_broken_seal():
@@ -177,6 +183,23 @@ def test_the_noise_key_is_an_argument_and_no_constant_of_the_program():
     for word in np.ravel(jax.random.key_data(dpjax.root_key(5))):
         assert str(word) not in text
         assert f"{word:08x}" not in text.lower()
+
+
+def test_init_under_jit_is_refused_for_it_would_write_the_key_into_the_program():
+    with pytest.raises(TypeError, match="must not be traced"):
+        jax.jit(private().init)(PARAMS)
+
+
+def test_sums_of_different_phases_do_not_merge():
+    other = ClippedSum.zeros(PARAMS, l2_bound=1.0, phase="difference")
+    with pytest.raises(ValueError, match="different queries"):
+        empty_sum().merge(other)
+
+
+def test_secrets_and_sums_do_not_print():
+    state = private(seed=5).init(PARAMS)
+    assert str(np.ravel(jax.random.key_data(state.noise_key))[0]) not in repr(state)
+    assert "Array" not in repr(empty_sum())
 
 
 def test_per_example_values_do_not_print():

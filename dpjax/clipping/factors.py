@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from dpjax.checks import ClipStyle
+from dpjax.checks import MIN_CLIP_NORM, ClipStyle
 from dpjax.typing import Scalar
 
 AUTOMATIC_GAMMA = 0.01  # "stability constant" of AUTO-S, arXiv 2206.07136, section 3.3
@@ -56,6 +56,8 @@ def clip_factors(
             raw = bound / (norms + AUTOMATIC_GAMMA)
         else:
             raw = jnp.where(norms > bound, bound / norms, 1.0)
+            # Squares of such small entries underflow: the norm cannot be trusted.
+            raw = jnp.where(bound < MIN_CLIP_NORM / 10, 0.0, raw)
         return jnp.where(keep, raw, 0.0)
 
     bound = jnp.asarray(clip_norm, total.dtype)

@@ -43,10 +43,7 @@ def microbatched(engine: Engine, *, size: int) -> Engine:
         slices = jax.tree.map(
             lambda x: jnp.swapaxes(x.reshape(size, -1, *x.shape[1:]), 0, 1), batch
         )
-        empty = ClippedSum.zeros(
-            query.points[0], l2_bound=query.l2_bound, residual=query.residual
-        )
-        total, statistics = jax.lax.scan(body, empty, slices)
+        total, statistics = jax.lax.scan(body, query.empty(), slices)
         restored = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).ravel(), statistics)
         return total, restored
 

@@ -1,5 +1,7 @@
 """The non-private engine: one ordinary gradient, no per-example work."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -15,8 +17,9 @@ def plain(
     """Return the unclipped gradient sum by one backward pass over the whole batch.
 
     This is the speed of training without privacy: the norm of no example is known (they
-    are reported as NaN). The sum is marked as unbounded, so no private mechanism
-    releases it.
+    are reported as NaN), and an example that is not finite spoils the sum, as it does in
+    ordinary training. The sum is marked as unbounded, so no private mechanism releases
+    it.
 
     Raises:
         TypeError: See ``vmap``.
@@ -39,12 +42,8 @@ def plain(
         return losses.sum(), losses
 
     gradient, losses = jax.grad(summed, has_aux=True)(query.points[0])
-    empty = ClippedSum.zeros(query.points[0], l2_bound=jnp.inf)
-    unclipped = ClippedSum(
-        total=jax.tree.map(lambda z, g: g.astype(z.dtype), empty.total, gradient),
-        residual=None,
-        seal=empty.seal,
-        l2_bound=empty.l2_bound,
-    )
+    empty = ClippedSum.zeros(query.points[0], l2_bound=jnp.inf, phase=query.phase)
+    total = jax.tree.map(lambda z, g: g.astype(z.dtype), empty.total, gradient)
+    unclipped = dataclasses.replace(empty, total=total)
     unknown = jnp.full_like(losses, jnp.nan)
     return unclipped, per_example(losses, unknown, mask, mask)

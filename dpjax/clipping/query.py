@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from dpjax.checks import ClipStyle
+from dpjax.sensitive import ClippedSum
 from dpjax.typing import Params, Scalar
 
 
@@ -23,6 +24,7 @@ class Query:
             layers (leaves with the same parent) clipped flat to ``C/sqrt(G)``. In
             each style one example contributes at most C.
         residual: Static; whether to sum ``d_i - clip(d_i)`` too.
+        phase: Static; the kind of query, which the mechanism's release must know.
     """
 
     points: tuple[Params, ...]
@@ -32,6 +34,16 @@ class Query:
     )
     style: ClipStyle = dataclasses.field(default="flat", metadata={"static": True})
     residual: bool = dataclasses.field(default=False, metadata={"static": True})
+    phase: str = dataclasses.field(default="gradient", metadata={"static": True})
+
+    def empty(self) -> ClippedSum:
+        """Return the answer over no examples."""
+        return ClippedSum.zeros(
+            self.points[0],
+            l2_bound=self.l2_bound,
+            residual=self.residual,
+            phase=self.phase,
+        )
 
     @property
     def l2_bound(self) -> Scalar:

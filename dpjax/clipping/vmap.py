@@ -1,5 +1,6 @@
 """The reference engine: per-example gradients by jit(vmap(grad)), then clip and sum."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -48,11 +49,10 @@ def vmap(
     if query.residual:
         rest = jax.tree.map(lambda f: jnp.where(keep, 1 - f, 0.0), factors.leaves)
         residual = jax.tree.map(_weighted_sum, rest, vectors)
-    clipped = ClippedSum(
+    clipped = dataclasses.replace(
+        query.empty(),
         total=jax.tree.map(_weighted_sum, factors.leaves, vectors),
         residual=residual,
-        seal=jnp.ones((), jnp.float32),
-        l2_bound=query.l2_bound,
     )
     return clipped, per_example(losses, factors.norms, factors.finite, mask)
 

@@ -21,7 +21,7 @@ class StepBatch(NamedTuple):
         step: The step they were drawn for.
         chunks: ``ceil(k / physical_batch_size)`` batches of one fixed shape, numpy
             arrays, with the ``k`` drawn examples in the order of the draw. Only the
-            last has padding: rows of zeros with mask False and index 0.
+            last has padding: copies of its last example, with mask False.
     """
 
     step: int
@@ -126,13 +126,15 @@ class _Steps:
 
 
 def _chunk(source: Source, indices: np.ndarray, size: int) -> Batch:
-    """Read the examples of ``indices`` and pad them with zeros to ``size`` rows."""
+    """Read the examples of ``indices`` and pad them to ``size`` rows."""
     rest = size - len(indices)
 
     def pad(array: np.ndarray) -> np.ndarray:
         if not rest:
             return array  # nearly all chunks are full: they need no copy
-        return np.pad(array, [(0, rest)] + [(0, 0)] * (array.ndim - 1))
+        # Copies of a real row: zeros could be outside the domain of a loss, and the
+        # plain engine cannot mask what is NaN.
+        return np.pad(array, [(0, rest)] + [(0, 0)] * (array.ndim - 1), mode="edge")
 
     examples = source[indices.tolist()]
     return Batch(

@@ -71,7 +71,13 @@ class Mechanism(Protocol):
         ...
 
     def release(
-        self, phase: str, clipped: "ClippedSum", state: Any, *, key: "Key", step: Any
+        self,
+        clipped: "ClippedSum",
+        state: Any,
+        params: "Params",
+        *,
+        key: "Key",
+        step: Any,
     ) -> "tuple[Params, Any]":
         """Return a plain, safe gradient estimate like params, and the next state.
 

@@ -21,7 +21,7 @@ class DpSgd:
     """Release ``(sum_i clip(g_i) + N(0, noise_stddev^2)) / expected_batch_size``.
 
     Sensitivity: the sum moves by at most ``clip_norm`` when one example is added,
-    removed or zeroed; the divisor is a public constant.
+    removed or zeroed (up to float32 rounding of the sum); the divisor is public.
 
     Attributes:
         clip_norm: L2 bound on each example's contribution.
@@ -89,15 +89,15 @@ class DpSgd:
 
     def release(
         self,
-        phase: str,
         clipped: "ClippedSum",
         state: tuple[()],
+        params: "Params",
         *,
         key: "Key",
         step: "int | Scalar",
     ) -> "tuple[Params, tuple[()]]":
         """Return the noisy mean gradient; NaN if the sum is not the one asked for."""
-        del phase
+        del params
         from dpjax.noise import noisy_mean
 
         mean = noisy_mean(

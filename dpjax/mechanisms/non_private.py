@@ -68,15 +68,15 @@ class NonPrivate:
 
     def release(
         self,
-        phase: str,
         clipped: "ClippedSum",
         state: tuple[()],
+        params: "Params",
         *,
         key: "Key",
         step: "int | Scalar",
     ) -> "tuple[Params, tuple[()]]":
         """Return the plain gradient estimate."""
-        del phase, key, step
+        del params, key, step
         import jax
 
         from dpjax.sensitive import opened

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dpjax.clipping import Query, clipped_grad, microbatched, plain, vmap
-from dpjax.sensitive import ClippedSum, reveal
+from dpjax.sensitive import SEAL, ClippedSum, reveal
 from tests.checks import (
     assert_close,
     batch_of,
@@ -240,7 +240,7 @@ def test_merge_over_a_split_batch_equals_the_whole(engine):
     merged = halves[0].merge(halves[1])
     assert_close(merged.total, whole.total, rtol=1e-6, scale=norm(whole.total))
     assert_close(merged.residual, whole.residual, rtol=1e-6, scale=norm(whole.residual))
-    assert float(merged.seal) == 1.0
+    assert merged.seal == np.float32(SEAL)
 
 
 @pytest.mark.parametrize(
@@ -269,6 +269,19 @@ def test_integer_parameters_are_refused_by_name(engine):
             batch_of({"x": jnp.ones((8, 5))}),
             KEY,
         )
+
+
+@all_engines
+def test_a_radius_where_squares_underflow_keeps_nothing(engine):
+    """Entries of 1e-19 have squares of 0 in float32: their norm would look like 0."""
+
+    def tiny(params, example, key):
+        del key
+        return 1e-19 * jnp.sum(params * example["x"])
+
+    batch = batch_of({"x": jnp.ones((8, 5))})
+    clipped, _ = run(engine, tiny, Query((jnp.ones(5),), clip_norm=1e-21), batch)
+    assert norm(clipped.total) == 0.0
 
 
 def test_plain_engine_is_the_gradient_of_the_summed_loss():
@@ -319,6 +332,7 @@ def test_microbatch_size_must_divide_the_batch():
         ({"clip_norm": -1.0}, "clip_norm=-1.0 must be positive"),
         ({"clip_norm": float("nan")}, "clip_norm=nan must be positive"),
         ({"clip_norm": float("inf")}, "clip_norm=inf must be positive and finite"),
+        ({"clip_norm": 1e-15}, "clip_norm=1e-15 is below"),
         ({"clip_norm": 1.0, "style": "layer"}, "clip_style='layer' is unknown"),
         ({"clip_norm": 1.0, "engine": "vamp"}, "did you mean 'vmap'"),
         ({"clip_norm": 1.0, "microbatch_size": 0}, "microbatch_size=0"),

@@ -93,7 +93,7 @@ def test_truncated_poisson_draws_what_is_accounted():
     sampling = SAMPLINGS["truncated"]
     event = sampling.compose(1.0, steps=7, num_examples=N)
     assert event == dp.SelfComposedDpEvent(
-        dp.TruncatedSubsampledGaussianDpEvent(N, 0.1, 25, 1.0), 7
+        dp.TruncatedSubsampledGaussianDpEvent(N + 1, 0.1, 25, 1.0), 7
     )
     sizes = np.array([len(draw(sampling, step)) for step in range(2000)])
     # Binomial(200, 0.1) exceeds 24 with probability 0.1449 (scipy binom.sf(24, 200, .1)).

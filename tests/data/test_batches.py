@@ -59,14 +59,15 @@ def test_chunks_hold_exactly_the_draw_in_order(size, prefetch):
         assert index.dtype == np.int32
         np.testing.assert_array_equal(mask, np.arange(len(mask)) < k)
         np.testing.assert_array_equal(index[:k], draw(batch.step))
-        assert not index[k:].any()
+        assert (index[k:] == draw(batch.step)[-1]).all()
         for key, array in SOURCE.arrays.items():
             parts = [chunk.examples[key] for chunk in batch.chunks]
             assert {part.shape for part in parts} == {(size, *array.shape[1:])}
             rows = np.concatenate(parts)
             assert rows.dtype == array.dtype
             np.testing.assert_array_equal(rows[:k], array[draw(batch.step)])
-            assert not rows[k:].any()
+            padding = np.broadcast_to(array[draw(batch.step)[-1]], rows[k:].shape)
+            np.testing.assert_array_equal(rows[k:], padding)
 
 
 @pytest.mark.parametrize("start", [0, 1, 4, len(SIZES)])

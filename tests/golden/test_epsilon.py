@@ -115,6 +115,20 @@ def test_gdp_golden():
     assert dpjax.epsilon(plan) == pytest.approx(2.0, abs=1e-3), INTENDED
 
 
+def test_shuffled_batches_by_hand():
+    """z=4, 12 steps an epoch, 25 steps: 3 Gaussians, GDP with mu = sqrt(3)/4."""
+    plan = dpjax.DpSgd(
+        clip_norm=1.0,
+        clip_style="flat",
+        noise_multiplier=4.0,
+        sampling=dpjax.ShuffledFixed(batch_size=16),
+        steps=25,
+        num_examples=200,
+        delta=1e-5,
+    )
+    assert dpjax.epsilon(plan) == pytest.approx(1.69804, abs=1e-4), INTENDED
+
+
 def test_truncation_costs_and_vanishes_with_capacity():
     def truncated(capacity):
         return dpjax.DpSgd(
