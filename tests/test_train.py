@@ -67,7 +67,7 @@ def test_the_resolved_config_is_kept_with_the_run(undisturbed):
     kept = json.loads((undisturbed / "config.json").read_text())
     resolved = kept.pop("resolved")
     assert kept == json.loads(json.dumps(tiny()))
-    assert resolved["mechanism"]["noise_multiplier"] == 1.0
+    assert resolved["mechanism"]["noise_multiplier"] == 4.0
     assert resolved["mechanism"]["num_examples"] == 1437
 
 
@@ -85,7 +85,7 @@ def test_the_card_tells_the_epsilon_of_the_steps_taken(undisturbed):
     plan = dpjax.DpSgd(
         clip_norm=1.0,
         clip_style="flat",
-        noise_multiplier=1.0,
+        noise_multiplier=4.0,
         sampling=dpjax.Poisson(rate=0.1),
         steps=12,
         num_examples=1437,
@@ -175,7 +175,7 @@ def last_step(workdir):
 
 
 def test_sigterm_saves_exits_75_and_the_run_goes_on(tmp_path):
-    config = {"mechanism.steps": 60, "run.log_every": 1, "run.checkpoint_every": 1000}
+    config = {"mechanism.steps": 40, "run.log_every": 1, "run.checkpoint_every": 1000}
     flags = [f"--config.{key}={value}" for key, value in config.items()]
     arguments = ["--config=tests/tiny_config.py", *flags, f"--workdir={tmp_path}"]
     process = command(*arguments)
@@ -186,12 +186,12 @@ def test_sigterm_saves_exits_75_and_the_run_goes_on(tmp_path):
     assert process.returncode == 75, output
     assert "run the same command to go on" in output
     saved = card(tmp_path)["steps_taken"]
-    assert 5 <= saved < 60
+    assert 5 <= saved < 40
     assert (tmp_path / "checkpoints" / str(saved)).is_dir()
     assert not (tmp_path / "export").exists()
     train(tiny(**config), tmp_path)
     steps = [record["step"] for record in metrics(tmp_path)]
-    assert steps == list(range(1, 61))
+    assert steps == list(range(1, 41))
 
 
 # Orbax leaves callbacks behind on a closed event loop when a load fails.

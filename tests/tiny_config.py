@@ -10,7 +10,7 @@ def get_config(variant: str = "dpsgd") -> ConfigDict:
     config = digits_mlp_dpsgd.get_config(variant)
     if variant == "dpsgd":
         config.mechanism.epsilon = None
-        config.mechanism.noise_multiplier = 1.0
+        config.mechanism.noise_multiplier = 4.0
         config.mechanism.sampling.rate = 0.1
     config.mechanism.steps = 12
     config.model.features = (8,)
