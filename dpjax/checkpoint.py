@@ -290,7 +290,7 @@ def export(directory: Path, params: PyTree[Array], card: Mapping[str, str]) -> N
     for name in card:
         if name == "params.npz" or Path(name).name != name:
             raise ValueError(f"card file name {name!r}: use a plain, unused file name")
-    arrays = _flatten_params(params)
+    arrays = flatten_params(params)
     directory.parent.mkdir(parents=True, exist_ok=True)
     unfinished = directory.with_name(f".{directory.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
@@ -456,7 +456,8 @@ def _place(loaded: Array | None, like: Any) -> Array:
     return jnp.array(np.asarray(loaded))
 
 
-def _flatten_params(params: PyTree[Array]) -> dict[str, np.ndarray]:
+def flatten_params(params: PyTree[Array]) -> dict[str, np.ndarray]:
+    """Return the leaves by their joined path; raises ValueError as `export` does."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     arrays = {}
     if all(_is_plain(key) for path, _ in leaves for key in path):

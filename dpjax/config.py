@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import importlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -68,6 +69,9 @@ def check(config: Mapping[str, Any]) -> None:
     _check_spec("config.optimizer", config["optimizer"])
     _check_mechanism(config["mechanism"], config["data"]["provenance"])
     _check_values(config)
+    for key, value in flatten(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"config.{key}={value} must be finite")
 
 
 def build(spec: Mapping[str, Any], *args: Any, **extra: Any) -> Any:

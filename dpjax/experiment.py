@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from dpjax import config as configs
 from dpjax.clipping import Engine, plain, resolve_engine
-from dpjax.data.batches import check_labels, fingerprint
+from dpjax.data.batches import check_labels, fingerprint, overlap
 from dpjax.losses import augmented
 from dpjax.mechanisms import Mechanism
 from dpjax.typing import Example, Loss, Model, Params, Source
@@ -55,6 +55,7 @@ def build_experiment(config: Mapping[str, Any]) -> Experiment:
     source = configs.build(config["data"]["source"])
     held_out = configs.build(config["evaluation"]["source"])
     _check_data(config, source, held_out)
+    _check_held_out(config, source, held_out)
     mechanism = configs.build_mechanism(config["mechanism"], num_examples=len(source))
     if mechanism.private and mechanism.delta >= 1 / len(source):
         _log.warning(
@@ -79,6 +80,19 @@ def build_experiment(config: Mapping[str, Any]) -> Experiment:
         held_out=held_out,
         data_fingerprint=fingerprint(source),
     )
+
+
+def _check_held_out(
+    config: Mapping[str, Any], source: Source, held_out: Source
+) -> None:
+    if config["evaluation"]["provenance"] == config["data"]["provenance"]:
+        return
+    shared = overlap(source, held_out)
+    if shared > 0.05:
+        raise configs.ConfigError(
+            f"{shared:.0%} of config.evaluation.source is in config.data.source: it is not "
+            "held out; change the split, or give both the same provenance"
+        )
 
 
 def _engine(compute: Mapping[str, Any], mechanism: Mechanism) -> Engine:

@@ -82,7 +82,13 @@ def augmented(
             augment_key, loss_key = jax.random.split(view_key)
             return loss(params, augment(augment_key, example), loss_key)
 
-        return jnp.mean(jax.vmap(view_loss)(jax.random.split(key, views)))
+        losses = jax.vmap(view_loss)(jax.random.split(key, views))
+        if losses.shape != (views,):
+            raise TypeError(
+                f"loss returned an array of shape {losses.shape[1:]}; it must return one "
+                "floating-point scalar for ONE example"
+            )
+        return jnp.mean(losses)
 
     return augmented_loss
 

@@ -66,17 +66,23 @@ def find(file: Path, attribute: str) -> Signature | None:
         if isinstance(node, ast.FunctionDef) and node.name == attribute:
             return _of_function(node)
         if isinstance(node, ast.ClassDef) and node.name == attribute:
-            return _of_dataclass(node)
-        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            return _of_class(node)
+        if isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 if (alias.asname or alias.name) == attribute:
-                    source = module_file(node.module)
-                    return find(source, alias.name) if source else None
+                    return _imported(node, alias.name)
         if isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             if any(isinstance(t, ast.Name) and t.id == attribute for t in targets):
                 return Signature((), open=True)
     return None
+
+
+def _imported(node: ast.ImportFrom, attribute: str) -> Signature | None:
+    if node.level or not node.module:
+        return Signature((), open=True)  # Relative: left to the import itself.
+    source = module_file(node.module)
+    return find(source, attribute) if source else None
 
 
 def _of_function(node: ast.FunctionDef) -> Signature:
@@ -89,7 +95,13 @@ def _of_function(node: ast.FunctionDef) -> Signature:
     return Signature(tuple(required), tuple(optional), open=node.args.kwarg is not None)
 
 
-def _of_dataclass(node: ast.ClassDef) -> Signature:
+def _of_class(node: ast.ClassDef) -> Signature:
+    for part in node.body:
+        if isinstance(part, ast.FunctionDef) and part.name == "__init__":
+            found = _of_function(part)
+            return dataclasses.replace(found, required=found.required[1:])
+    if node.bases:
+        return Signature((), open=True)  # Inherited arguments are left to the call.
     required, optional = [], []
     for field in node.body:
         if not (

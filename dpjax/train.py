@@ -4,9 +4,11 @@ import contextlib
 import functools
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +19,7 @@ import optax
 from dpjax import config as configs
 from dpjax import report
 from dpjax.accounting import epsilon
-from dpjax.checkpoint import Checkpoints, export
+from dpjax.checkpoint import Checkpoints, export, flatten_params
 from dpjax.clipping import Query
 from dpjax.data.batches import StepBatch, batches
 from dpjax.entropy import entropy
@@ -68,12 +70,12 @@ def plan(config: Mapping[str, Any]) -> str:
     """
     experiment = build_experiment(config)
     mechanism = experiment.mechanism
-    params = jax.eval_shape(
-        experiment.model.init, jax.random.key(0), _blank(experiment.source)
-    )
-    start = report.start_block(config, mechanism, parameters=_size(params))
+    shapes = check_parts(experiment)
+    start = report.start_block(config, mechanism, parameters=_size(shapes))
     card = report.card_of(config, mechanism, mechanism.steps)
-    return f"{start}\n\n{card.to_markdown()}"
+    return (
+        f"{start}\n\nIf all {mechanism.steps} steps are taken:\n\n{card.to_markdown()}"
+    )
 
 
 class Interrupted(Exception):
@@ -99,6 +101,7 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
         Interrupted: A signal came.
     """
     experiment = build_experiment(config)
+    shapes = check_parts(experiment)
     mechanism, run = experiment.mechanism, config["run"]
     metric, score = report.metric_name(config), math.nan
     identity = report.identity(config, mechanism, experiment.data_fingerprint)
@@ -115,10 +118,12 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
         ledger.check_complete(start)
         if saved.latest is None:
             ledger.check_empty()
+            if (workdir / "export").exists():
+                raise configs.ConfigError(f"{workdir} holds the export of another run")
             (workdir / "config.json").write_text(report.config_text(config, mechanism))
             # Before any release, so that its keys cannot be lost and drawn anew.
             saved.save(0, state, metadata=identity, wait=True)
-        print(report.start_block(config, mechanism, parameters=_size(state.params)))
+        print(report.start_block(config, mechanism, parameters=_size(shapes)))
 
         train_step = make_train_step(config, experiment, transform)
         evaluate = evaluator(
@@ -280,6 +285,34 @@ def sampling_seed(state: TrainState) -> int:
     return int.from_bytes(np.asarray(state.sampling_seed).tobytes(), "big")
 
 
+def check_parts(experiment: Experiment) -> Params:
+    """Check, by shapes alone, what would else fail after steps have been released.
+
+    Returns:
+        The shapes of the parameters.
+
+    Raises:
+        ConfigError: Loss or metric does not fit the model and the data, or the
+            parameters cannot be exported.
+    """
+    blank, key = _blank(experiment.source), jax.random.key(0)
+    try:
+        params = jax.eval_shape(experiment.model.init, key, blank)
+        flatten_params(jax.tree.map(lambda leaf: np.zeros((), leaf.dtype), params))
+        score = jax.eval_shape(experiment.metric, params, blank)
+        loss = jax.eval_shape(experiment.loss, params, blank, key)
+    except Exception as error:  # Models, losses and metrics are the user's code.
+        raise configs.ConfigError(
+            f"model, loss and metric do not fit the data: {type(error).__name__}: {error}"
+        ) from error
+    for name, out in (("loss", loss), ("metric", score)):
+        if getattr(out, "shape", None) != ():
+            raise configs.ConfigError(
+                f"config.{name}: {out} must be one scalar for ONE example"
+            )
+    return params
+
+
 def evaluated_params(state: TrainState) -> Params:
     """Return what is evaluated and exported: the moving average if one is kept."""
     return state.average if jax.tree.leaves(state.average) else state.params
@@ -358,7 +391,15 @@ def _interruptions() -> Iterator[Callable[[], bool]]:
     """Collect SIGTERM and SIGINT, so that a step is never cut in two."""
     seen: list[int] = []
     signals = (signal.SIGTERM, signal.SIGINT)
-    old = [signal.signal(s, lambda number, _: seen.append(number)) for s in signals]
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        del frame
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+        print("saving after this step; a second signal stops at once", file=sys.stderr)
+
+    old = [signal.signal(number, handle) for number in signals]
     try:
         yield lambda: bool(seen)
     finally:

@@ -1,5 +1,7 @@
 """Command line -> checked config, as plain dicts. Does not import jax."""
 
+import functools
+import operator
 import re
 import sys
 from collections.abc import Mapping
@@ -28,7 +30,14 @@ def config_from(argv: list[str]) -> tuple[dict[str, Any], Path]:
     for argument in argv:
         _check_override(written, argument)
     # Overrides need the config to exist: --config goes first, wherever it stood.
-    config, workdir = _parse([file, *(a for a in argv if a != file)])
+    # Which keys may be None is for the checks: their types do not know it.
+    unset = [a for a in argv if a.startswith("--config.") and a.endswith("=None")]
+    config, workdir = _parse([file, *(a for a in argv if a not in (file, *unset))])
+    for argument in unset:
+        *path, last = (
+            argument.removeprefix("--config.").removesuffix("=None").split(".")
+        )
+        functools.reduce(operator.getitem, path, config)[last] = None
     check(config)
     if workdir is None and not config["run"]["dry_run"]:
         raise ConfigError("--workdir=DIR is missing; see --help")
@@ -60,7 +69,10 @@ def _check_override(config: dict[str, Any], argument: str) -> None:
     for key in found[1].split("."):
         if not isinstance(node, Mapping) or key not in node:
             choices = node if isinstance(node, Mapping) else ()
-            raise ConfigError(f"config.{found[1]} is unknown; {nearest(key, choices)}")
+            raise ConfigError(
+                f"config.{found[1]} is unknown (keys are added in a config file, not "
+                f"here); {nearest(key, choices)}"
+            )
         node = node[key]
 
 

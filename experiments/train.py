@@ -10,7 +10,7 @@
 --config.run.dry_run=True print the plan and the privacy card, train nothing
 
 Exit status: 0 done, 2 wrong config or input, 75 interrupted by a signal (run the same
-command again to go on), 1 stopped for another reason.
+command again to go on), 130 stopped at once, 1 stopped for another reason.
 """
 
 import os
@@ -29,9 +29,12 @@ def main(argv: list[str]) -> int:
     try:
         config, workdir = config_from(argv)
         return _run(config, workdir)
-    except (ConfigError, OSError) as error:
+    except (ConfigError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped at once; the last checkpoint is intact", file=sys.stderr)
+        return 130
 
 
 def _run(config: dict, workdir: Path) -> int:

@@ -18,3 +18,19 @@ def leaky(*, num_classes):
         return (example["image"].ravel() + params["first"]) @ params["w"]
 
     return Model(init, apply)
+
+
+def wrong_metric(model):
+    del model
+    return lambda params: 0.0
+
+
+def vector_loss(model):
+    return lambda params, example, key: model.apply(params, example, key)
+
+
+def list_params(*, num_classes):
+    return Model(
+        init=lambda key, example: [jnp.zeros((64, num_classes))],
+        apply=lambda params, example, key: example["image"].ravel() @ params[0],
+    )

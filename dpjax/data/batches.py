@@ -171,6 +171,30 @@ def fingerprint(source: Source) -> str:
     return digest.hexdigest()[:16]
 
 
+def overlap(source: Source, held_out: Source) -> float:
+    """Return which part of ``held_out`` (of up to 256 records of it) is in ``source``.
+
+    Reads all of ``source``. A few equal records are common in real data; a large part
+    means that the model is evaluated on what it was trained on.
+    """
+    count = min(len(held_out), 256)
+    chosen = [i * len(held_out) // count for i in range(count)]
+    missing = wanted = _digests(held_out[chosen])
+    for indices in slices(len(source)):
+        missing = missing - _digests(source[indices])
+    return 1 - len(missing) / len(wanted)
+
+
+def _digests(records: dict[str, np.ndarray]) -> set[bytes]:
+    columns = [records[key] for key in sorted(records)]
+    return {
+        hashlib.blake2b(
+            b"".join(part.tobytes() for part in row), digest_size=16
+        ).digest()
+        for row in zip(*columns, strict=True)
+    }
+
+
 def check_labels(source: Source, *, num_classes: int, key: str = "label") -> None:
     """Check that every label is an integer in [0, num_classes), in one pass.
 
