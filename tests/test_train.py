@@ -238,6 +238,14 @@ def flip_bits(directory):
         file.write_bytes(bytes(data))
 
 
+def test_an_export_without_its_run_is_not_overwritten(tmp_path):
+    train(tiny(), tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "ledger.txt").unlink()
+    with pytest.raises(ConfigError, match="holds the export of another run"):
+        train(tiny(), tmp_path)
+
+
 def test_a_lost_ledger_is_no_permission(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         crash_after(patch, 10)

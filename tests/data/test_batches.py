@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dpjax.data.arrays import ArraySource
-from dpjax.data.batches import check_labels, fingerprint, read_steps
+from dpjax.data.batches import check_labels, fingerprint, overlap, read_steps
 
 N = 40
 SOURCE = ArraySource(
@@ -200,3 +200,12 @@ def test_check_labels_wants_a_scalar_integer():
     for key in ("y", "one_hot"):
         with pytest.raises(ValueError, match=f"{key} must be a scalar integer"):
             check_labels(source, num_classes=3, key=key)
+
+
+def test_overlap_is_the_part_of_held_out_records_that_were_trained_on():
+    rows = np.arange(3000, dtype=np.float32).reshape(1500, 2)
+    source = ArraySource({"x": rows[:1200]})
+    assert overlap(source, ArraySource({"x": rows[1200:]})) == 0.0
+    assert overlap(source, ArraySource({"x": rows[:100]})) == 1.0
+    half = ArraySource({"x": rows[1150:1250]})
+    assert overlap(source, half) == pytest.approx(0.5)
