@@ -27,11 +27,17 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as opened:
             self._file = opened.enter_context(path.open("a"))
             _lock(self._file)
             self._seen = _read(path)
             opened.pop_all()  # Opened for good: __exit__ closes it.
+
+    @property
+    def releases(self) -> int:
+        """How many steps were released, replayed ones counted once."""
+        return len(self._seen)
 
     def record(self, step: int, fingerprint: int) -> None:
         """Note what ``step`` released, in its uint32 fingerprint.

@@ -109,8 +109,8 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
         mechanism, experiment.optimizer, noise_key=root_key(run["seed"])
     )
     with (
+        Ledger(workdir / "ledger.txt") as ledger,  # first: it locks the workdir
         Checkpoints(workdir / "checkpoints", keep=run["keep_checkpoints"]) as saved,
-        Ledger(workdir / "ledger.txt") as ledger,
     ):
         _check_same_run(saved.metadata(), identity, workdir)
         fresh = init_state(config, experiment, transform)
@@ -159,7 +159,7 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
                 # Nothing that depends on a release is written before the ledger and the
                 # card tell of it.
                 _record(ledger, released)
-                report.card_of(config, mechanism, step).write(workdir)
+                report.card_of(config, mechanism, ledger.releases).write(workdir)
                 scalars = {"examples/s": clock.examples_per_second(step)}
                 scalars["epsilon"] = epsilon(mechanism, steps=step)
                 scalars["update_norm"] = float(released.update_norm)

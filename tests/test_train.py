@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 import dpjax
+from dpjax import checkpoint, report
+from dpjax import metrics as metric_writers
 from dpjax.checkpoint import CheckpointError
 from dpjax.config import ConfigError
 from dpjax.data.batches import batches
@@ -238,6 +240,25 @@ def flip_bits(directory):
         file.write_bytes(bytes(data))
 
 
+def test_a_card_written_while_replaying_tells_of_all_releases(tmp_path, monkeypatch):
+    config = tiny(**{"run.log_every": 1})
+    with monkeypatch.context() as patch:
+        crash_after(patch, 11)  # Released and logged: 11 steps. Saved: 8.
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path)
+    with monkeypatch.context() as patch:
+        write = report.PrivacyCard.write
+        seen = []
+
+        def watched(self, directory):
+            seen.append(self.steps_taken)
+            write(self, directory)
+
+        patch.setattr(report.PrivacyCard, "write", watched)
+        train(config, tmp_path)
+    assert seen == [11, 11, 11, 12, 12]
+
+
 def test_an_export_without_its_run_is_not_overwritten(tmp_path):
     train(tiny(), tmp_path)
     shutil.rmtree(tmp_path / "checkpoints")
@@ -261,10 +282,8 @@ def test_a_lost_ledger_is_no_permission(tmp_path, monkeypatch):
 def test_a_crash_between_two_writes_leaves_no_understated_card(
     write, step, tmp_path, monkeypatch
 ):
-    from dpjax import checkpoint, metrics, report
-
     target, name, at = {
-        "metrics": (metrics.AllWriters, "write", lambda args: args[1]),
+        "metrics": (metric_writers.AllWriters, "write", lambda args: args[1]),
         "checkpoint": (checkpoint.Checkpoints, "save", lambda args: args[1]),
         "card": (report.PrivacyCard, "write", lambda args: args[0].steps_taken),
     }[write]
