@@ -159,6 +159,7 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
                 # Nothing that depends on a release is written before the ledger and the
                 # card tell of it.
                 _record(ledger, released)
+                previous = None
                 report.card_of(config, mechanism, ledger.releases).write(workdir)
                 scalars = {"examples/s": clock.examples_per_second(step)}
                 scalars["epsilon"] = epsilon(mechanism, steps=step)

@@ -519,6 +519,23 @@ def test_augmentation_and_moving_average_train(tmp_path):
     assert without.average == ()
 
 
+def test_a_second_signal_stops_at_once(tmp_path, monkeypatch, undisturbed):
+    record = Ledger.record
+
+    def interrupt_twice(self, step, fingerprint):
+        record(self, step, fingerprint)
+        if step == 5:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "record", interrupt_twice)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny(), tmp_path)
+    train(tiny(), tmp_path)
+    assert_same_export(tmp_path, undisturbed)
+
+
 def test_interrupted_is_raised_after_saving(tmp_path, monkeypatch, undisturbed):
     record = Ledger.record
 
