@@ -22,7 +22,7 @@ def dp_sgd(**changes):
     facts = {
         "clip_norm": 0.5,
         "clip_style": "flat",
-        "noise_multiplier": 1.2,
+        "noise_multiplier": 4.0,
         "sampling": Poisson(rate=0.1),
         **PLAN,
     }
