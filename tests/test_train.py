@@ -277,8 +277,20 @@ def test_a_lost_ledger_is_no_permission(tmp_path, monkeypatch):
         train(tiny(), tmp_path)
 
 
-@pytest.mark.parametrize("step", [6, 8, 12])
-@pytest.mark.parametrize("write", ["metrics", "checkpoint", "card"])
+@pytest.mark.parametrize(
+    ("write", "step"),
+    [
+        ("metrics", 6),
+        ("metrics", 8),
+        ("metrics", 12),
+        ("checkpoint", 4),
+        ("checkpoint", 8),
+        ("checkpoint", 12),
+        ("card", 6),
+        ("card", 8),
+        ("card", 12),
+    ],
+)
 def test_a_crash_between_two_writes_leaves_no_understated_card(
     write, step, tmp_path, monkeypatch
 ):
@@ -296,8 +308,6 @@ def test_a_crash_between_two_writes_leaves_no_understated_card(
 
     with monkeypatch.context() as patch:
         patch.setattr(target, name, dying)
-        if write == "checkpoint" and step == 6:
-            return  # No checkpoint is due there.
         with pytest.raises(KeyboardInterrupt):
             train(tiny(), tmp_path)
     published = metrics_of(tmp_path)

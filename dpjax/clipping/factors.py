@@ -56,7 +56,8 @@ def clip_factors(
             raw = bound / (norms + AUTOMATIC_GAMMA)
         else:
             raw = jnp.where(norms > bound, bound / norms, 1.0)
-            # Squares of such small entries underflow: the norm cannot be trusted.
+            # Squares of such small entries underflow: the norm cannot be trusted. A tenth
+            # leaves room for the margin above and for a clip norm shared among layers.
             raw = jnp.where(bound < MIN_CLIP_NORM / 10, 0.0, raw)
         return jnp.where(keep, raw, 0.0)
 

@@ -107,8 +107,11 @@ def test_replacing_a_fact_moves_everything_derived_from_it(name, fact):
     assert query.style == doubled.clip_style
 
 
-@all_mechanisms
-@pytest.mark.parametrize("harm", ["seal", "bound"])
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    # Nothing bounds what NonPrivate releases: only its seal can break.
+    [*((name, "seal") for name in MECHANISMS), *((name, "bound") for name in PRIVATE)],
+)
 def test_a_sum_that_was_tampered_with_comes_out_as_nan(name, harm):
     mechanism = MECHANISMS[name]
     bound = mechanism.clip_norm if mechanism.private else math.inf
@@ -116,10 +119,8 @@ def test_a_sum_that_was_tampered_with_comes_out_as_nan(name, harm):
     assert np.isfinite(release(mechanism, clipped, 0)["w"]).all()
     if harm == "seal":
         broken = dataclasses.replace(clipped, seal=clipped.seal * 0.99)
-    elif mechanism.private:
-        broken = dataclasses.replace(clipped, l2_bound=clipped.l2_bound * 1.01)
     else:
-        return
+        broken = dataclasses.replace(clipped, l2_bound=clipped.l2_bound * 1.01)
     assert np.isnan(release(mechanism, broken, 0)["w"]).all()
 
 
