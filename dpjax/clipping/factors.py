@@ -31,6 +31,7 @@ class Factors(NamedTuple):
 def clip_factors(
     squares: PyTree[Float[Array, "B"]],
     *,
+    slack: PyTree[Float[Array, "B"]] | None = None,
     mask: Bool[Array, "B"],
     clip_norm: float | Scalar,
     style: ClipStyle,
@@ -42,10 +43,15 @@ def clip_factors(
 
     Args:
         squares: Squared L2 norm of each example's vector, ``[B]`` for each leaf.
+        slack: How far above ``squares`` the truth may be, likewise; None for exact ones.
+            Examples are clipped as if their squared norms were ``squares + slack``.
         mask: False rows get factor 0.
         clip_norm: C >= 0.
         style: See ``Query``.
     """
+    norms = jnp.sqrt(sum(jax.tree.leaves(squares)))
+    if slack is not None:
+        squares = jax.tree.map(jnp.add, squares, slack)
     total = jnp.sqrt(sum(jax.tree.leaves(squares)))
     finite = jnp.isfinite(total)
     keep = mask & finite
@@ -72,7 +78,7 @@ def clip_factors(
     else:
         shared = factor(total, bound)
         leaves = jax.tree.map(lambda _: shared, squares)
-    return Factors(leaves, total, finite)
+    return Factors(leaves, norms, finite)
 
 
 def _layer_norms(squares: PyTree[Array]) -> dict[Hashable, Array]:

@@ -1,0 +1,345 @@
+"""Find every use of every parameter in the jaxpr of a one-example loss, and classify it.
+
+The loss is traced on ONE example, so "depends on the example" needs no bookkeeping of batch
+axes. A *site* is an equation that is linear in a parameter-only value and whose other
+operand is data: the per-example gradient with respect to that value is a product of two
+factors that training has anyway, the data and the gradient of the output. Parameters that
+meet data anywhere else get ordinary per-example automatic differentiation, alone.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+
+from dpjax.clipping.query import Query
+from dpjax.clipping.values import (
+    DATA,
+    Loop,
+    ParamValue,
+    Path,
+    Tag,
+    constant,
+    derive,
+    parameter,
+)
+from dpjax.sensitive import accumulation_dtype
+from dpjax.typing import Batch, Key, Loss, Params
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Site:
+    """An equation that is linear in a parameter-only operand; the other one is data.
+
+    Attributes:
+        path: Where it stands.
+        eqn: The equation: dot_general, conv_general_dilated or gather.
+        side: Which operand the parameter-only value is.
+        value: That operand.
+        loops: All loops around it, outermost first. The data and the gradient of the
+            output have one leading axis for each.
+    """
+
+    path: Path
+    eqn: JaxprEqn
+    side: int
+    value: ParamValue
+    loops: tuple[Loop, ...]
+
+    @property
+    def kind(self) -> str:
+        """The name of the primitive."""
+        return self.eqn.primitive.name
+
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        """Shape of the data operand of one example, without loops."""
+        return self.eqn.invars[1 - self.side].aval.shape
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """Shape of the output of one example, without loops."""
+        return self.eqn.outvars[0].aval.shape
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the parameter-only operand, with the loops it varies with."""
+        lead = tuple(loop.length for loop in self.value.loops)
+        return lead + self.eqn.invars[self.side].aval.shape
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """The analysed loss of one example, over all points of a query.
+
+    Its inputs are the leaves of point 0, of point 1, ..., then those of the example and the
+    key; its outputs the signed sum of the losses and the loss at point 0. A difference of
+    gradients is thus the gradient of one program that uses each parameter twice.
+
+    Attributes:
+        closed: The jaxpr.
+        names: Path of each parameter of one point.
+        shapes: Shape of each.
+        sites: By path, all sites of parameters that are not in ``plain``.
+        plain: Inputs that get ordinary per-example differentiation -> why.
+        tree: Structure of one point.
+    """
+
+    closed: ClosedJaxpr
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    sites: dict[Path, Site]
+    plain: dict[int, str]
+    tree: Any
+
+    def slot(self, leaf: int) -> int:
+        """Return which parameter this input is a point of."""
+        return leaf % len(self.names)
+
+
+@dataclasses.dataclass
+class _Record:
+    sites: dict[Path, Site] = dataclasses.field(default_factory=dict)
+    plain: dict[int, str] = dataclasses.field(default_factory=dict)
+
+    def update(self, other: "_Record") -> None:
+        self.sites |= other.sites
+        for leaf, why in other.plain.items():
+            self.plain.setdefault(leaf, why)
+
+
+def analyse(loss: Loss, query: Query, batch: Batch, key: Key) -> Program:
+    """Trace ``loss`` on one example of ``batch`` and find the sites of its parameters.
+
+    Nothing is computed: only shapes and dtypes are looked at.
+    """
+
+    def combined(points: tuple[Params, ...], example: Any, key: Key) -> Any:
+        # The points share the example and its key: same augmentation, same dropout.
+        values = [loss(point, example, key) for point in points]
+        values = [v.astype(accumulation_dtype(v.dtype)) for v in values]
+        signed = [
+            v if sign == 1 else sign * v
+            for sign, v in zip(query.signs, values, strict=True)
+        ]
+        return sum(signed[1:], signed[0]), values[0]
+
+    example = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch.examples
+    )
+    key_shape = jax.ShapeDtypeStruct((), key.dtype)
+    closed = jax.make_jaxpr(combined)(query.points, example, key_shape)
+
+    leaves = jax.tree_util.tree_leaves_with_path(query.points[0])
+    names = tuple(
+        jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves
+    )
+    shapes = tuple(leaf.shape for _, leaf in leaves)
+    # Never read or written: memory that the operating system does not even provide.
+    buffers = [np.empty(shape, np.int8) for shape in shapes]
+    params = [
+        parameter(k * len(buffers) + j, buffer)
+        for k in range(len(query.points))
+        for j, buffer in enumerate(buffers)
+    ]
+    record = _Record()
+    inputs: list[Tag] = [*params]
+    inputs += [DATA] * (len(closed.jaxpr.invars) - len(inputs))
+    out = _walk(closed.jaxpr, closed.consts, inputs, (), (), record)
+    _differentiate_plainly(out[:1], "is part of the loss without data", record)
+    _drop_sites_of_plain_leaves(record)
+    return Program(
+        closed=closed,
+        names=names,
+        shapes=shapes,
+        sites=record.sites,
+        plain=record.plain,
+        tree=jax.tree.structure(query.points[0]),
+    )
+
+
+def _drop_sites_of_plain_leaves(record: _Record) -> None:
+    while True:
+        dropped = {
+            path: site
+            for path, site in record.sites.items()
+            if site.value.leaves & record.plain.keys()
+        }
+        if not dropped:
+            return
+        for path, site in dropped.items():
+            del record.sites[path]
+            why = "shares a weight with a parameter that no rule covers"
+            _differentiate_plainly([site.value], why, record)
+
+
+def _differentiate_plainly(tags: Sequence[Tag], why: str, record: _Record) -> None:
+    for tag in tags:
+        if isinstance(tag, ParamValue):
+            for leaf in tag.leaves:
+                record.plain.setdefault(leaf, why)
+
+
+def _walk(
+    jaxpr: Jaxpr,
+    consts: Sequence[Any] | Sequence[Tag],
+    inputs: Sequence[Tag],
+    path: Path,
+    loops: tuple[Loop, ...],
+    record: _Record,
+) -> list[Tag]:
+    """Tag every variable of ``jaxpr``; record sites and plain parameters."""
+    tags: dict[Any, Tag] = {}
+
+    def read(atom: Any) -> Tag:
+        return constant(atom.val) if isinstance(atom, Literal) else tags[atom]
+
+    for var, const in zip(jaxpr.constvars, consts, strict=True):
+        tags[var] = constant(const)
+    tags.update(zip(jaxpr.invars, inputs, strict=True))
+    for index, eqn in enumerate(jaxpr.eqns):
+        operands = [read(atom) for atom in eqn.invars]
+        out = _equation(eqn, operands, (*path, index), loops, record)
+        tags.update(zip(eqn.outvars, out, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _equation(
+    eqn: JaxprEqn,
+    operands: list[Tag],
+    path: Path,
+    loops: tuple[Loop, ...],
+    record: _Record,
+) -> list[Tag]:
+    values = [tag for tag in operands if isinstance(tag, ParamValue)]
+    if len(values) == len(operands):
+        return [*derive(eqn, values)]
+    weights = [tag for tag in values if tag.leaves]
+    name = eqn.primitive.name
+    if weights and len(weights) == 1 and _is_site(eqn, operands.index(weights[0])):
+        side = operands.index(weights[0])
+        record.sites[path] = Site(path, eqn, side, weights[0], loops)
+        return [DATA]
+    if weights and name in CALLS:
+        inner = callee(eqn)
+        return _walk(inner.jaxpr, inner.consts, operands, path, loops, record)
+    if weights and name == "scan":
+        return _scan(eqn, operands, path, loops, record)
+    _differentiate_plainly(weights, f"meets data in {name}", record)
+    return [DATA] * len(eqn.outvars)
+
+
+CALLS = frozenset(
+    {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
+)
+"""Primitives whose jaxpr runs once, on the operands as they are."""
+
+
+def callee(eqn: JaxprEqn) -> ClosedJaxpr:
+    """Return the jaxpr that a call primitive runs."""
+    inner = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
+    return inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ())
+
+
+def _scan(
+    eqn: JaxprEqn,
+    operands: list[Tag],
+    path: Path,
+    loops: tuple[Loop, ...],
+    record: _Record,
+) -> list[Tag]:
+    body = eqn.params["jaxpr"]
+    num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    loop = Loop(path, eqn.params["length"])
+    consts, carry, xs = (
+        operands[:num_consts],
+        operands[num_consts : num_consts + num_carry],
+        operands[num_consts + num_carry :],
+    )
+    inside = [_iterated(tag, loop) for tag in xs]
+    while True:
+        # A value that a loop changes cannot be computed outside of it.
+        trial = _Record()
+        out = _walk(
+            body.jaxpr,
+            body.consts,
+            [*consts, *carry, *inside],
+            path,
+            (*loops, loop),
+            trial,
+        )
+        changed = [
+            i
+            for i, tag in enumerate(carry)
+            if isinstance(tag, ParamValue) and out[i] is not tag
+        ]
+        if not changed:
+            break
+        for i in changed:
+            why = "is changed by a loop"
+            _differentiate_plainly([carry[i], out[i]], why, record)
+            carry[i] = DATA
+    record.update(trial)
+    stacked = [_stacked(tag, loop) for tag in out[num_carry:]]
+    return [*carry, *stacked]
+
+
+def _iterated(tag: Tag, loop: Loop) -> Tag:
+    """Tag what one iteration sees of a stacked input."""
+    if not isinstance(tag, ParamValue):
+        return DATA
+    return dataclasses.replace(tag, loops=(*tag.loops, loop))
+
+
+def _stacked(tag: Tag, loop: Loop) -> Tag:
+    """Tag a stacked output."""
+    if not isinstance(tag, ParamValue):
+        return DATA
+    if loop in tag.loops:
+        outer = tuple(other for other in tag.loops if other != loop)
+        return dataclasses.replace(tag, loops=outer)
+
+    def repeated(evaluator: Any) -> Any:
+        axis = len(tag.loops)
+        return jnp.repeat(jnp.expand_dims(evaluator(tag), axis), loop.length, axis)
+
+    return ParamValue(tag.leaves, tag.loops, repeated)
+
+
+def _is_site(eqn: JaxprEqn, side: int) -> bool:
+    rule = _SITE_RULES.get(eqn.primitive.name)
+    return rule is not None and rule(eqn, side)
+
+
+def _dot_site(eqn: JaxprEqn, side: int) -> bool:
+    del eqn, side
+    return True
+
+
+def _conv_site(eqn: JaxprEqn, side: int) -> bool:
+    return side == 1 and eqn.params["batch_group_count"] == 1
+
+
+def _gather_site(eqn: JaxprEqn, side: int) -> bool:
+    """Whether whole rows of a table are looked up."""
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    table = eqn.invars[0].aval.shape
+    return (
+        side == 0
+        and numbers.start_index_map == (0,)
+        and numbers.collapsed_slice_dims == (0,)
+        and not numbers.operand_batching_dims
+        and len(table) >= 1
+        and tuple(sizes) == (1, *table[1:])
+    )
+
+
+_SITE_RULES = {
+    "dot_general": _dot_site,
+    "conv_general_dilated": _conv_site,
+    "gather": _gather_site,
+}

@@ -1,0 +1,216 @@
+"""Norms and weighted sums of per-example gradients, from their two factors.
+
+At a site the gradient of example b with respect to the weight is, up to the order of axes,
+``W[h, b, k, n] = sum_t left[h, b, t, k] right[h, b, t, n]`` with h: axes that weight, data
+and output share; t: positions that share the weight; k: contracted axes; n: axes that only
+weight and output have. Everything here is computed in at least float32.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dpjax.sensitive import accumulation_dtype
+
+_EXACT = jax.lax.Precision.HIGHEST
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """Factors of dots and convolutions.
+
+    Attributes:
+        left: ``[H, B, T, K]`` blocks; W is their results side by side on the axis K.
+        right: ``[H, B, T, N]``.
+    """
+
+    left: tuple[Float[Array, "H B T K"], ...]
+    right: Float[Array, "H B T N"]
+
+    @property
+    def swapped(self) -> "Dense":
+        """The factors of the transposed weight."""
+        (left,) = self.left
+        return Dense((self.right,), left)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lookup:
+    """Factors of row lookups: ``left`` is one-hot and kept as its index.
+
+    Attributes:
+        rows: ``[H, B, T]``, in bounds.
+        right: ``[H, B, T, N]``; zeros where no row was found.
+        size: K, the number of rows of the table.
+    """
+
+    rows: Int[Array, "H B T"]
+    right: Float[Array, "H B T N"]
+    size: int
+
+
+Factors = Dense | Lookup
+
+
+class Norms(NamedTuple):
+    """Squared norms ``[B]``, and how far rounding may have taken them below the truth."""
+
+    squares: Float[Array, "B"]
+    slack: Float[Array, "B"]
+
+
+def concatenated(parts: Sequence[Factors]) -> list[Factors]:
+    """Join factors of the same weight along T, as far as they are of one kind."""
+    if len(parts) == 1:
+        return [*parts]
+    dense = [part for part in parts if isinstance(part, Dense)]
+    lookups = [part for part in parts if isinstance(part, Lookup)]
+    joined: list[Factors] = []
+    if dense:
+        blocks = zip(*(part.left for part in dense), strict=True)
+        joined.append(
+            Dense(
+                tuple(jnp.concatenate(block, axis=2) for block in blocks),
+                jnp.concatenate([part.right for part in dense], axis=2),
+            )
+        )
+    if lookups:
+        joined.append(
+            Lookup(
+                jnp.concatenate([part.rows for part in lookups], axis=2),
+                jnp.concatenate([part.right for part in lookups], axis=2),
+                lookups[0].size,
+            )
+        )
+    return joined
+
+
+def differenced(first: Factors, second: Factors) -> Factors:
+    """Join two nearly opposite factors so that their sum loses no digits.
+
+    ``a g + b h = (a - b) g + b (g + h)``: exact for any factors, and where the points of a
+    gradient difference are close, ``a - b`` and ``g + h`` are small before they are
+    multiplied.
+    """
+    if isinstance(first, Lookup) and isinstance(second, Lookup):
+        same = (first.rows == second.rows)[..., None]
+        both = first.right + jnp.where(same, second.right, 0.0)
+        alone = jnp.where(same, 0.0, second.right)
+        first = dataclasses.replace(first, right=both)
+        (joined,) = concatenated([first, dataclasses.replace(second, right=alone)])
+        return joined
+    assert isinstance(first, Dense)
+    assert isinstance(second, Dense)
+    change = tuple(a - b for a, b in zip(first.left, second.left, strict=True))
+    (joined,) = concatenated(
+        [Dense(change, first.right), Dense(second.left, first.right + second.right)]
+    )
+    return joined
+
+
+def gram_norms(parts: Sequence[Factors]) -> Norms:
+    """Return norms of the summed gradient, without the gradient.
+
+    ``|W|^2 = sum_ts <left_t, left_s> <right_t, right_s>``; each pair of factors of
+    different kinds counts twice. Costs ``O(T^2 (K + N))``.
+    """
+    squares, slack = 0.0, 0.0
+    for i, first in enumerate(parts):
+        for second in parts[: i + 1]:
+            lefts, rights = _left_gram(first, second), _right_gram(first, second)
+            product = jnp.einsum("hbts,hbts->b", lefts, rights, precision=_EXACT)
+            if first is second:
+                squares += product
+                slack += _slack(first, lefts, rights)
+            else:
+                squares += 2 * product
+    return Norms(jnp.maximum(squares, 0.0), slack)
+
+
+def gradients(parts: Sequence[Factors]) -> Float[Array, "B H K N"]:
+    """Return the per-example gradients themselves."""
+    return sum(map(_gradients, parts), jnp.float32(0))
+
+
+def weighted_sum(part: Factors, weights: Float[Array, "B"]) -> Float[Array, "H K N"]:
+    """Return ``sum_b weights[b] W[b]`` without any W.
+
+    Where a weight is 0, whatever stands there (NaN, inf) counts for nothing.
+    """
+    used = (weights != 0)[None, :, None, None]
+    right = jnp.where(used, _wide(part.right) * weights[None, :, None, None], 0.0)
+    if isinstance(part, Lookup):
+        return jax.vmap(lambda r, x: _scattered(part.size, r, x))(part.rows, right)
+    blocks = [
+        _dot("hbtk,hbtn->hkn", jnp.where(used, _wide(left), 0.0), right)
+        for left in part.left
+    ]
+    return jnp.concatenate(blocks, axis=1)
+
+
+def _gradients(part: Factors) -> Float[Array, "B H K N"]:
+    if isinstance(part, Lookup):
+        one = jax.vmap(lambda r, x: _scattered(part.size, r, x))
+        return jax.vmap(one, in_axes=1)(part.rows, _wide(part.right))
+    blocks = [_dot("hbtk,hbtn->bhkn", left, part.right) for left in part.left]
+    return jnp.concatenate(blocks, axis=2)
+
+
+def _scattered(size: int, rows: Array, values: Array) -> Float[Array, "K N"]:
+    width = values.shape[-1]
+    flat = values.reshape(-1, width)
+    return jnp.zeros((size, width), flat.dtype).at[rows.ravel()].add(flat)
+
+
+def _left_gram(first: Factors, second: Factors) -> Float[Array, "H B T S"]:
+    if isinstance(first, Dense) and isinstance(second, Dense):
+        blocks = zip(first.left, second.left, strict=True)
+        return sum(_dot("hbtk,hbsk->hbts", a, b) for a, b in blocks)
+    if isinstance(first, Lookup) and isinstance(second, Lookup):
+        equal = first.rows[..., :, None] == second.rows[..., None, :]
+        return equal.astype(accumulation_dtype(first.right.dtype))
+    if isinstance(first, Dense):
+        return jnp.swapaxes(_left_gram(second, first), 2, 3)
+    (left,) = second.left
+    columns = jnp.take_along_axis(left, first.rows[:, :, None, :], axis=3)
+    return jnp.swapaxes(_wide(columns), 2, 3)
+
+
+def _right_gram(first: Factors, second: Factors) -> Float[Array, "H B T S"]:
+    return _dot("hbtn,hbsn->hbts", first.right, second.right)
+
+
+def _slack(part: Factors, lefts: Array, rights: Array) -> Float[Array, "B"]:
+    """Bound how far rounding may have lowered a Gram norm.
+
+    The terms of the Gram sum may cancel: each is at most ``|left_t||left_s||right_t|
+    |right_s|``, so their rounding errors add up to at most a few units in the last place
+    of ``(sum_t |left_t||right_t|)^2``. The factor is the usual estimate for sums of as
+    many terms of which the errors are independent.
+    """
+    width = part.right.shape[-1]
+    if isinstance(part, Dense):
+        width += sum(left.shape[-1] for left in part.left)
+    if lefts.shape[2] == 1:
+        return jnp.zeros(lefts.shape[1], lefts.dtype)  # One term: nothing cancels.
+    diagonals = [jnp.diagonal(gram, axis1=2, axis2=3) for gram in (lefts, rights)]
+    sizes = jnp.sqrt(jnp.maximum(diagonals[0] * diagonals[1], 0.0))
+    unit = jnp.finfo(sizes.dtype).eps
+    terms = jnp.sqrt(jnp.asarray(width + sizes.shape[2], sizes.dtype))
+    return unit * terms * jnp.square(jnp.sum(sizes, axis=(0, 2)))
+
+
+def _dot(spec: str, first: Array, second: Array) -> Array:
+    # The default precision of some accelerators would round norms and sums to bfloat16.
+    wide = accumulation_dtype(first.dtype)
+    return jnp.einsum(
+        spec, first, second, precision=_EXACT, preferred_element_type=wide
+    )
+
+
+def _wide(array: Array) -> Array:
+    return array.astype(accumulation_dtype(array.dtype))

@@ -1,0 +1,111 @@
+"""Which sites make up the gradient of each parameter, and how they overlap."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+
+from dpjax.clipping import layouts
+from dpjax.clipping.analysis import Program, Site
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+    """Sites of one and the same weight: their gradients add up.
+
+    Attributes:
+        sites: At least one.
+        swapped: For each, whether it sees the weight transposed, compared to the first.
+    """
+
+    sites: tuple[Site, ...]
+    swapped: tuple[bool, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Slot:
+    """The gradient of one parameter.
+
+    Attributes:
+        index: Which parameter.
+        groups: Groups of sites that see disjoint parts of it: squared norms add up.
+        materialised: Why its per-example gradient is formed in full, or "" if it is not.
+        plain: Why it needs ordinary differentiation, or "".
+    """
+
+    index: int
+    groups: tuple[Group, ...]
+    materialised: str
+    plain: str
+
+    @property
+    def sites(self) -> list[Site]:
+        """All sites of all groups."""
+        return [site for group in self.groups for site in group.sites]
+
+
+def find_slots(program: Program) -> list[Slot]:
+    """Return one slot for each parameter of one point."""
+    count = len(program.names)
+    sites: list[list[Site]] = [[] for _ in range(count)]
+    for site in program.sites.values():
+        for slot in {program.slot(leaf) for leaf in site.value.leaves}:
+            sites[slot].append(site)
+    plain = {program.slot(leaf): why for leaf, why in program.plain.items()}
+    groups = [_groups(found) for found in sites]
+    whole = {
+        slot: why
+        for slot in range(count)
+        if (why := plain.get(slot) or _why_whole(sites[slot], groups[slot]))
+    }
+    # A parameter that shares a derived weight with another one is formed along with it.
+    _spread(whole, program)
+    return [
+        Slot(i, tuple(groups[i]), whole.get(i, ""), plain.get(i, ""))
+        for i in range(count)
+    ]
+
+
+def _groups(sites: list[Site]) -> list[Group]:
+    found: dict[object, list[tuple[Site, bool]]] = {}
+    for site in sites:
+        key = layouts.identity(site)
+        if key is None:
+            found[site] = [(site, False)]
+            continue
+        h, k, n = key
+        if (h, n, k) in found and k != n:
+            found[h, n, k].append((site, True))
+        else:
+            found.setdefault((h, k, n), []).append((site, False))
+    return [Group(*map(tuple, zip(*members, strict=True))) for members in found.values()]
+
+
+def _why_whole(sites: list[Site], groups: list[Group]) -> str:
+    if any(site.value.view is None for site in sites):
+        return "its weights are computed from parameters"
+    for first, second in itertools.combinations(groups, 2):
+        if _overlap(first.sites[0].value.view, second.sites[0].value.view):
+            return "its uses overlap in part"
+    return ""
+
+
+def _overlap(first: np.ndarray | None, second: np.ndarray | None) -> bool:
+    assert first is not None
+    assert second is not None
+    try:
+        return np.shares_memory(first, second, max_work=10_000)
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _spread(whole: dict[int, str], program: Program) -> None:
+    while True:
+        before = len(whole)
+        for site in program.sites.values():
+            slots = {program.slot(leaf) for leaf in site.value.leaves}
+            if slots & whole.keys():
+                for slot in slots:
+                    whole.setdefault(slot, "shares a derived weight")
+        if len(whole) == before:
+            return

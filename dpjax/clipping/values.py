@@ -1,0 +1,219 @@
+"""Values that depend on parameters only, and how they are made from them.
+
+While the loss of one example is analysed, every variable is either ``DATA`` (it may depend
+on the example) or a ``ParamValue``. A ``ParamValue`` can be computed once for the whole
+batch, outside the program that it was found in: values inside a loop get one leading axis
+for each loop that they vary with. Its transpose takes gradients with respect to the value
+back to the parameters.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import JaxprEqn
+from jaxtyping import Array
+
+Path = tuple[int, ...]
+"""Where an equation stands: its index at each level of nesting."""
+
+
+class Loop(NamedTuple):
+    """One ``lax.scan`` of the program, by its place and its number of iterations."""
+
+    path: Path
+    length: int
+
+
+class _Data:
+    """The tag of a value that may depend on the example."""
+
+
+DATA: Final = _Data()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ParamValue:
+    """A value that no example can change.
+
+    Attributes:
+        leaves: Indices of the parameters it depends on; none for a constant.
+        loops: Loops whose iterations it varies with, outermost first. ``compute`` returns
+            one leading axis for each.
+        compute: The value, from an ``Evaluator``.
+        view: If its entries are entries of one parameter, each at most once: which ones, as
+            a numpy view of a buffer shaped like the parameter that nobody reads. Numpy's
+            own rules for shapes, strides and shared memory then answer what overlaps.
+    """
+
+    leaves: frozenset[int]
+    loops: tuple[Loop, ...]
+    compute: Callable[["Evaluator"], Any]
+    view: np.ndarray | None = None
+
+
+Tag = ParamValue | _Data
+
+
+class Evaluator:
+    """Compute ``ParamValue``s from parameters; shared parts once."""
+
+    def __init__(self, leaves: Sequence[Array], *, keep_dtype: bool = False) -> None:
+        """Take the parameters.
+
+        Args:
+            leaves: The parameters, in the order that ``ParamValue.leaves`` counts.
+            keep_dtype: Skip the casts between floating dtypes. Only for views: it makes
+                their transpose exact for gradients that are wider than the parameters.
+        """
+        self.leaves = leaves
+        self.keep_dtype = keep_dtype
+        self._done: dict[Any, Any] = {}
+
+    def __call__(self, value: ParamValue) -> Any:
+        """Return the value, ``[loops..., *shape]``."""
+        return self.once(value, lambda: value.compute(self))
+
+    def once(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """Return what ``compute`` returned at its first call under this key."""
+        if key not in self._done:
+            self._done[key] = compute()
+        return self._done[key]
+
+
+def constant(value: Any) -> ParamValue:
+    """Tag a value that depends on nothing."""
+    return ParamValue(frozenset(), (), lambda _: value)
+
+
+def parameter(index: int, buffer: np.ndarray) -> ParamValue:
+    """Tag a parameter; ``buffer`` is shaped like it and stands for its memory."""
+    return ParamValue(
+        frozenset([index]), (), lambda evaluator: evaluator.leaves[index], buffer
+    )
+
+
+def bind(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    """Run one equation."""
+    with eqn.ctx.manager:
+        out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def derive(eqn: JaxprEqn, inputs: Sequence[ParamValue]) -> list[ParamValue]:
+    """Tag the results of an equation whose inputs no example can change."""
+    loops = tuple(sorted({loop for value in inputs for loop in value.loops}))
+    leaves = frozenset().union(*(value.leaves for value in inputs))
+    if eqn.primitive.name == "stop_gradient":
+        leaves = frozenset()
+    views = _views(eqn, inputs)
+
+    def run(evaluator: Evaluator) -> list[Any]:
+        values = [evaluator(value) for value in inputs]
+        if evaluator.keep_dtype and eqn.primitive.name == "convert_element_type":
+            return values
+
+        def mapped(args: Sequence[Any]) -> list[Any]:
+            return bind(eqn, args)
+
+        for loop in reversed(loops):
+            axes = [0 if loop in value.loops else None for value in inputs]
+            mapped = jax.vmap(mapped, in_axes=(axes,))
+        return mapped(values)
+
+    def output(index: int) -> Callable[[Evaluator], Any]:
+        return lambda evaluator: evaluator.once(run, lambda: run(evaluator))[index]
+
+    return [ParamValue(leaves, loops, output(i), views[i]) for i in range(len(views))]
+
+
+def _views(
+    eqn: JaxprEqn, inputs: Sequence[ParamValue]
+) -> list[np.ndarray] | list[None]:
+    nothing: list[None] = [None] * len(eqn.outvars)
+    rule = _VIEW_RULES.get(eqn.primitive.name)
+    if rule is None or len(inputs) != 1 or inputs[0].view is None:
+        return nothing
+    source, lead = inputs[0].view, len(inputs[0].loops)
+    try:
+        views = rule(source, lead, eqn)
+    except _NotAViewError:
+        return nothing
+    return views
+
+
+class _NotAViewError(Exception):
+    pass
+
+
+def _reshaped(view: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    try:
+        return view.reshape(shape, copy=False)
+    except ValueError as error:
+        raise _NotAViewError from error
+
+
+def _reshape(view: np.ndarray, lead: int, eqn: JaxprEqn) -> list[np.ndarray]:
+    return [_reshaped(view, view.shape[:lead] + eqn.outvars[0].aval.shape)]
+
+
+def _same(view: np.ndarray, lead: int, eqn: JaxprEqn) -> list[np.ndarray]:
+    del lead, eqn
+    return [view]
+
+
+def _convert(view: np.ndarray, lead: int, eqn: JaxprEqn) -> list[np.ndarray]:
+    del lead
+    if not jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
+        raise _NotAViewError
+    return [view]
+
+
+def _broadcast(view: np.ndarray, lead: int, eqn: JaxprEqn) -> list[np.ndarray]:
+    shape = eqn.params["shape"]
+    if np.prod(shape) != np.prod(view.shape[lead:]):
+        raise _NotAViewError  # An entry would appear twice.
+    return _reshape(view, lead, eqn)  # The order of dimensions is kept.
+
+
+def _transpose(view: np.ndarray, lead: int, eqn: JaxprEqn) -> list[np.ndarray]:
+    moved = [lead + axis for axis in eqn.params["permutation"]]
+    return [view.transpose([*range(lead), *moved])]
+
+
+def _slice(view: np.ndarray, lead: int, eqn: JaxprEqn) -> list[np.ndarray]:
+    starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
+    strides = eqn.params["strides"] or (1,) * len(starts)
+    cut = tuple(map(slice, starts, limits, strides))
+    return [view[(slice(None),) * lead + cut]]
+
+
+def _split(view: np.ndarray, lead: int, eqn: JaxprEqn) -> list[np.ndarray]:
+    ends = np.cumsum(eqn.params["sizes"])[:-1]
+    return np.split(view, ends, axis=lead + eqn.params["axis"])
+
+
+def _reverse(view: np.ndarray, lead: int, eqn: JaxprEqn) -> list[np.ndarray]:
+    return [np.flip(view, [lead + axis for axis in eqn.params["dimensions"]])]
+
+
+_VIEW_RULES: dict[
+    str, Callable[[np.ndarray, int, JaxprEqn], list[np.ndarray]]
+] = {
+    "broadcast_in_dim": _broadcast,
+    "convert_element_type": _convert,
+    "copy": _same,
+    "copy_p": _same,
+    "name": _same,
+    "optimization_barrier": _same,
+    "reshape": _reshape,
+    "rev": _reverse,
+    "sharding_constraint": _same,
+    "slice": _slice,
+    "split": _split,
+    "squeeze": _reshape,
+    "transpose": _transpose,
+}
