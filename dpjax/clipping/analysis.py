@@ -17,6 +17,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from dpjax.clipping.query import Query
+from dpjax.clipping.tracing import check_params, one_example, scalar, trace
 from dpjax.clipping.values import (
     DATA,
     Loop,
@@ -86,6 +87,7 @@ class Program:
         shapes: Shape of each.
         sites: By path, all sites of parameters that are not in ``plain``.
         plain: Inputs that get ordinary per-example differentiation -> why.
+        num_params: How many of the inputs are parameters.
         tree: Structure of one point.
     """
 
@@ -94,6 +96,7 @@ class Program:
     shapes: tuple[tuple[int, ...], ...]
     sites: dict[Path, Site]
     plain: dict[int, str]
+    num_params: int
     tree: Any
 
     def slot(self, leaf: int) -> int:
@@ -116,11 +119,16 @@ def analyse(loss: Loss, query: Query, batch: Batch, key: Key) -> Program:
     """Trace ``loss`` on one example of ``batch`` and find the sites of its parameters.
 
     Nothing is computed: only shapes and dtypes are looked at.
+
+    Raises:
+        TypeError: The loss is not a pure scalar function, or a parameter is not floating.
     """
+    check_params(query.points[0])
+    single = scalar(loss)
 
     def combined(points: tuple[Params, ...], example: Any, key: Key) -> Any:
         # The points share the example and its key: same augmentation, same dropout.
-        values = [loss(point, example, key) for point in points]
+        values = [single(point, example, key) for point in points]
         values = [v.astype(accumulation_dtype(v.dtype)) for v in values]
         signed = [
             v if sign == 1 else sign * v
@@ -128,11 +136,7 @@ def analyse(loss: Loss, query: Query, batch: Batch, key: Key) -> Program:
         ]
         return sum(signed[1:], signed[0]), values[0]
 
-    example = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch.examples
-    )
-    key_shape = jax.ShapeDtypeStruct((), key.dtype)
-    closed = jax.make_jaxpr(combined)(query.points, example, key_shape)
+    closed = trace(combined, query.points, *one_example(batch, key))
 
     leaves = jax.tree_util.tree_leaves_with_path(query.points[0])
     names = tuple(
@@ -158,6 +162,7 @@ def analyse(loss: Loss, query: Query, batch: Batch, key: Key) -> Program:
         shapes=shapes,
         sites=record.sites,
         plain=record.plain,
+        num_params=len(params),
         tree=jax.tree.structure(query.points[0]),
     )
 

@@ -16,7 +16,7 @@ def bookkeeping(
     return execute(loss, query, batch, key, planner=_plan)
 
 
-def _plan(program: Program, examples: int) -> Plan:
+def _plan(program: Program) -> Plan:
     slots = find_slots(program)
     methods = {
         group: method(group)

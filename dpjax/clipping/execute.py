@@ -17,7 +17,7 @@ from dpjax.clipping.plan import Plan, Planner
 from dpjax.clipping.query import Query
 from dpjax.clipping.slots import Group
 from dpjax.clipping.values import Evaluator, Path, bind
-from dpjax.clipping.vmap import check_loss, per_example
+from dpjax.clipping.vmap import per_example
 from dpjax.sensitive import ClippedSum, PerExample, accumulation_dtype
 from dpjax.typing import Batch, Key, Loss
 
@@ -28,9 +28,15 @@ def execute(
     loss: Loss, query: Query, batch: Batch, key: Key, *, planner: Planner
 ) -> tuple[ClippedSum, PerExample]:
     """Return the clipped sum, computed as ``planner`` decides. See ``Engine``."""
-    check_loss(loss, query.points[0], batch, key)
     program = analyse(loss, query, batch, key)
-    run = _Run(program, planner(program, batch.mask.shape[0]), query, batch, key)
+    return run_plan(program, planner(program), query, batch, key)
+
+
+def run_plan(
+    program: Program, plan: Plan, query: Query, batch: Batch, key: Key
+) -> tuple[ClippedSum, PerExample]:
+    """Return the clipped sum of an analysed loss over a batch."""
+    run = _Run(program, plan, query, batch, key)
     backward = run.backward()
     gradients = run.gradients(backward)
     norms = [run.norms(slot.index, backward, gradients) for slot in run.plan.slots]

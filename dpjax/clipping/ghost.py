@@ -16,7 +16,7 @@ def ghost(
     return execute(loss, query, batch, key, planner=_plan)
 
 
-def _plan(program: Program, examples: int) -> Plan:
+def _plan(program: Program) -> Plan:
     slots = find_slots(program)
     probed = frozenset(slot.sites[0].path for slot in slots if can_probe(slot))
     methods = {

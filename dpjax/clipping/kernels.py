@@ -7,6 +7,7 @@ weight and output have. Everything here is computed in at least float32.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -187,21 +188,21 @@ def _right_gram(first: Factors, second: Factors) -> Float[Array, "H B T S"]:
 def _slack(part: Factors, lefts: Array, rights: Array) -> Float[Array, "B"]:
     """Bound how far rounding may have lowered a Gram norm.
 
-    The terms of the Gram sum may cancel: each is at most ``|left_t||left_s||right_t|
-    |right_s|``, so their rounding errors add up to at most a few units in the last place
-    of ``(sum_t |left_t||right_t|)^2``. The factor is the usual estimate for sums of as
-    many terms of which the errors are independent.
+    The terms of the Gram sum may cancel, and their rounding errors do not. Each term is at
+    most ``|left_t||left_s||right_t||right_s|`` and wrong by about ``u sqrt(K + N + T)`` of
+    that, u the unit roundoff; independent errors add up in quadrature, to as much of
+    ``sum_t |left_t|^2 |right_t|^2``. Four standard errors of it are allowed for.
     """
     width = part.right.shape[-1]
     if isinstance(part, Dense):
         width += sum(left.shape[-1] for left in part.left)
-    if lefts.shape[2] == 1:
+    positions = lefts.shape[2]
+    if positions == 1:
         return jnp.zeros(lefts.shape[1], lefts.dtype)  # One term: nothing cancels.
     diagonals = [jnp.diagonal(gram, axis1=2, axis2=3) for gram in (lefts, rights)]
-    sizes = jnp.sqrt(jnp.maximum(diagonals[0] * diagonals[1], 0.0))
-    unit = jnp.finfo(sizes.dtype).eps
-    terms = jnp.sqrt(jnp.asarray(width + sizes.shape[2], sizes.dtype))
-    return unit * terms * jnp.square(jnp.sum(sizes, axis=(0, 2)))
+    roundoff = jnp.finfo(lefts.dtype).eps / 2
+    errors = 4 * roundoff * math.sqrt(width + positions)
+    return errors * jnp.einsum("hbt,hbt->b", *diagonals)
 
 
 def _dot(spec: str, first: Array, second: Array) -> Array:

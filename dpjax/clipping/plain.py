@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from dpjax.clipping.query import Query
-from dpjax.clipping.vmap import check_loss, per_example
+from dpjax.clipping.tracing import check_loss
+from dpjax.clipping.vmap import per_example
 from dpjax.sensitive import ClippedSum, PerExample
 from dpjax.typing import Batch, Key, Loss, Params
 

@@ -29,5 +29,4 @@ class Plan:
     probed: frozenset[Path]
 
 
-Planner = Callable[[Program, int], Plan]
-"""``(program, number of examples) -> plan``."""
+Planner = Callable[[Program], Plan]

@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from dpjax.clipping.factors import clip_factors
 from dpjax.clipping.query import Query
+from dpjax.clipping.tracing import check_loss
 from dpjax.sensitive import ClippedSum, PerExample, accumulation_dtype
 from dpjax.typing import Batch, Example, Key, Loss, Params
 
@@ -65,27 +66,6 @@ def per_example(losses: Array, norms: Array, finite: Array, mask: Array) -> PerE
         nonfinite=mask & ~finite,
         mask=mask,
     )
-
-
-def check_loss(loss: Loss, params: Params, batch: Batch, key: Key) -> None:
-    """Raise TypeError, at trace time, unless ``loss`` can be clipped per example."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise TypeError(
-                f"parameter {name} has dtype {jnp.result_type(leaf)}; parameters must be "
-                "floating point (keep integer state out of params)"
-            )
-    example = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch.examples
-    )
-    out = jax.eval_shape(loss, params, example, key)
-    shape = getattr(out, "shape", None)
-    if shape != () or not jnp.issubdtype(out.dtype, jnp.floating):
-        raise TypeError(
-            f"loss returned {out}; it must return one floating-point scalar for ONE "
-            "example (no batch axis, no auxiliary outputs)"
-        )
 
 
 def _signed_gradient(

@@ -1,0 +1,150 @@
+"""Say what the analysis found: one row for each parameter."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Jaxpr, Literal
+
+from dpjax.clipping import auto, costs
+from dpjax.clipping.analysis import CALLS, Program, analyse, callee
+from dpjax.clipping.query import Query
+from dpjax.clipping.slots import Slot
+from dpjax.typing import Batch, Example, Key, Loss, Params
+
+_KINDS = {
+    "conv_general_dilated": "conv",
+    "dot_general": "dense",
+    "gather": "embedding",
+}
+_ELEMENTWISE = frozenset({"add", "add_any", "div", "max", "min", "mul", "sub"})
+
+
+class Row(NamedTuple):
+    """How the gradient norm of one parameter is computed.
+
+    Attributes:
+        path: Which parameter.
+        shape: Its shape.
+        uses: How many equations use it beside data.
+        rule: "dense", "conv", "embedding", "tied" (several uses of the same entries),
+            "derived" (what meets data is computed from parameters), "elementwise" (a bias
+            or scale: its per-example gradient costs no more than the activations),
+            "fallback" (no rule: per-example gradient), "frozen" or "unused".
+        method: "gram", "direct", "keep", "per-example" or "none".
+        flops: Float operations for one example, beyond the backward pass.
+        bytes: Bytes moved for one example, likewise.
+        why: In words.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    uses: int
+    rule: str
+    method: str
+    flops: float
+    bytes: float
+    why: str
+
+
+def explain(
+    loss: Loss, params: Params, example: Example, *, key: Key | None = None
+) -> list[Row]:
+    """Print and return how the fast engines treat each parameter of a loss.
+
+    Nothing is computed: only shapes are looked at.
+
+    Args:
+        loss: Loss of one example.
+        params: Parameters, or their shapes (``jax.ShapeDtypeStruct``).
+        example: ONE example without batch axis, or its shapes.
+        key: A key of the kind that training will use.
+    """
+    if key is None:
+        key = jax.random.key(0)
+    one = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((1, *jnp.shape(x)), jnp.result_type(x)), example
+    )
+    count = jax.ShapeDtypeStruct((1,), jnp.int32)
+    batch = Batch(one, jax.ShapeDtypeStruct((1,), bool), count)
+    program = analyse(loss, Query((params,), clip_norm=1.0), batch, key)
+    choice = auto.choose(program, 1, memory_budget=math.inf)
+    rows = [_row(program, choice, slot) for slot in choice.plan.slots]
+    print(_table(rows))
+    return rows
+
+
+def _row(program: Program, choice: auto.Choice, slot: Slot) -> Row:
+    name, shape = program.names[slot.index], program.shapes[slot.index]
+    size = 4 * math.prod(shape)
+    if slot.plain:
+        cheap = slot.plain.removeprefix("meets data in ") in _ELEMENTWISE
+        rule = "elementwise" if cheap else "fallback"
+        return Row(name, shape, 1, rule, "per-example", 0, 3 * size, slot.plain)
+    if not slot.sites:
+        used = _reads(program.closed.jaxpr, slot.index)
+        rule = "frozen" if used else "unused"
+        why = "no gradient reaches it" if used else "the loss does not read it"
+        return Row(name, shape, 0, rule, "none", 0, 0, why)
+    uses = len(slot.sites)
+    if slot.materialised:
+        derived = any(site.value.view is None for site in slot.sites)
+        work = [costs.group_cost(group, "keep") for group in slot.groups]
+        flops, moved = sum(c.flops for c in work), sum(c.traffic for c in work)
+        rule = "derived" if derived else "tied"
+        return Row(
+            name, shape, uses, rule, "per-example", flops, moved, slot.materialised
+        )
+    work = [costs.group_cost(g, choice.plan.methods[g]) for g in slot.groups]
+    several = any(len(group.sites) > 1 for group in slot.groups)
+    kinds = sorted({_KINDS[site.kind] for site in slot.sites})
+    methods = sorted({choice.plan.methods[group] for group in slot.groups})
+    return Row(
+        name,
+        shape,
+        uses,
+        "tied" if several else "+".join(kinds),
+        "+".join(methods),
+        sum(cost.flops for cost in work),
+        sum(cost.traffic for cost in work),
+        "uses with cross terms: " + ", ".join(kinds) if several else "one factor each",
+    )
+
+
+def _reads(jaxpr: Jaxpr, index: int) -> bool:
+    """Whether input ``index`` is read by an equation that is no mere call."""
+    var = jaxpr.invars[index]
+    for eqn in jaxpr.eqns:
+        for position, atom in enumerate(eqn.invars):
+            if isinstance(atom, Literal) or atom is not var:
+                continue
+            if eqn.primitive.name not in CALLS:
+                return True
+            if _reads(callee(eqn).jaxpr, position):
+                return True
+    return var in [atom for atom in jaxpr.outvars if not isinstance(atom, Literal)]
+
+
+def _table(rows: list[Row]) -> str:
+    header = ("parameter", "shape", "uses", "rule", "method", "MFLOP", "MB", "why")
+    cells: list[tuple[Any, ...]] = [
+        (
+            row.path,
+            "x".join(map(str, row.shape)) or "scalar",
+            row.uses,
+            row.rule,
+            row.method,
+            f"{row.flops / 1e6:.3g}",
+            f"{row.bytes / 1e6:.3g}",
+            row.why,
+        )
+        for row in rows
+    ]
+    table = [header, *(tuple(map(str, line)) for line in cells)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        .rstrip()
+        for line in table
+    )
