@@ -11,8 +11,9 @@ def base() -> ConfigDict:
     )
     config.compute = ConfigDict(
         {
-            "engine": "vmap",
+            "engine": "auto",
             "microbatch_size": config_dict.placeholder(int),
+            "memory_budget": config_dict.placeholder(int),  # bytes; None: half of all
             "physical_batch_size": 256,
         }
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dpjax.accounting import calibrate, epsilon
-    from dpjax.clipping import ClippedGrad, Query, clipped_grad
+    from dpjax.clipping import ClippedGrad, Query, clipped_grad, explain
     from dpjax.data.batches import batches
     from dpjax.mechanisms import DpSgd, Mechanism, NonPrivate
     from dpjax.noise import root_key
@@ -41,6 +41,7 @@ _HOMES = {
     "calibrate": "accounting",
     "clipped_grad": "clipping",
     "epsilon": "accounting",
+    "explain": "clipping",
     "private": "transforms",
     "reveal": "sensitive",
     "root_key": "noise",

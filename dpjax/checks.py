@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 ClipStyle = Literal["flat", "automatic", "per_layer"]
 MIN_CLIP_NORM = 1e-12
-ENGINE_NAMES = ("vmap",)
+ENGINE_NAMES = ("auto", "bookkeeping", "ghost", "vmap")
 WRITER_NAMES = ("tensorboard", "wandb")
 
 

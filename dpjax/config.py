@@ -28,7 +28,12 @@ GROUPS: dict[str, tuple[str, ...] | None] = {
     "augment": ("transform", "views"),
     "mechanism": None,
     "optimizer": None,
-    "compute": ("engine", "microbatch_size", "physical_batch_size"),
+    "compute": (
+        "engine",
+        "microbatch_size",
+        "memory_budget",
+        "physical_batch_size",
+    ),
     "run": (
         "seed",
         "log_every",
@@ -259,6 +264,12 @@ def _check_values(config: Mapping[str, Any]) -> None:
                 f"config.compute.physical_batch_size={physical}"
             )
     _check_choice("config.compute.engine", compute["engine"], checks.ENGINE_NAMES)
+    budget = compute["memory_budget"]
+    if budget is not None and not (compute["engine"] == "auto" and budget > 0):
+        raise ConfigError(
+            f"config.compute.memory_budget={budget!r} must be a positive number of bytes "
+            "for the engine 'auto', or None"
+        )
     for key in ("log_sensitive", "dry_run"):
         if not isinstance(run[key], bool):
             raise ConfigError(f"config.run.{key}={run[key]!r} must be True or False")

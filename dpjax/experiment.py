@@ -97,8 +97,14 @@ def _check_held_out(
 
 def _engine(compute: Mapping[str, Any], mechanism: Mechanism) -> Engine:
     # Without privacy the fair baseline is one ordinary gradient, whatever the engine.
-    engine = compute["engine"] if mechanism.private else plain
-    return resolve_engine(engine, microbatch_size=compute["microbatch_size"])
+    size = compute["microbatch_size"]
+    if not mechanism.private:
+        return resolve_engine(plain, microbatch_size=size)
+    return resolve_engine(
+        compute["engine"],
+        microbatch_size=size,
+        memory_budget=compute["memory_budget"],
+    )
 
 
 def _check_data(config: Mapping[str, Any], source: Source, held_out: Source) -> None:

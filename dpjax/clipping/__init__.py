@@ -1,11 +1,15 @@
 """Clipped per-example gradient sums: one contract, several engines."""
 
+from dpjax.clipping.auto import auto, planned
+from dpjax.clipping.bookkeeping import bookkeeping
 from dpjax.clipping.clipped_grad import (
     ENGINES,
     ClippedGrad,
     clipped_grad,
     resolve_engine,
 )
+from dpjax.clipping.explain import explain
+from dpjax.clipping.ghost import ghost
 from dpjax.clipping.microbatched import microbatched
 from dpjax.clipping.plain import plain
 from dpjax.clipping.query import Query
@@ -17,9 +21,14 @@ __all__ = [
     "ClippedGrad",
     "Engine",
     "Query",
+    "auto",
+    "bookkeeping",
     "clipped_grad",
+    "explain",
+    "ghost",
     "microbatched",
     "plain",
+    "planned",
     "resolve_engine",
     "vmap",
 ]

@@ -27,6 +27,7 @@ from dpjax.clipping.values import (
     constant,
     derive,
     parameter,
+    shape_of,
 )
 from dpjax.sensitive import accumulation_dtype
 from dpjax.typing import Batch, Key, Loss, Params
@@ -59,18 +60,18 @@ class Site:
     @property
     def data_shape(self) -> tuple[int, ...]:
         """Shape of the data operand of one example, without loops."""
-        return self.eqn.invars[1 - self.side].aval.shape
+        return shape_of(self.eqn.invars[1 - self.side])
 
     @property
     def out_shape(self) -> tuple[int, ...]:
         """Shape of the output of one example, without loops."""
-        return self.eqn.outvars[0].aval.shape
+        return shape_of(self.eqn.outvars[0])
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """Shape of the parameter-only operand, with the loops it varies with."""
         lead = tuple(loop.length for loop in self.value.loops)
-        return lead + self.eqn.invars[self.side].aval.shape
+        return lead + shape_of(self.eqn.invars[self.side])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -332,7 +333,7 @@ def _conv_site(eqn: JaxprEqn, side: int) -> bool:
 def _gather_site(eqn: JaxprEqn, side: int) -> bool:
     """Whether whole rows of a table are looked up."""
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    table = eqn.invars[0].aval.shape
+    table = shape_of(eqn.invars[0])
     return (
         side == 0
         and numbers.start_index_map == (0,)

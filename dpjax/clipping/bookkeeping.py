@@ -1,11 +1,11 @@
 """One backward pass: norms and the clipped sum from saved inputs and output gradients."""
 
-from dpjax.clipping import layouts
+from dpjax.clipping import costs
 from dpjax.clipping.analysis import Program
 from dpjax.clipping.execute import execute
-from dpjax.clipping.plan import Method, Plan
+from dpjax.clipping.plan import Plan, make_plan
 from dpjax.clipping.query import Query
-from dpjax.clipping.slots import Group, find_slots
+from dpjax.clipping.slots import find_slots
 from dpjax.sensitive import ClippedSum, PerExample
 from dpjax.typing import Batch, Key, Loss
 
@@ -13,23 +13,27 @@ from dpjax.typing import Batch, Key, Loss
 def bookkeeping(
     loss: Loss, query: Query, batch: Batch, key: Key
 ) -> tuple[ClippedSum, PerExample]:
+    """Return the clipped sum from one backward pass over the whole batch.
+
+    The inputs and output gradients of every use of a parameter are kept until the norms are
+    known; then one contraction for each use gives the weighted sum. Where a per-example
+    gradient is smaller than these, it is kept instead.
+
+    Sensitivity: ``query.clip_norm`` under add/remove-one.
+
+    Raises:
+        TypeError: The loss is not a pure function to one floating-point scalar, or a
+            parameter is not floating point.
+
+    References:
+        Bu et al., Differentially Private Optimization on Large Model at Small Cost,
+        https://arxiv.org/abs/2210.00038
+    """
     return execute(loss, query, batch, key, planner=_plan)
 
 
 def _plan(program: Program) -> Plan:
-    slots = find_slots(program)
-    methods = {
-        group: method(group)
-        for slot in slots
-        if not slot.materialised
-        for group in slot.groups
-    }
-    return Plan(tuple(slots), methods, frozenset())
-
-
-def method(group: Group) -> Method:
-    first = layouts.sizes(group.sites[0])
-    t = sum(layouts.sizes(site).t for site in group.sites)
-    if t == 1 or t * (first.k + first.n) <= first.k * first.n:
-        return "gram"
-    return "keep"
+    return make_plan(
+        find_slots(program),
+        lambda group, method: costs.group_cost(group, method).bytes,
+    )

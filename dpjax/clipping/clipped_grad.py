@@ -7,7 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpjax.checks import ClipStyle, check_clip
+from dpjax.checks import ENGINE_NAMES, ClipStyle, check_clip
+from dpjax.clipping.auto import auto, planned
+from dpjax.clipping.bookkeeping import bookkeeping
+from dpjax.clipping.ghost import ghost
 from dpjax.clipping.microbatched import microbatched
 from dpjax.clipping.query import Query
 from dpjax.clipping.types import Engine
@@ -15,7 +18,13 @@ from dpjax.clipping.vmap import vmap
 from dpjax.sensitive import ClippedSum, PerExample
 from dpjax.typing import Batch, Key, Loss, Params
 
-ENGINES: dict[str, Engine] = {"vmap": vmap}
+ENGINES: dict[str, Engine] = {
+    "auto": auto,
+    "bookkeeping": bookkeeping,
+    "ghost": ghost,
+    "vmap": vmap,
+}
+assert tuple(ENGINES) == ENGINE_NAMES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +36,7 @@ class ClippedGrad:
     style: ClipStyle
     residual: bool
     engine: Engine
+    verify: bool
 
     def __call__(
         self, params: Params, batch: Batch | Any, key: Key
@@ -38,15 +48,15 @@ class ClippedGrad:
             batch: A ``Batch``, or a pytree of examples ``[B, ...]`` that all count.
             key: Randomness of the loss (dropout, augmentation); not the noise key.
         """
-        if not isinstance(batch, Batch):
-            size = jax.tree.leaves(batch)[0].shape[0]
-            batch = Batch(batch, jnp.ones(size, bool), jnp.arange(size))
+        batch = _as_batch(batch)
         query = Query(
             (params,),
             clip_norm=self.clip_norm,
             style=self.style,
             residual=self.residual,
         )
+        if self.verify:
+            _verify(self.engine, self.loss, query, batch, key)
         return self.engine(self.loss, query, batch, key)
 
     def sensitivity(self) -> float:
@@ -60,8 +70,10 @@ def clipped_grad(
     clip_norm: float,
     style: ClipStyle = "flat",
     residual: bool = False,
-    engine: str | Engine = "vmap",
+    engine: str | Engine = "auto",
     microbatch_size: int | None = None,
+    memory_budget: float | None = None,
+    verify: bool = False,
 ) -> ClippedGrad:
     """Transform the loss of ONE example into a clipped gradient sum over many.
 
@@ -74,12 +86,23 @@ def clipped_grad(
         clip_norm: Bound on each example's contribution.
         style: See ``dpjax.clipping.Query``.
         residual: Also sum what clipping cut off (for error feedback).
-        engine: Name or function; all engines compute the same.
-        microbatch_size: Examples at once; None for the whole batch.
+        engine: Name or function; all engines compute the same. "vmap": per-example
+            gradients, the reference. "bookkeeping": one backward pass, from which norms and
+            sum follow without them. "ghost": two backward passes, the least memory.
+            "auto": whatever is estimated to be fastest for this loss on this device.
+        microbatch_size: Examples at once; None for the whole batch, or as many as "auto"
+            thinks best.
+        memory_budget: Bytes of temporaries that "auto" may plan for; None for half of the
+            device's memory.
+        verify: Compare the engine's norms of the first two examples with those of "vmap"
+            whenever the result is called, outside of ``jit``, before it answers.
 
     Raises:
         ValueError: A clip norm that is not positive and finite, an unknown style or
-            engine, a microbatch size below 1.
+            engine, a microbatch size below 1, a budget for another engine than "auto";
+            at the call, norms that ``verify`` finds wrong.
+        TypeError: At trace time: the loss is not a pure function to one floating-point
+            scalar, a parameter is not floating point, or ``verify`` is asked under ``jit``.
 
     Example:
         >>> import jax, jax.numpy as jnp, dpjax
@@ -97,13 +120,28 @@ def clipped_grad(
         clip_norm=float(clip_norm),
         style=style,
         residual=residual,
-        engine=resolve_engine(engine, microbatch_size=microbatch_size),
+        engine=resolve_engine(
+            engine, microbatch_size=microbatch_size, memory_budget=memory_budget
+        ),
+        verify=verify,
     )
 
 
-def resolve_engine(engine: str | Engine, *, microbatch_size: int | None) -> Engine:
-    """Return the engine of this name, in microbatches if asked."""
-    if isinstance(engine, str):
+def resolve_engine(
+    engine: str | Engine,
+    *,
+    microbatch_size: int | None = None,
+    memory_budget: float | None = None,
+) -> Engine:
+    """Return the engine of this name, in microbatches or within a budget if asked."""
+    if memory_budget is not None and engine != "auto":
+        raise ValueError(
+            f"memory_budget={memory_budget} is for engine='auto', which plans; "
+            f"engine={engine!r} takes what it takes: use microbatch_size"
+        )
+    if memory_budget is not None:
+        engine = planned(memory_budget=memory_budget)
+    elif isinstance(engine, str):
         if engine not in ENGINES:
             near = difflib.get_close_matches(engine, ENGINES, n=1, cutoff=0)
             raise ValueError(
@@ -114,3 +152,37 @@ def resolve_engine(engine: str | Engine, *, microbatch_size: int | None) -> Engi
     if microbatch_size is None:
         return engine
     return microbatched(engine, size=microbatch_size)
+
+
+def _as_batch(batch: Batch | Any) -> Batch:
+    if isinstance(batch, Batch):
+        return batch
+    size = jax.tree.leaves(batch)[0].shape[0]
+    return Batch(batch, jnp.ones(size, bool), jnp.arange(size))
+
+
+def _verify(engine: Engine, loss: Loss, query: Query, batch: Batch, key: Key) -> None:
+    """Raise ValueError unless ``engine`` finds the norms of ``vmap`` on two examples."""
+    if any(
+        isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((query, batch, key))
+    ):
+        raise TypeError(
+            "verify=True compares values and cannot run under jit: call the gradient once "
+            "outside of jit before training, then train with verify=False"
+        )
+    # The batch keeps its shape, so that the plan under test is the one that will run.
+    mask = jnp.cumsum(jnp.asarray(batch.mask)) <= 2
+    few = batch._replace(mask=mask & batch.mask)
+    run = jax.jit(lambda engine, *args: engine(loss, *args)[1], static_argnums=0)
+    found = run(engine, query, few, key).norms
+    expected = run(microbatched(vmap, size=1), query, few, key).norms
+    # Losses in bfloat16 or float16 round differently in each engine.
+    dtypes = [x.dtype for x in jax.tree.leaves((query.points, batch.examples))]
+    low = any(
+        jnp.issubdtype(d, jnp.floating) and jnp.finfo(d).bits < 32 for d in dtypes
+    )
+    if not jnp.allclose(found, expected, rtol=0.05 if low else 1e-3, equal_nan=True):
+        raise ValueError(
+            f"the engine finds gradient norms {found[mask]} where per-example gradients "
+            f"have {expected[mask]}: do not train with it; use engine='vmap' and report this"
+        )

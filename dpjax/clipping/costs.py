@@ -2,15 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax.extend.core import Jaxpr, JaxprEqn
+from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
 from dpjax.clipping import layouts
-from dpjax.clipping.analysis import CALLS, Program, callee
+from dpjax.clipping.analysis import CALLS, Program, Site, callee
 from dpjax.clipping.plan import Method, Plan
 from dpjax.clipping.slots import Group
 
@@ -40,16 +39,13 @@ DEVICES = {
     "gpu": Device(2e14, 2e12, fresh=math.inf, round=2e-5, looped_convolution=1.0),
     "tpu": Device(1e14, 1e12, fresh=math.inf, round=2e-5, looped_convolution=1.0),
 }
-
-
 CACHED = 2**26
 """Temporaries up to this many bytes come from memory that was used before."""
 
 
 def device() -> Device:
     """Return the figures of JAX's default device."""
-    platform = jax.default_backend()
-    return DEVICES.get(platform, DEVICES["gpu"])
+    return DEVICES.get(jax.default_backend(), DEVICES["gpu"])
 
 
 class Cost(NamedTuple):
@@ -59,7 +55,7 @@ class Cost(NamedTuple):
         flops: Float operations.
         traffic: Bytes moved.
         held: Bytes that live until the sum is formed.
-        passing: Bytes that live while this norm is formed.
+        passing: Bytes that live for a while; of several parts, the largest counts.
     """
 
     flops: float
@@ -67,55 +63,83 @@ class Cost(NamedTuple):
     held: float
     passing: float
 
+    @property
+    def bytes(self) -> float:
+        """Bytes at the peak."""
+        return self.held + self.passing
+
     def seconds(self, on: Device) -> float:
-        """Return the estimated time of one example."""
+        """Return the estimated time."""
         return self.flops / on.flops + self.traffic / on.bandwidth
+
+
+def added(costs: Iterable[Cost]) -> Cost:
+    """Return the cost of all parts together."""
+    flops = traffic = held = passing = 0.0
+    for cost in costs:
+        flops, traffic = flops + cost.flops, traffic + cost.traffic
+        held, passing = held + cost.held, max(passing, cost.passing)
+    return Cost(flops, traffic, held, passing)
 
 
 def group_cost(group: Group, method: Method) -> Cost:
     """Return the cost of norms and sum of one group, beyond the backward pass itself."""
-    all_sizes = [layouts.sizes(site) for site in group.sites]
-    h, k, n = all_sizes[0].h, all_sizes[0].k, all_sizes[0].n
-    t = sum(size.t for size in all_sizes)
+    sizes = [layouts.sizes(site) for site in group.sites]
+    h, k, n = sizes[0].h, sizes[0].k, sizes[0].n
+    t = sum(size.t for size in sizes)
     weight = 4 * h * k * n
     if all(site.kind == "gather" for site in group.sites):
         k = 0  # One-hot factors cost nothing; rows are added one by one.
-    factors, square = 4 * h * t * (k + n), 4 * h * t * t
+    factors, gram = 4 * h * t * (k + n), 4 * h * t * t
     product = 2 * h * t * k * n
     if method == "keep":
         return Cost(product, factors + 3 * weight, weight, 0)
-    contraction = Cost(product, 3 * factors, 0, 0)
+    total = Cost(product, 3 * factors, factors, 0)
     if method == "direct":
         norm = Cost(product, factors + 2 * weight, 0, weight)
     elif t == 1:
         norm = Cost(2 * h * (k + n), factors, 0, 0)
     else:
-        norm = Cost(2 * h * t * t * (k + n), factors + 4 * square, 0, 2 * square)
-    return Cost(*(a + b for a, b in zip(norm, contraction, strict=True)))
+        norm = Cost(2 * h * t * t * (k + n), factors + 4 * gram, 0, 2 * gram)
+    return added([norm, total])
 
 
-def plain_bytes(program: Program) -> int:
-    """Return the bytes of one example's plainly differentiated gradients."""
-    return 4 * sum(math.prod(program.shapes[program.slot(i)]) for i in program.plain)
+def example_cost(program: Program, plan: Plan) -> Cost:
+    """Return the cost of one example under a plan, passes included."""
+    groups = [group_cost(group, method) for group, method in plan.methods.items()]
+    for path, method in plan.probed.items():
+        cost = group_cost(Group((program.sites[path],), (False,)), method)
+        groups.append(cost._replace(held=0.0))
+    plain = 4 * sum(math.prod(program.shapes[program.slot(i)]) for i in program.plain)
+    derived = {
+        s.path: s for slot in plan.slots if slot.materialised for s in slot.sites
+    }
+    weights = 4 * sum(math.prod(site.weight_shape) for site in derived.values())
+    formed = Cost(
+        sum(_product(site) for site in derived.values()),
+        2 * plain + 4 * weights,
+        plain + 2 * weights,
+        0,
+    )
+    # Forward and backward pass: two products at each site.
+    passes = 2 * sum(_product(site) for site in program.sites.values())
+    work = Cost(passes * (2 if plan.probed else 1), 0, 0, 0)
+    return added([*groups, formed, work, _activations(program)])
 
 
-class Activations(NamedTuple):
-    """Bytes of one example's intermediate values.
-
-    Attributes:
-        saved: Alive from the forward to the backward pass.
-        passing: Alive only while a part that is computed again is differentiated.
-    """
-
-    saved: float
-    passing: float
+def parameter_bytes(program: Program) -> int:
+    """Return the bytes of one float32 copy of the parameters."""
+    return 4 * sum(math.prod(shape) for shape in program.shapes)
 
 
-def activations(program: Program) -> Activations:
-    """Return the intermediate values of one example, before the compiler fuses any."""
-    jaxpr = program.closed.jaxpr
-    depends = [i >= program.num_params for i in range(len(jaxpr.invars))]
-    return _activations(jaxpr, depends)[0]
+def convolves(program: Program) -> bool:
+    """Whether any use of a parameter is a convolution."""
+    return any(s.kind == "conv_general_dilated" for s in program.sites.values())
+
+
+def _product(site: Site) -> int:
+    size = layouts.sizes(site)
+    return 0 if site.kind == "gather" else 2 * size.h * size.t * size.k * size.n
 
 
 _FREE = frozenset(
@@ -131,85 +155,43 @@ _FREE = frozenset(
 )
 
 
-def _activations(
-    jaxpr: Jaxpr, depends: Sequence[bool]
-) -> tuple[Activations, list[bool]]:
-    """Add up values that depend on the example; also say which outputs do."""
-    known = {
-        var: flag for var, flag in zip(jaxpr.invars, depends, strict=True) if flag
-    }
-    saved, passing = 0.0, 0.0
+def _activations(program: Program) -> Cost:
+    """Return the bytes of values that depend on the example, before any are fused."""
+    jaxpr = program.closed.jaxpr
+    data = [i >= program.num_params for i in range(len(jaxpr.invars))]
+    return _values(jaxpr, data)
+
+
+def _values(jaxpr: Jaxpr, data: Sequence[bool]) -> Cost:
+    known = {var for var, flag in zip(jaxpr.invars, data, strict=True) if flag}
+    parts = []
     for eqn in jaxpr.eqns:
-        flags = [_hashable(atom) and known.get(atom, False) for atom in eqn.invars]
-        if not any(flags):
-            continue
-        known.update(dict.fromkeys(eqn.outvars, True))
-        part = _equation(eqn, flags)
-        saved += part.saved
-        passing = max(passing, part.passing)
-    out = [bool(_hashable(atom) and known.get(atom, False)) for atom in jaxpr.outvars]
-    return Activations(saved, passing), out
+        flags = [not isinstance(v, Literal) and v in known for v in eqn.invars]
+        if any(flags):
+            known.update(eqn.outvars)
+            parts.append(_values_of(eqn, flags))
+    return added(parts)
 
 
-def _equation(eqn: JaxprEqn, flags: list[bool]) -> Activations:
+def _values_of(eqn: JaxprEqn, flags: list[bool]) -> Cost:
     name = eqn.primitive.name
-    out = sum(_bytes(var.aval) for var in eqn.outvars)
     if name in _FREE:
-        return Activations(0, 0)
+        return Cost(0, 0, 0, 0)
+    out = Cost(0, 0, sum(_bytes(var.aval) for var in eqn.outvars), 0)
     if name == "scan":
-        body, _ = _activations(eqn.params["jaxpr"].jaxpr, _scan_flags(eqn, flags))
-        carry = sum(
-            _bytes(var.aval) for var in eqn.outvars[: eqn.params["num_carry"]]
-        )
-        length = eqn.params["length"]
-        return Activations(length * (body.saved + carry), body.passing)
+        first, count = eqn.params["num_consts"], eqn.params["num_carry"]
+        flags = [*flags[:first], *([True] * count), *flags[first + count :]]
+        body = _values(eqn.params["jaxpr"].jaxpr, flags)
+        carry = sum(_bytes(var.aval) for var in eqn.outvars[:count])
+        held = eqn.params["length"] * (body.held + carry)
+        return Cost(0, 0, held, body.passing)
     if name in CALLS:
-        inner, _ = _activations(callee(eqn).jaxpr, flags)
+        inner = _values(callee(eqn).jaxpr, flags)
         if "prevent_cse" in eqn.params:  # Checkpointed: computed again when needed.
-            return Activations(out, inner.saved + inner.passing)
+            return out._replace(passing=inner.bytes)
         return inner
-    return Activations(out, 0)
+    return out
 
 
-def _scan_flags(eqn: JaxprEqn, flags: list[bool]) -> list[bool]:
-    first, count = eqn.params["num_consts"], eqn.params["num_carry"]
-    carry = [True] * count
-    return [*flags[:first], *carry, *flags[first + count :]]
-
-
-def _hashable(atom: object) -> bool:
-    return not isinstance(atom, jax.extend.core.Literal)
-
-
-def _bytes(aval: object) -> int:
-    shape, dtype = getattr(aval, "shape", ()), getattr(aval, "dtype", jnp.float32)
-    return math.prod(shape) * getattr(dtype, "itemsize", 8)
-
-
-def backward_seconds(program: Program, on: Device) -> float:
-    """Return the estimated time of one example's forward and backward pass at the sites."""
-    flops = 0.0
-    for site in program.sites.values():
-        size = layouts.sizes(site)
-        if site.kind != "gather":
-            flops += 4 * size.h * size.t * size.k * size.n
-    return flops / on.flops
-
-
-def materialised_bytes(plan: Plan) -> int:
-    """Return the bytes of one example's gradients that are formed in full."""
-    return 4 * sum(
-        math.prod(site.weight_shape)
-        for slot in plan.slots
-        if slot.materialised
-        for site in slot.sites
-    )
-
-
-def tapped_bytes(program: Program, plan: Plan) -> int:
-    """Return the bytes of one example's output gradients that are saved for later."""
-    return sum(
-        _bytes(site.eqn.outvars[0].aval) * math.prod(loop.length for loop in site.loops)
-        for path, site in program.sites.items()
-        if path not in plan.probed
-    )
+def _bytes(aval: Any) -> int:
+    return math.prod(getattr(aval, "shape", ())) * aval.dtype.itemsize

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, Literal
 
-from dpjax.clipping import auto, costs
+from dpjax.clipping import costs
 from dpjax.clipping.analysis import CALLS, Program, analyse, callee
+from dpjax.clipping.planner import Choice, choose
 from dpjax.clipping.query import Query
 from dpjax.clipping.slots import Slot
 from dpjax.typing import Batch, Example, Key, Loss, Params
@@ -66,16 +67,15 @@ def explain(
     one = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((1, *jnp.shape(x)), jnp.result_type(x)), example
     )
-    count = jax.ShapeDtypeStruct((1,), jnp.int32)
-    batch = Batch(one, jax.ShapeDtypeStruct((1,), bool), count)
+    batch = Batch(one, jnp.ones(1, bool), jnp.zeros(1, jnp.int32))
     program = analyse(loss, Query((params,), clip_norm=1.0), batch, key)
-    choice = auto.choose(program, 1, memory_budget=math.inf)
+    choice = choose(program, 1, memory_budget=math.inf)
     rows = [_row(program, choice, slot) for slot in choice.plan.slots]
     print(_table(rows))
     return rows
 
 
-def _row(program: Program, choice: auto.Choice, slot: Slot) -> Row:
+def _row(program: Program, choice: Choice, slot: Slot) -> Row:
     name, shape = program.names[slot.index], program.shapes[slot.index]
     size = 4 * math.prod(shape)
     if slot.plain:
@@ -108,7 +108,9 @@ def _row(program: Program, choice: auto.Choice, slot: Slot) -> Row:
         "+".join(methods),
         sum(cost.flops for cost in work),
         sum(cost.traffic for cost in work),
-        "uses with cross terms: " + ", ".join(kinds) if several else "one factor each",
+        "uses with cross terms: " + ", ".join(kinds)
+        if several
+        else "inputs x output gradients",
     )
 
 
@@ -144,7 +146,8 @@ def _table(rows: list[Row]) -> str:
     table = [header, *(tuple(map(str, line)) for line in cells)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        .rstrip()
+        "  ".join(
+            cell.ljust(width) for cell, width in zip(line, widths, strict=True)
+        ).rstrip()
         for line in table
     )

@@ -1,11 +1,11 @@
 """Two backward passes: norms without keeping anything, then the clipped sum."""
 
+from dpjax.clipping import costs
 from dpjax.clipping.analysis import Program
-from dpjax.clipping.bookkeeping import method
 from dpjax.clipping.execute import execute
-from dpjax.clipping.plan import Plan
+from dpjax.clipping.plan import Plan, make_plan
 from dpjax.clipping.query import Query
-from dpjax.clipping.slots import Slot, find_slots
+from dpjax.clipping.slots import find_slots
 from dpjax.sensitive import ClippedSum, PerExample
 from dpjax.typing import Batch, Key, Loss
 
@@ -13,24 +13,32 @@ from dpjax.typing import Batch, Key, Loss
 def ghost(
     loss: Loss, query: Query, batch: Batch, key: Key
 ) -> tuple[ClippedSum, PerExample]:
+    """Return the clipped sum from two backward passes over the whole batch.
+
+    The first finds norms on the way, at each use of a parameter, and keeps nothing: under
+    ``scan`` and ``remat`` memory stays that of training without privacy. The second sums.
+    Parameters used more than once, or in a loop that they do not vary with, are kept as
+    ``bookkeeping`` keeps them: their norm has cross terms.
+
+    Sensitivity: ``query.clip_norm`` under add/remove-one.
+
+    Raises:
+        TypeError: The loss is not a pure function to one floating-point scalar, or a
+            parameter is not floating point.
+
+    References:
+        Goodfellow, Efficient Per-Example Gradient Computations,
+        https://arxiv.org/abs/1510.01799
+        Li et al., Large Language Models Can Be Strong Differentially Private Learners,
+        https://arxiv.org/abs/2110.05679
+    """
     return execute(loss, query, batch, key, planner=_plan)
 
 
 def _plan(program: Program) -> Plan:
-    slots = find_slots(program)
-    probed = frozenset(slot.sites[0].path for slot in slots if can_probe(slot))
-    methods = {
-        group: method(group)
-        for slot in slots
-        if not slot.materialised and not can_probe(slot)
-        for group in slot.groups
-    }
-    return Plan(tuple(slots), methods, probed)
-
-
-def can_probe(slot: Slot) -> bool:
-    """Whether the norm is known where the only site of the parameter stands."""
-    if slot.materialised or len(slot.sites) != 1:
-        return False
-    (site,) = slot.sites
-    return site.loops == site.value.loops
+    on = costs.device()
+    return make_plan(
+        find_slots(program),
+        lambda group, method: costs.group_cost(group, method).seconds(on),
+        two_passes=True,
+    )

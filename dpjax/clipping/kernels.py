@@ -32,12 +32,6 @@ class Dense:
     left: tuple[Float[Array, "H B T K"], ...]
     right: Float[Array, "H B T N"]
 
-    @property
-    def swapped(self) -> "Dense":
-        """The factors of the transposed weight."""
-        (left,) = self.left
-        return Dense((self.right,), left)
-
 
 @dataclasses.dataclass(frozen=True)
 class Lookup:
@@ -62,6 +56,15 @@ class Norms(NamedTuple):
 
     squares: Float[Array, "B"]
     slack: Float[Array, "B"]
+
+
+def oriented(part: Factors, *, swapped: bool) -> Factors:
+    """Return factors of the transposed weight, if asked."""
+    if not swapped:
+        return part
+    assert isinstance(part, Dense), "lookups come first in their group"
+    (left,) = part.left
+    return Dense((part.right,), left)
 
 
 def concatenated(parts: Sequence[Factors]) -> list[Factors]:
@@ -119,29 +122,55 @@ def gram_norms(parts: Sequence[Factors]) -> Norms:
     ``|W|^2 = sum_ts <left_t, left_s> <right_t, right_s>``; each pair of factors of
     different kinds counts twice. Costs ``O(T^2 (K + N))``.
     """
-    squares, slack = 0.0, 0.0
+    squares, slack = [], []
     for i, first in enumerate(parts):
         for second in parts[: i + 1]:
             lefts, rights = _left_gram(first, second), _right_gram(first, second)
             product = jnp.einsum("hbts,hbts->b", lefts, rights, precision=_EXACT)
             if first is second:
-                squares += product
-                slack += _slack(first, lefts, rights)
+                squares.append(product)
+                slack.append(_slack(first, lefts, rights))
             else:
-                squares += 2 * product
-    return Norms(jnp.maximum(squares, 0.0), slack)
+                squares.append(2 * product)
+    return Norms(jnp.maximum(_total(squares), 0.0), _total(slack))
+
+
+def direct_norms(parts: Sequence[Factors]) -> Norms:
+    """Return norms by way of the per-example gradients, which are dropped."""
+    found = squares(gradients(parts))
+    return Norms(found, jnp.zeros_like(found))
+
+
+def squares(rows: Float[Array, "B ..."]) -> Float[Array, "B"]:
+    """Return the squared norm of each row."""
+    return jnp.sum(jnp.square(rows), axis=tuple(range(1, rows.ndim)))
 
 
 def gradients(parts: Sequence[Factors]) -> Float[Array, "B H K N"]:
     """Return the per-example gradients themselves."""
-    return sum(map(_gradients, parts), jnp.float32(0))
+    return _total([_gradients(part) for part in parts])
 
 
-def weighted_sum(part: Factors, weights: Float[Array, "B"]) -> Float[Array, "H K N"]:
+def weighted_sum(
+    parts: Sequence[Factors], weights: Float[Array, "B"]
+) -> Float[Array, "H K N"]:
     """Return ``sum_b weights[b] W[b]`` without any W.
 
     Where a weight is 0, whatever stands there (NaN, inf) counts for nothing.
     """
+    return _total([_weighted_sum(part, weights) for part in parts])
+
+
+def weighted_rows(
+    rows: Float[Array, "B ..."], weights: Float[Array, "B"]
+) -> Float[Array, "..."]:
+    """Return ``sum_b weights[b] rows[b]``; rows of weight 0 count for nothing."""
+    used = (weights != 0).reshape(-1, *(1,) * (rows.ndim - 1))
+    kept = jnp.where(used, rows, 0.0)
+    return jnp.tensordot(weights, kept, axes=1, precision=_EXACT)
+
+
+def _weighted_sum(part: Factors, weights: Array) -> Float[Array, "H K N"]:
     used = (weights != 0)[None, :, None, None]
     right = jnp.where(used, _wide(part.right) * weights[None, :, None, None], 0.0)
     if isinstance(part, Lookup):
@@ -151,6 +180,10 @@ def weighted_sum(part: Factors, weights: Float[Array, "B"]) -> Float[Array, "H K
         for left in part.left
     ]
     return jnp.concatenate(blocks, axis=1)
+
+
+def _total(parts: Sequence[Array]) -> Array:
+    return sum(parts[1:], parts[0])
 
 
 def _gradients(part: Factors) -> Float[Array, "B H K N"]:
@@ -168,17 +201,18 @@ def _scattered(size: int, rows: Array, values: Array) -> Float[Array, "K N"]:
 
 
 def _left_gram(first: Factors, second: Factors) -> Float[Array, "H B T S"]:
-    if isinstance(first, Dense) and isinstance(second, Dense):
-        blocks = zip(first.left, second.left, strict=True)
-        return sum(_dot("hbtk,hbsk->hbts", a, b) for a, b in blocks)
-    if isinstance(first, Lookup) and isinstance(second, Lookup):
-        equal = first.rows[..., :, None] == second.rows[..., None, :]
-        return equal.astype(accumulation_dtype(first.right.dtype))
-    if isinstance(first, Dense):
-        return jnp.swapaxes(_left_gram(second, first), 2, 3)
-    (left,) = second.left
-    columns = jnp.take_along_axis(left, first.rows[:, :, None, :], axis=3)
-    return jnp.swapaxes(_wide(columns), 2, 3)
+    match first, second:
+        case Dense(), Dense():
+            blocks = zip(first.left, second.left, strict=True)
+            return _total([_dot("hbtk,hbsk->hbts", a, b) for a, b in blocks])
+        case Lookup(), Lookup():
+            equal = first.rows[..., :, None] == second.rows[..., None, :]
+            return equal.astype(accumulation_dtype(first.right.dtype))
+        case Lookup(), Dense():
+            (left,) = second.left
+            columns = jnp.take_along_axis(left, first.rows[:, :, None, :], axis=3)
+            return jnp.swapaxes(_wide(columns), 2, 3)
+    return jnp.swapaxes(_left_gram(second, first), 2, 3)
 
 
 def _right_gram(first: Factors, second: Factors) -> Float[Array, "H B T S"]:

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from dpjax.clipping.analysis import Site
 from dpjax.clipping.kernels import Dense, Factors, Lookup
+from dpjax.clipping.values import shape_of
 
 _NARROW = 64
 """Offsets of a convolution kernel with fewer channels than this are joined."""
@@ -125,9 +127,9 @@ def identity(site: Site) -> tuple | None:
     ``(h, k, n)``: which entries of the parameter the axes walk over; with k and n
     exchanged the weight is the same, transposed. None if the weight is no view.
     """
-    view = site.value.view
-    if view is None:
+    if site.value.view is None:
         return None
+    view: np.ndarray = site.value.view
     loops = len(site.value.loops)
     start = view.__array_interface__["data"][0] if view.size else 0
 
@@ -166,7 +168,7 @@ def _dot_axes(site: Site) -> Axes:
     contract, batch = site.eqn.params["dimension_numbers"]
     weight, data = site.side, 1 - site.side
     data_free = _rest(len(site.data_shape), batch[data], contract[data])
-    ndim = site.eqn.invars[weight].aval.ndim
+    ndim = len(shape_of(site.eqn.invars[weight]))
     weight_free = _rest(ndim, batch[weight], contract[weight])
     # The output has the shared axes, then the free ones of the left, then of the right.
     shared, data_count = len(batch[0]), len(data_free)
@@ -192,7 +194,7 @@ def _gather_axes(site: Site) -> Axes:
     indices = len(site.data_shape) - 1  # The last axis holds the index, of length 1.
     offset = list(site.eqn.params["dimension_numbers"].offset_dims)
     positions = _rest(len(site.out_shape), offset)
-    table = site.eqn.invars[0].aval.ndim
+    table = len(shape_of(site.eqn.invars[0]))
     return Axes(
         data=([], list(range(indices)), [indices]),
         out=([], positions, offset),
@@ -201,7 +203,7 @@ def _gather_axes(site: Site) -> Axes:
 
 
 def _lookup(site: Site, rows: Array, right: Array) -> Lookup:
-    size = site.eqn.invars[0].aval.shape[0]
+    size = shape_of(site.eqn.invars[0])[0]
     if site.eqn.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP:
         found = (rows >= 0) & (rows < size)
         right = jnp.where(found[..., None], right, 0.0)
@@ -224,9 +226,7 @@ def _conv_factors(site: Site, data: Array, cotangent: Array) -> Dense:
     edges = zip(params["padding"], params["lhs_dilation"], strict=True)
     margins = [(low, high, dilation - 1) for (low, high), dilation in edges]
     whole = (0, 0, 0)
-    x = jax.lax.pad(
-        x, jnp.zeros((), x.dtype), [whole, whole, whole, *margins, whole]
-    )
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), [whole, whole, whole, *margins, whole])
     right = spatial_last(cotangent, spec.out_spec)
     groups = params["feature_group_count"]
     out = right.shape[3:-1]
@@ -247,7 +247,7 @@ def _conv_factors(site: Site, data: Array, cotangent: Array) -> Dense:
         ]
         return by_group(x[(slice(None),) * 3 + tuple(cut)])
 
-    kernel = site.eqn.invars[1].aval.shape
+    kernel = shape_of(site.eqn.invars[1])
     offsets = itertools.product(*(range(kernel[axis]) for axis in spec.rhs_spec[2:]))
     blocks = tuple(at(offset) for offset in offsets)
     if blocks[0].shape[-1] < _NARROW:
@@ -258,7 +258,7 @@ def _conv_factors(site: Site, data: Array, cotangent: Array) -> Dense:
 def _conv_order(site: Site) -> tuple[list[int], list[int]]:
     """Return the weight's axes as (out, in, *spatial), and how H, K and N split."""
     spec = site.eqn.params["dimension_numbers"].rhs_spec
-    shape = site.eqn.invars[1].aval.shape
+    shape = shape_of(site.eqn.invars[1])
     out, into, *spatial = (shape[axis] for axis in spec)
     groups = site.eqn.params["feature_group_count"]
     return list(spec), [groups, *spatial, into, out // groups]

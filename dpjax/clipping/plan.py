@@ -1,7 +1,7 @@
 """What an engine does at each site."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from dpjax.clipping.analysis import Program
@@ -17,16 +17,51 @@ class Plan:
 
     Attributes:
         slots: One for each parameter.
-        methods: How each group of a slot that is not materialised gets its norms: from Gram
-            matrices, from per-example gradients that are dropped, or from ones that are
-            kept for the sum.
-        probed: Sites that only say their norm during a first backward pass and get their
-            sum from a second one.
+        methods: How each group of a slot that is neither materialised nor probed gets its
+            norms: from Gram matrices, from per-example gradients that are dropped, or from
+            ones that are kept for the sum.
+        probed: Sites that only say their norm during a first backward pass, and how ("gram"
+            or "direct"); they get their sum from a second one.
     """
 
     slots: tuple[Slot, ...]
     methods: Mapping[Group, Method]
-    probed: frozenset[Path]
+    probed: Mapping[Path, Method]
 
 
 Planner = Callable[[Program], Plan]
+
+
+def make_plan(
+    slots: Sequence[Slot],
+    cost: Callable[[Group, Method], float],
+    *,
+    two_passes: bool = False,
+) -> Plan:
+    """Choose the cheapest method of each group.
+
+    Args:
+        slots: All parameters.
+        cost: What to minimise.
+        two_passes: Probe every parameter that has a single site.
+    """
+    methods: dict[Group, Method] = {}
+    probed: dict[Path, Method] = {}
+    for slot in slots:
+        for group in () if slot.materialised else slot.groups:
+            if two_passes and can_probe(slot):
+                kinds: tuple[Method, ...] = ("gram", "direct")
+                method = min(kinds, key=lambda m, group=group: cost(group, m))
+                probed[group.sites[0].path] = method
+            else:
+                kinds = ("gram", "direct", "keep")
+                methods[group] = min(kinds, key=lambda m, group=group: cost(group, m))
+    return Plan(tuple(slots), methods, probed)
+
+
+def can_probe(slot: Slot) -> bool:
+    """Whether the norm is known where the only site of the parameter stands."""
+    if slot.materialised or len(slot.sites) != 1:
+        return False
+    (site,) = slot.sites
+    return site.loops == site.value.loops

@@ -68,7 +68,8 @@ def find_slots(program: Program) -> list[Slot]:
 
 def _groups(sites: list[Site]) -> list[Group]:
     found: dict[object, list[tuple[Site, bool]]] = {}
-    for site in sites:
+    # Lookups first: the other sites of a table are then seen in its own axes.
+    for site in sorted(sites, key=lambda site: site.kind != "gather"):
         key = layouts.identity(site)
         if key is None:
             found[site] = [(site, False)]
@@ -78,7 +79,9 @@ def _groups(sites: list[Site]) -> list[Group]:
             found[h, n, k].append((site, True))
         else:
             found.setdefault((h, k, n), []).append((site, False))
-    return [Group(*map(tuple, zip(*members, strict=True))) for members in found.values()]
+    return [
+        Group(*map(tuple, zip(*members, strict=True))) for members in found.values()
+    ]
 
 
 def _why_whole(sites: list[Site], groups: list[Group]) -> str:
@@ -94,7 +97,7 @@ def _overlap(first: np.ndarray | None, second: np.ndarray | None) -> bool:
     assert first is not None
     assert second is not None
     try:
-        return np.shares_memory(first, second, max_work=10_000)
+        return np.shares_memory(first, second, max_work=10_000)  # pyrefly: ignore
     except np.exceptions.TooHardError:
         return True
 

@@ -52,7 +52,7 @@ def _is_scalar(value: Any) -> bool:
     )
 
 
-def one_example(batch: Batch, key: Key) -> tuple[Example, Key]:
+def one_example(batch: Batch, key: Key) -> tuple[Any, Any]:
     """Return shapes of one example of the batch and of its key."""
     example = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch.examples

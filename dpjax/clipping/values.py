@@ -96,6 +96,16 @@ def parameter(index: int, buffer: np.ndarray) -> ParamValue:
     )
 
 
+def shape_of(atom: Any) -> tuple[int, ...]:
+    """Return the shape of a variable or literal of a jaxpr."""
+    return atom.aval.shape
+
+
+def dtype_of(atom: Any) -> Any:
+    """Return the dtype of a variable or literal of a jaxpr."""
+    return atom.aval.dtype
+
+
 def bind(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     """Run one equation."""
     with eqn.ctx.manager:
@@ -157,7 +167,7 @@ def _reshaped(view: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 
 
 def _reshape(view: np.ndarray, lead: int, eqn: JaxprEqn) -> list[np.ndarray]:
-    return [_reshaped(view, view.shape[:lead] + eqn.outvars[0].aval.shape)]
+    return [_reshaped(view, view.shape[:lead] + shape_of(eqn.outvars[0]))]
 
 
 def _same(view: np.ndarray, lead: int, eqn: JaxprEqn) -> list[np.ndarray]:
@@ -197,12 +207,10 @@ def _split(view: np.ndarray, lead: int, eqn: JaxprEqn) -> list[np.ndarray]:
 
 
 def _reverse(view: np.ndarray, lead: int, eqn: JaxprEqn) -> list[np.ndarray]:
-    return [np.flip(view, [lead + axis for axis in eqn.params["dimensions"]])]
+    return [np.flip(view, tuple(lead + axis for axis in eqn.params["dimensions"]))]
 
 
-_VIEW_RULES: dict[
-    str, Callable[[np.ndarray, int, JaxprEqn], list[np.ndarray]]
-] = {
+_VIEW_RULES: dict[str, Callable[[np.ndarray, int, JaxprEqn], list[np.ndarray]]] = {
     "broadcast_in_dim": _broadcast,
     "convert_element_type": _convert,
     "copy": _same,

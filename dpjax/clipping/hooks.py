@@ -1,0 +1,117 @@
+"""What is added at a site so that a backward pass says more than it would.
+
+Each hook runs the site unchanged and takes an extra input on which the output does not
+depend. The gradient "with respect to" that input is what we want to know.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from dpjax.clipping import kernels, layouts
+from dpjax.clipping.analysis import Site
+from dpjax.clipping.kernels import Norms
+from dpjax.clipping.values import bind
+
+
+def apply(site: Site, weight: Array, data: Array) -> Array:
+    """Run a site as it is."""
+    operands = (weight, data) if site.side == 0 else (data, weight)
+    return bind(site.eqn, operands)[0]
+
+
+@jax.custom_vjp
+def tap(out: Array, extra: Array) -> Array:
+    """Return ``out``; the gradient with respect to ``extra`` is that of ``out``."""
+    del extra
+    return out
+
+
+tap.defvjp(lambda out, _: (out, None), lambda _, g: (g, g))
+
+
+def probe(site: Site, out: Array, data: Array, extra: Norms, *, direct: bool) -> Array:
+    """Return ``out``; the gradient with respect to ``extra`` is the norm at the site.
+
+    Args:
+        site: In loops, each iteration must have weights of its own: squares add up.
+        out: Output of the site.
+        data: Its data operand.
+        extra: Two scalars.
+        direct: Form the gradient of one example instead of Gram matrices.
+    """
+    local = dataclasses.replace(site, loops=())
+
+    @jax.custom_vjp
+    def probed(out: Array, data: Array, extra: Norms) -> Array:
+        del data, extra
+        return out
+
+    def forward(out: Array, data: Array, extra: Norms) -> tuple[Array, Array]:
+        return probed(out, data, extra), data
+
+    def backward(data: Array, g: Array) -> tuple[Array, None, Norms]:
+        parts = [layouts.factors(local, data[None], g[None])]
+        norms = kernels.direct_norms(parts) if direct else kernels.gram_norms(parts)
+        return g, None, jax.tree.map(lambda x: x[0], norms)
+
+    probed.defvjp(forward, backward)
+    return probed(out, jax.lax.stop_gradient(data), extra)
+
+
+def summed(site: Site, weight: Array, data: Array, extra: Array, scale: Array) -> Array:
+    """Run a site; the gradient with respect to ``extra`` is its weighted gradient.
+
+    Under ``vmap`` it is the sum over the batch of ``scale`` times the gradient of the
+    weight, in float32 and without any per-example gradient. The backward pass that feeds it
+    is not weighted: it is the pass that measured the norms, so that low precision cannot
+    make a contribution differ from what was measured.
+
+    Args:
+        site: Each iteration of its loops must have weights of its own.
+        weight: The parameter-only operand.
+        data: The data operand.
+        extra: Zeros like the weight, at least float32.
+        scale: Weight of this example, a scalar.
+    """
+    inner = dataclasses.replace(
+        site, loops=(), value=dataclasses.replace(site.value, loops=())
+    )
+
+    def over_batch(data: Array, g: Array, scale: Array) -> Array:
+        total = kernels.weighted_sum([layouts.factors(inner, data, g)], scale)
+        return layouts.weight_gradient(inner, total)
+
+    @jax.custom_batching.custom_vmap
+    def contracted(data: Array, g: Array, scale: Array) -> Array:
+        return over_batch(data[None], g[None], scale[None])
+
+    @contracted.def_vmap
+    def _(size: int, batched: list[bool], *args: Array) -> tuple[Array, bool]:
+        full = [
+            arg if is_batched else jnp.broadcast_to(arg, (size, *arg.shape))
+            for arg, is_batched in zip(args, batched, strict=True)
+        ]
+        return over_batch(*full), False
+
+    @jax.custom_vjp
+    def run(weight: Array, data: Array, extra: Array, scale: Array) -> Array:
+        del extra, scale
+        return apply(site, weight, data)
+
+    def forward(weight: Array, data: Array, extra: Array, scale: Array) -> tuple:
+        return run(weight, data, extra, scale), (weight, data, scale)
+
+    def backward(saved: tuple[Array, Array, Array], g: Array) -> tuple[Any, ...]:
+        weight, data, scale = saved
+        into_data = None
+        if jnp.issubdtype(data.dtype, jnp.inexact):
+            _, pull = jax.vjp(lambda data: apply(site, weight, data), data)
+            (into_data,) = pull(g)
+        return None, into_data, contracted(data, g, scale), None
+
+    run.defvjp(forward, backward)
+    return run(weight, data, extra, scale)

@@ -1,0 +1,86 @@
+"""The estimated fastest way to a clipped sum, from shapes alone."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from dpjax.clipping import costs
+from dpjax.clipping.analysis import Program
+from dpjax.clipping.costs import Device, group_cost
+from dpjax.clipping.plan import Plan, can_probe, make_plan
+from dpjax.clipping.slots import find_slots
+
+
+class Choice(NamedTuple):
+    """What the planner decided, and what it expects.
+
+    Attributes:
+        plan: What to do at each site.
+        microbatch_size: Examples at once.
+        seconds: Estimated time of one call.
+        peak: Estimated bytes of temporaries.
+    """
+
+    plan: Plan
+    microbatch_size: int
+    seconds: float
+    peak: float
+
+
+def choose(
+    program: Program,
+    examples: int,
+    *,
+    memory_budget: float,
+    on: Device | None = None,
+) -> Choice:
+    """Return the estimated fastest plan whose temporaries fit the budget.
+
+    Args:
+        program: The analysed loss.
+        examples: Size of the batch; microbatches are of sizes that divide it.
+        memory_budget: Bytes.
+        on: The device; JAX's default one if None.
+
+    Raises:
+        ValueError: No plan fits.
+    """
+    on = on or costs.device()
+    choices = [
+        estimate(program, plan, size, examples, on)
+        for plan in candidates(program, on)
+        for size in range(1, examples + 1)
+        if examples % size == 0
+    ]
+    fitting = [choice for choice in choices if choice.peak <= memory_budget]
+    if not fitting:
+        least = min(choice.peak for choice in choices)
+        raise ValueError(
+            f"memory_budget={memory_budget:.4g} bytes is too small: the leanest plan, one "
+            f"example at a time, takes up to {least:.4g}"
+        )
+    return min(fitting, key=lambda choice: choice.seconds)
+
+
+def candidates(program: Program, on: Device) -> Iterator[Plan]:
+    """Yield the plans to choose from: fast, lean, and with two backward passes."""
+    slots = find_slots(program)
+    yield make_plan(slots, lambda group, m: group_cost(group, m).seconds(on))
+    yield make_plan(slots, lambda group, m: group_cost(group, m).bytes)
+    if any(can_probe(slot) for slot in slots):
+        yield make_plan(
+            slots, lambda group, m: group_cost(group, m).seconds(on), two_passes=True
+        )
+
+
+def estimate(
+    program: Program, plan: Plan, size: int, examples: int, on: Device
+) -> Choice:
+    """Return what a plan is expected to cost with ``size`` examples at once."""
+    cost = costs.example_cost(program, plan)
+    params = costs.parameter_bytes(program)
+    peak = size * cost.bytes + 2 * params
+    looped = size < examples and costs.convolves(program)
+    total = examples * cost.seconds(on) * (on.looped_convolution if looped else 1.0)
+    total += examples / size * (3 * params / on.bandwidth + on.round)
+    total += max(peak - costs.CACHED, 0.0) / on.fresh
+    return Choice(plan, size, total, peak)
