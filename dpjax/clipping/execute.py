@@ -11,7 +11,7 @@ from jaxtyping import Array
 from dpjax.clipping import kernels, layouts
 from dpjax.clipping.analysis import Program, analyse
 from dpjax.clipping.factors import clip_factors
-from dpjax.clipping.kernels import Factors, Norms
+from dpjax.clipping.kernels import Factors, Norms, Patches
 from dpjax.clipping.passes import (
     Backward,
     Inputs,
@@ -99,20 +99,38 @@ def _collect(program: Program, plan: Plan, inputs: Inputs) -> _Known:
         if method == "keep"
     }
     slots = [slot for slot in plan.slots if slot.materialised]
-    sites = {site.path: site for slot in slots for site in slot.sites}
-    weights = {
-        path: layouts.weight_gradient(site, kernels.gradients([backward.factors[path]]))
-        for path, site in sites.items()
-    }
-    pulled: dict[int, Array] = {}
-    if weights:
-        pulled = jax.vmap(lambda some: to_parameters(program, inputs.leaves, some))(
-            weights
-        )
+    pulled = _pulled_back(program, slots, inputs, backward)
     whole = {
         slot.index: _formed(program, slot, backward.plain, pulled) for slot in slots
     }
     return _Known(backward, groups, kept, whole)
+
+
+def _pulled_back(
+    program: Program, slots: Sequence[Slot], inputs: Inputs, backward: Backward
+) -> dict[int, Array]:
+    """Return ``[B, ...]`` gradients of parameters, from those of weights at sites."""
+    sites = {site.path: site for slot in slots for site in slot.sites}
+    if not sites:
+        return {}
+    factors = {path: backward.factors[path] for path in sites}
+
+    def of_weights(some: Mapping[Path, Factors]) -> dict[Path, Array]:
+        return {
+            path: layouts.weight_gradient(sites[path], kernels.gradients([part]))
+            for path, part in some.items()
+        }
+
+    def to_leaves(weights: Mapping[Path, Array]) -> dict[int, Array]:
+        return to_parameters(program, inputs.leaves, weights)
+
+    def one(some: Mapping[Path, Factors]) -> dict[int, Array]:
+        return to_leaves(jax.tree.map(lambda x: x[0], of_weights(some)))
+
+    patches = all(isinstance(part, Patches) for part in factors.values())
+    if patches and kernels.prefers_turns():
+        return kernels.in_turn(one, factors)
+    return jax.vmap(to_leaves)(of_weights(factors))
 
 
 def _joined(

@@ -8,8 +8,8 @@ weight and output have. Everything here is computed in at least float32.
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from dpjax.sensitive import accumulation_dtype
 _EXACT = jax.lax.Precision.HIGHEST
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Dense:
     """Factors of dots and convolutions.
@@ -33,6 +34,7 @@ class Dense:
     right: Float[Array, "H B T N"]
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Lookup:
     """Factors of row lookups: ``left`` is one-hot and kept as its index.
@@ -45,10 +47,33 @@ class Lookup:
 
     rows: Int[Array, "H B T"]
     right: Float[Array, "H B T N"]
-    size: int
+    size: int = dataclasses.field(metadata={"static": True})
 
 
-Factors = Dense | Lookup
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Patches:
+    """Factors of a convolution, whose patches are cut out when they are needed.
+
+    Attributes:
+        image: ``[H', B, ...]``, padded.
+        right: ``[H, B, T, N]``.
+        cut: From an image to the ``left`` of ``Dense``, for any B.
+    """
+
+    image: Float[Array, "..."]
+    right: Float[Array, "H B T N"]
+    cut: Callable[[Array], tuple[Array, ...]] = dataclasses.field(
+        metadata={"static": True}
+    )
+
+    @property
+    def dense(self) -> Dense:
+        """All patches at once: as many times the image as the kernel has offsets."""
+        return Dense(self.cut(self.image), self.right)
+
+
+Factors = Dense | Lookup | Patches
 
 
 class Norms(NamedTuple):
@@ -71,6 +96,7 @@ def concatenated(parts: Sequence[Factors]) -> list[Factors]:
     """Join factors of the same weight along T, as far as they are of one kind."""
     if len(parts) == 1:
         return [*parts]
+    parts = [_cut(part) for part in parts]
     dense = [part for part in parts if isinstance(part, Dense)]
     lookups = [part for part in parts if isinstance(part, Lookup)]
     joined: list[Factors] = []
@@ -107,6 +133,7 @@ def differenced(first: Factors, second: Factors) -> Factors:
         first = dataclasses.replace(first, right=both)
         (joined,) = concatenated([first, dataclasses.replace(second, right=alone)])
         return joined
+    first, second = _cut(first), _cut(second)
     assert isinstance(first, Dense)
     assert isinstance(second, Dense)
     change = tuple(a - b for a, b in zip(first.left, second.left, strict=True))
@@ -122,6 +149,7 @@ def gram_norms(parts: Sequence[Factors]) -> Norms:
     ``|W|^2 = sum_ts <left_t, left_s> <right_t, right_s>``; each pair of factors of
     different kinds counts twice. Costs ``O(T^2 (K + N))``.
     """
+    parts = [_cut(part) for part in parts]
     squares, slack = [], []
     for i, first in enumerate(parts):
         for second in parts[: i + 1]:
@@ -166,11 +194,20 @@ def weighted_rows(
 ) -> Float[Array, "..."]:
     """Return ``sum_b weights[b] rows[b]``; rows of weight 0 count for nothing."""
     used = (weights != 0).reshape(-1, *(1,) * (rows.ndim - 1))
+    if rows.shape[0] <= 64 and rows.size >= _LARGE:
+        # One pass over the rows: masking them first would copy them all.
+        parts = [jnp.where(u, w * row, 0.0) for u, w, row in zip(used, weights, rows)]  # noqa: B905
+        return _total(parts)
     kept = jnp.where(used, rows, 0.0)
     return jnp.tensordot(weights, kept, axes=1, precision=_EXACT)
 
 
+def _cut(part: Factors) -> Dense | Lookup:
+    return part.dense if isinstance(part, Patches) else part
+
+
 def _weighted_sum(part: Factors, weights: Array) -> Float[Array, "H K N"]:
+    part = _cut(part)
     used = (weights != 0)[None, :, None, None]
     right = jnp.where(used, _wide(part.right) * weights[None, :, None, None], 0.0)
     if isinstance(part, Lookup):
@@ -190,8 +227,37 @@ def _gradients(part: Factors) -> Float[Array, "B H K N"]:
     if isinstance(part, Lookup):
         one = jax.vmap(lambda r, x: _scattered(part.size, r, x))
         return jax.vmap(one, in_axes=1)(part.rows, _wide(part.right))
+    if isinstance(part, Patches):
+        many = part.right.shape[1] > 1 and part.right.shape[2] > _FEW_POSITIONS
+        if many and prefers_turns():
+            return in_turn(lambda one: _gradients(one)[0], part)
+        part = part.dense
     blocks = [_dot("hbtk,hbtn->bhkn", left, part.right) for left in part.left]
     return jnp.concatenate(blocks, axis=2)
+
+
+def in_turn(function: Callable[[Any], Any], factors: Any) -> Any:
+    """Return ``vmap(function)(factors)`` by a loop over the examples.
+
+    One example's patches and gradients stay in the cache of a CPU. Over several devices a
+    loop would gather the examples, and a GPU wants them all at once: see ``prefers_turns``.
+
+    Args:
+        function: Of a pytree of factors with B = 1; its results have no B.
+        factors: Pytree of factors.
+    """
+    rows = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), factors)
+    one = lambda row: function(jax.tree.map(lambda x: x[:, None], row))  # noqa: E731
+    return jax.lax.map(one, rows)
+
+
+def prefers_turns() -> bool:
+    """Whether convolutions are better taken example by example."""
+    return jax.default_backend() == "cpu" and jax.device_count() == 1
+
+
+_FEW_POSITIONS = 128
+_LARGE = 2**20
 
 
 def _scattered(size: int, rows: Array, values: Array) -> Float[Array, "K N"]:

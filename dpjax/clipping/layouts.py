@@ -11,11 +11,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dpjax.clipping.analysis import Site
-from dpjax.clipping.kernels import Dense, Factors, Lookup
+from dpjax.clipping.kernels import Dense, Factors, Lookup, Patches
 from dpjax.clipping.values import shape_of
 
 _NARROW = 64
-"""Offsets of a convolution kernel with fewer channels than this are joined."""
+"""Offsets of a convolution kernel with fewer channels than this are joined, ..."""
+_FEW_POSITIONS = 128
+"""... and all those of so small an image, or of a single one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +212,7 @@ def _lookup(site: Site, rows: Array, right: Array) -> Lookup:
     return Lookup(jnp.clip(rows, 0, size - 1), right, size)
 
 
-def _conv_factors(site: Site, data: Array, cotangent: Array) -> Dense:
+def _conv_factors(site: Site, data: Array, cotangent: Array) -> Patches:
     params = site.eqn.params
     spec = params["dimension_numbers"]
     inside, shared = _loop_axes(site)
@@ -237,7 +239,7 @@ def _conv_factors(site: Site, data: Array, cotangent: Array) -> Dense:
         split = array.reshape(h, b, -1, groups, array.shape[-1] // groups)
         return _merged(split, [0, 3], [1], [2], [4])
 
-    def at(offset: tuple[int, ...]) -> Array:
+    def at(image: Array, offset: tuple[int, ...]) -> Array:
         steps = zip(
             offset, params["rhs_dilation"], params["window_strides"], out, strict=True
         )
@@ -245,14 +247,19 @@ def _conv_factors(site: Site, data: Array, cotangent: Array) -> Dense:
             slice(o * dilation, o * dilation + (size - 1) * stride + 1, stride)
             for o, dilation, stride, size in steps
         ]
-        return by_group(x[(slice(None),) * 3 + tuple(cut)])
+        return by_group(image[(slice(None),) * 3 + tuple(cut)])
 
     kernel = shape_of(site.eqn.invars[1])
-    offsets = itertools.product(*(range(kernel[axis]) for axis in spec.rhs_spec[2:]))
-    blocks = tuple(at(offset) for offset in offsets)
-    if blocks[0].shape[-1] < _NARROW:
-        blocks = (jnp.concatenate(blocks, axis=-1),)
-    return Dense(blocks, by_group(right))
+    offsets = [*itertools.product(*(range(kernel[axis]) for axis in spec.rhs_spec[2:]))]
+
+    def cut(image: Array) -> tuple[Array, ...]:
+        blocks = tuple(at(image, offset) for offset in offsets)
+        few = math.prod(out) <= _FEW_POSITIONS or image.shape[1] == 1
+        if few or blocks[0].shape[-1] < _NARROW:
+            blocks = (jnp.concatenate(blocks, axis=-1),)
+        return blocks
+
+    return Patches(x, by_group(right), cut)
 
 
 def _conv_order(site: Site) -> tuple[list[int], list[int]]:

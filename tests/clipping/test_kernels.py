@@ -1,0 +1,149 @@
+"""Norms from factors: what rounding may hide is bounded, and low precision hides nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpjax.clipping import Query, bookkeeping, ghost, vmap
+from dpjax.clipping.kernels import (
+    Dense,
+    Lookup,
+    differenced,
+    direct_norms,
+    gradients,
+    gram_norms,
+    weighted_sum,
+)
+from tests.checks import batch_of, norm
+
+
+def dense(rng, *, t, k=5, n=3, b=4, h=2, scale=1.0):
+    left = rng.normal(size=(h, b, t, k)) * scale
+    right = rng.normal(size=(h, b, t, n)) * scale
+    return Dense((jnp.float32(left),), jnp.float32(right))
+
+
+def lookup(rng, *, t, size=5, n=3, b=4, h=2):
+    rows = rng.integers(0, size, (h, b, t))
+    return Lookup(jnp.asarray(rows), jnp.float32(rng.normal(size=(h, b, t, n))), size)
+
+
+def in_full(part):
+    """Per-example gradients ``[B, H, K, N]`` in float64."""
+    right = np.asarray(part.right, np.float64)
+    if isinstance(part, Lookup):
+        lefts = [np.eye(part.size)[np.asarray(part.rows)]]
+    else:
+        lefts = [np.asarray(left, np.float64) for left in part.left]
+    return np.concatenate(
+        [np.einsum("hbtk,hbtn->bhkn", left, right) for left in lefts], axis=2
+    )
+
+
+PARTS = {
+    "dense": [dense],
+    "lookup": [lookup],
+    "both": [lookup, dense],
+}
+
+
+@pytest.mark.parametrize("makers", PARTS.values(), ids=list(PARTS))
+@pytest.mark.parametrize("t", [1, 4])
+def test_norms_and_sums_are_those_of_the_gradients(makers, t):
+    rng = np.random.default_rng(t)
+    parts = [make(rng, t=t + i) for i, make in enumerate(makers)]
+    expected = sum(map(in_full, parts))
+    squares = np.sum(expected**2, axis=(1, 2, 3))
+    np.testing.assert_allclose(gradients(parts), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(gram_norms(parts).squares, squares, rtol=1e-5)
+    np.testing.assert_allclose(direct_norms(parts).squares, squares, rtol=1e-5)
+    weights = np.array([0.5, 0.0, 1.0, -2.0], np.float32)
+    total = np.einsum("b,bhkn->hkn", weights, expected)
+    np.testing.assert_allclose(weighted_sum(parts, weights), total, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [dense, lookup])
+def test_rows_of_weight_zero_count_for_nothing_even_if_not_finite(make):
+    rng = np.random.default_rng(0)
+    part = make(rng, t=3)
+    broken = part.right.at[:, 1].set(jnp.nan)
+    bad = type(part)(**{**vars(part), "right": broken})
+    if isinstance(part, Dense):
+        bad = Dense((part.left[0].at[:, 1].set(jnp.inf),), broken)
+    weights = np.array([0.5, 0.0, 1.0, 0.3], np.float32)
+    np.testing.assert_array_equal(
+        weighted_sum([bad], weights), weighted_sum([part], weights)
+    )
+
+
+@pytest.mark.parametrize("cancellation", [1e-1, 1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("t", [2, 16, 128])
+def test_slack_covers_what_rounding_hides(t, cancellation):
+    """Terms that nearly cancel: the Gram sum loses digits, the bound knows how many."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        left = np.repeat(rng.normal(size=(1, 8, 1, 64)), t, axis=2)
+        left = left * (1 + cancellation * rng.normal(size=left.shape))
+        signs = np.where(np.arange(t) % 2, -1.0, 1.0)[:, None]
+        right = signs * np.repeat(rng.normal(size=(1, 8, 1, 32)), t, axis=2)
+        right = right * (1 + cancellation * rng.normal(size=right.shape))
+        part = Dense((jnp.float32(left),), jnp.float32(right))
+        truth = np.sum(in_full(part) ** 2, axis=(1, 2, 3))
+        found = gram_norms([part])
+        upper = np.asarray(found.squares, np.float64) + np.asarray(found.slack)
+        assert (truth <= upper * (1 + 1e-6)).all()
+
+
+def test_slack_is_small_where_nothing_cancels():
+    rng = np.random.default_rng(0)
+    found = gram_norms([dense(rng, t=128, k=256, n=256)])
+    assert (found.slack < 2e-4 * found.squares).all()
+    assert (gram_norms([dense(rng, t=1)]).slack == 0).all()
+
+
+def test_difference_of_close_points_keeps_its_digits():
+    rng = np.random.default_rng(1)
+    one = dense(rng, t=1, k=64, n=64)
+    for step in (1e-2, 1e-4):
+        left = one.left[0] * (1 + step * jnp.sign(one.left[0]))
+        other = Dense((left,), -one.right * (1 + step))
+        exact = np.sum((in_full(one) + in_full(other)) ** 2, axis=(1, 2, 3))
+        found = gram_norms([differenced(one, other)])
+        np.testing.assert_allclose(found.squares, exact, rtol=1e-2 * 1e-2 / step)
+
+
+def low_precision(dtype):
+    """Two layers on six tokens, computed in ``dtype`` from float32 parameters."""
+
+    def loss(params, example, key):
+        del key
+        w = jax.tree.map(lambda p: p.astype(dtype), params)
+        hidden = jnp.tanh(example["x"].astype(dtype) @ w["first"])
+        out = hidden @ w["second"]
+        return jnp.sum(jnp.square(out.astype(jnp.float32) - example["y"]))
+
+    return loss
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize(
+    "engine", [vmap, bookkeeping, ghost], ids=["vmap", "bookkeeping", "ghost"]
+)
+def test_no_contribution_exceeds_the_clip_norm_in_low_precision(engine, dtype):
+    """Weights cast to bfloat16 would let contributions exceed the bound by 0.2%."""
+    rng = np.random.default_rng(2)
+    params = {
+        "first": jnp.float32(rng.normal(size=(24, 40)) / 5),
+        "second": jnp.float32(rng.normal(size=(40, 9)) / 6),
+    }
+    x, y = rng.normal(size=(12, 6, 24)), rng.normal(size=(12, 6, 9))
+    examples = {"x": jnp.float32(x), "y": jnp.float32(y)}
+    run = jax.jit(engine, static_argnums=0)
+    loss = low_precision(dtype)
+    for clip_norm in (0.7, 1.3):
+        query = Query((params,), clip_norm=clip_norm)
+        for i in range(12):
+            one = batch_of(examples, mask=np.arange(12) == i)
+            clipped, _ = run(loss, query, one, jax.random.key(0))
+            assert 0.99 * clip_norm < norm(clipped.total) <= clip_norm
