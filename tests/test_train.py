@@ -1,5 +1,6 @@
 """The loop: what a run leaves behind, and that a resumed run is the same run."""
 
+import gc
 import json
 import math
 import shutil
@@ -196,7 +197,9 @@ def test_sigterm_saves_exits_75_and_the_run_goes_on(tmp_path):
     assert steps == list(range(1, 41))
 
 
-# Orbax leaves callbacks behind on a closed event loop when a load fails.
+# Orbax leaves callbacks behind on a closed event loop when a load fails, and reads that
+# complain when they are collected. Tests that use this collect them, lest a later test
+# be blamed.
 orbax_debris = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )
@@ -214,6 +217,7 @@ def test_a_corrupt_checkpoint_costs_steps_but_changes_nothing(
     train(tiny(), tmp_path)
     assert_same_export(tmp_path, undisturbed)
     assert any((tmp_path / "checkpoints").glob("corrupt-8-*"))
+    gc.collect()
 
 
 @orbax_debris
@@ -228,6 +232,7 @@ def test_with_every_checkpoint_corrupt_nothing_starts_afresh(tmp_path, monkeypat
     with pytest.raises(CheckpointError, match="every checkpoint"):
         train(tiny(), tmp_path)
     assert (tmp_path / "ledger.txt").read_text() == before
+    gc.collect()
 
 
 def flip_bits(directory):

@@ -60,7 +60,9 @@ def test_norms_and_sums_are_those_of_the_gradients(makers, t):
     np.testing.assert_allclose(direct_norms(parts).squares, squares, rtol=1e-5)
     weights = np.array([0.5, 0.0, 1.0, -2.0], np.float32)
     total = np.einsum("b,bhkn->hkn", weights, expected)
-    np.testing.assert_allclose(weighted_sum(parts, weights), total, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        weighted_sum(parts, weights), total, rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("make", [dense, lookup])

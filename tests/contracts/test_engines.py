@@ -9,7 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpjax.clipping import Query, clipped_grad, microbatched, plain, vmap
+from dpjax.clipping import (
+    Query,
+    auto,
+    bookkeeping,
+    clipped_grad,
+    ghost,
+    microbatched,
+    plain,
+    planned,
+    vmap,
+)
 from dpjax.sensitive import SEAL, ClippedSum, reveal
 from tests.checks import (
     assert_close,
@@ -24,6 +34,11 @@ ENGINES = {
     "microbatched(vmap, 1)": microbatched(vmap, size=1),
     "microbatched(vmap, 4)": microbatched(vmap, size=4),
     "microbatched(vmap, 8)": microbatched(vmap, size=8),
+    "bookkeeping": bookkeeping,
+    "microbatched(bookkeeping, 4)": microbatched(bookkeeping, size=4),
+    "ghost": ghost,
+    "microbatched(ghost, 2)": microbatched(ghost, size=2),
+    "auto": auto,
 }
 all_engines = pytest.mark.parametrize("engine", ENGINES.values(), ids=list(ENGINES))
 all_styles = pytest.mark.parametrize("style", ["flat", "automatic", "per_layer"])

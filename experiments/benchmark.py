@@ -1,0 +1,126 @@
+"""Measure what clipping costs, against the fastest gradient without privacy.
+
+    python -m experiments.benchmark --suite=clipping --out=FILE.json
+        [--workloads=A,B] [--engines=A,B] [--device=cpu|gpu] [--rounds=N]
+        [--plot=FILE.png]
+
+--suite=clipping  clipped gradient sums of every engine (the only suite so far)
+--out=FILE.json   receives the rows and how they were measured
+--workloads=A,B   all that suit the device if not given
+--engines=A,B     all if not given; vmap is always measured, as the reference
+--device=cpu|gpu  what JAX prefers if not given
+--rounds=N        rounds of alternating measurements; 7 if not given
+--plot=FILE.png   a bar chart of the times
+
+Times are medians of the ratios, round by round, to the fastest of several programs for the
+gradient without privacy; temporary memory, FLOPs and compile time are relative to plain
+`grad`. A name such as vmap_mb64 means microbatches of 64. max_rel_error compares sum and
+norms with vmap's, at a clip norm that clips half of the examples.
+
+Exit status: 0 done, 2 wrong arguments or input.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments import options
+
+_OPTIONS = ("suite", "out", "workloads", "engines", "device", "rounds", "plot")
+_PLATFORMS = {"cpu": "cpu", "gpu": "cuda"}
+
+
+class Plan(NamedTuple):
+    """What was asked for, checked."""
+
+    workloads: list[str]
+    engines: list[str]
+    rounds: int
+    out: Path
+    plot: Path | None
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; return its exit status."""
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
+    try:
+        plan = _plan(argv)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    _run(plan, argv)
+    return 0
+
+
+def _run(plan: Plan, argv: list[str]) -> None:
+    import jax
+
+    from experiments import report, suite, timing
+
+    results: dict[str, Any] = timing.provenance(
+        module="experiments.benchmark",
+        argv=argv,
+        packages=("jax", "jaxlib", "dpjax"),
+        device=jax.devices()[0].device_kind,
+    )
+    results |= {"suite": "clipping", "rounds": plan.rounds, "baselines": {}, "rows": []}
+    for name in plan.workloads:
+        rows, baseline = suite.measure(name, engines=plan.engines, rounds=plan.rounds)
+        results["rows"] += rows
+        results["baselines"][name] = baseline
+        # After each, for a later one may run out of memory or patience.
+        report.write(results, plan.out)
+        report.print_table(rows)
+    if plan.plot is not None:
+        report.draw(results["rows"]).savefig(plan.plot, dpi=150)
+        print(plan.plot)
+    print(plan.out)
+
+
+def _plan(argv: list[str]) -> Plan:
+    """Check what can be checked before anything is computed."""
+    given = options.read(argv, _OPTIONS)
+    if "suite" not in given:
+        raise ValueError("--suite=clipping is missing; see --help")
+    options.choices("suite", given["suite"], ("clipping",))
+    rounds = options.rounds(given.get("rounds", "7"))
+    out = options.file("out", given.get("out"), ".json")
+    plot = options.file("plot", given["plot"], ".png") if "plot" in given else None
+    device = given.get("device")
+    _prepare_jax(device)
+
+    from dpjax.clipping import ENGINES
+    from experiments.workloads import GPU_ONLY, WORKLOADS
+
+    workloads = options.choices("workloads", given.get("workloads"), WORKLOADS)
+    engines = options.choices("engines", given.get("engines"), ENGINES)
+    if _backend(device) == "cpu":
+        if "workloads" in given and (heavy := set(GPU_ONLY) & set(workloads)):
+            raise ValueError(f"--workloads={heavy.pop()} needs a GPU")
+        workloads = [name for name in workloads if name not in GPU_ONLY]
+    return Plan(workloads, engines, rounds, out, plot)
+
+
+def _prepare_jax(device: str | None) -> None:
+    """Set what JAX reads once, when it is imported."""
+    if device is not None:
+        options.choices("device", device, _PLATFORMS)
+        os.environ["JAX_PLATFORMS"] = _PLATFORMS[device]
+    # What an earlier run compiled would seem to compile at once.
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+
+
+def _backend(device: str | None) -> str:
+    import jax
+
+    try:
+        return jax.default_backend()
+    except RuntimeError as error:
+        raise ValueError(f"--device={device}: JAX finds no such device") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

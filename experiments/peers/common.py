@@ -1,0 +1,61 @@
+"""Command line and results of the peers' scripts. Imports no framework."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments import options, report, timing
+
+WORKLOADS = ("mlp", "convnet", "gpt")
+
+Measure = Callable[..., tuple[list[dict[str, Any]], str]]
+"""``(workload, rounds=...)`` to rows and the name of their baseline."""
+
+
+class Plan(NamedTuple):
+    """What was asked for, checked."""
+
+    workloads: list[str]
+    rounds: int
+    out: Path
+
+
+def main(
+    argv: list[str],
+    measure: Measure,
+    *,
+    module: str,
+    usage: str,
+    packages: Sequence[str],
+) -> int:
+    """Run the command of a peer on the CPU; return its exit status."""
+    if {"-h", "--help"} & set(argv):
+        print(usage)
+        return 0
+    try:
+        plan = _plan(argv)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    results: dict[str, Any] = timing.provenance(
+        module=module, argv=argv, packages=packages, device="cpu"
+    )
+    results |= {"rounds": plan.rounds, "baselines": {}, "rows": []}
+    for name in plan.workloads:
+        rows, baseline = measure(name, rounds=plan.rounds)
+        results["rows"] += rows
+        results["baselines"][name] = baseline
+        report.write(results, plan.out)
+        for row in rows:
+            print({key: value for key, value in row.items() if value is not None})
+    return 0
+
+
+def _plan(argv: list[str]) -> Plan:
+    given = options.read(argv, ("out", "rounds", "workloads"))
+    return Plan(
+        options.choices("workloads", given.get("workloads"), WORKLOADS),
+        options.rounds(given.get("rounds", "5")),
+        options.file("out", given.get("out"), ".json"),
+    )

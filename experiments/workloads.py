@@ -1,0 +1,194 @@
+"""What the benchmark clips: a loss of one example, parameters and a batch, by name."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dpjax.losses import classification
+from dpjax.models.convnet import groupnorm_cnn
+from dpjax.models.mlp import mlp
+from dpjax.models.wide_resnet import wide_resnet
+from dpjax.typing import Batch, Example, Key, Loss, Model, Params, Scalar
+from experiments.transformers import (
+    Shape,
+    gpt_loss,
+    init_gpt,
+    init_lora,
+    init_vit,
+    vit_logits,
+    with_lora,
+)
+
+GPU_ONLY = ("vit_b16",)
+COMPILE_ONLY = ("gpt2_small_100", "gpt2_small_1024")
+"""Too slow to run on a CPU."""
+
+_SMALL = Shape(layers=4, width=256, heads=4, hidden=1024, length=128, outputs=8192)
+_GPT2 = Shape(layers=12, width=768, heads=12, hidden=3072, length=1024, outputs=50257)
+_VIT = Shape(layers=12, width=768, heads=12, hidden=3072, length=197, outputs=1000)
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """One thing to measure.
+
+    Attributes:
+        name: As on the command line.
+        loss: Of one example.
+        params: Arrays, or their shapes (ShapeDtypeStruct) if ``compile_only``.
+        batch: Likewise; every example counts.
+        gpu_only: Not worth waiting for elsewhere.
+        compile_only: There is nothing to run it on.
+    """
+
+    name: str
+    loss: Loss
+    params: Params
+    batch: Batch
+    gpu_only: bool
+    compile_only: bool
+
+
+class Recipe(NamedTuple):
+    """How to make a workload; ``arrays`` allocates when it is called, not before."""
+
+    loss: Loss
+    arrays: Callable[[], tuple[Params, Batch]]
+
+
+def build(name: str) -> Workload:
+    """Return the workload of this name, for the default device of JAX."""
+    recipe = WORKLOADS[name]()
+    compile_only = name in COMPILE_ONLY and jax.default_backend() == "cpu"
+    make = jax.eval_shape if compile_only else _call
+    params, batch = make(recipe.arrays)
+    return Workload(name, recipe.loss, params, batch, name in GPU_ONLY, compile_only)
+
+
+def _call(make: Callable[[], tuple[Params, Batch]]) -> tuple[Params, Batch]:
+    return make()
+
+
+def _images(model: Model, *, side: int, channels: int, size: int) -> Recipe:
+    """Classify random images of 10 classes."""
+
+    def arrays() -> tuple[Params, Batch]:
+        batch = _image_batch(side=side, channels=channels, classes=10, size=size)
+        return model.init(_key(0), _first(batch)), batch
+
+    return Recipe(classification(model), arrays)
+
+
+def _vit() -> Recipe:
+    def apply(params: Params, example: Example, key: Key) -> jax.Array:
+        del key
+        return vit_logits(params, example["image"], heads=_VIT.heads, patch=16)
+
+    def init(key: Key, example: Example) -> Params:
+        del example
+        return init_vit(key, _VIT, patch=16)
+
+    def arrays() -> tuple[Params, Batch]:
+        batch = _image_batch(side=224, channels=3, classes=_VIT.outputs, size=64)
+        return init(_key(0), _first(batch)), batch
+
+    return Recipe(classification(Model(init, apply)), arrays)
+
+
+def _gpt(
+    shape: Shape, *, size: int, tied: bool = False, stacked: bool = False
+) -> Recipe:
+    """Predict the next of random tokens."""
+
+    def loss(params: Params, example: Example, key: Key) -> Scalar:
+        del key
+        return gpt_loss(params, example["tokens"], heads=shape.heads)
+
+    def arrays() -> tuple[Params, Batch]:
+        params = init_gpt(_key(0), shape, tied=tied, stacked=stacked)
+        return params, _token_batch(shape, size=size)
+
+    return Recipe(loss, arrays)
+
+
+def _lora_gpt() -> Recipe:
+    """Train adapters only; the loss closes over the frozen parameters."""
+    base = init_gpt(_key(0), _SMALL, tied=False)
+
+    def loss(params: Params, example: Example, key: Key) -> Scalar:
+        del key
+        adapted = with_lora(base, params)
+        return gpt_loss(adapted, example["tokens"], heads=_SMALL.heads)
+
+    def arrays() -> tuple[Params, Batch]:
+        return init_lora(_key(1), _SMALL), _token_batch(_SMALL, size=16)
+
+    return Recipe(loss, arrays)
+
+
+def _wrn(width: int) -> Recipe:
+    model = wide_resnet(
+        depth=16, width=width, num_classes=10, groups=16, weight_standardization=True
+    )
+    return _images(model, side=32, channels=3, size=16)
+
+
+def _mlp() -> Recipe:
+    model = mlp(features=(512, 512), num_classes=10, activation="relu")
+    return _images(model, side=28, channels=1, size=512)
+
+
+def _convnet() -> Recipe:
+    return _images(groupnorm_cnn(num_classes=10), side=32, channels=3, size=64)
+
+
+def _image_batch(*, side: int, channels: int, classes: int, size: int) -> Batch:
+    return _batch(
+        {
+            "image": jax.random.uniform(_key(2), (size, side, side, channels)) - 0.5,
+            "label": jax.random.randint(_key(3), (size,), 0, classes),
+        }
+    )
+
+
+def _token_batch(shape: Shape, *, size: int) -> Batch:
+    # One more token than positions: the last one is only predicted.
+    sizes = (size, shape.length + 1)
+    return _batch({"tokens": jax.random.randint(_key(2), sizes, 0, shape.outputs)})
+
+
+def _batch(examples: Example) -> Batch:
+    size = len(jax.tree.leaves(examples)[0])
+    return Batch(examples, jnp.ones(size, bool), jnp.arange(size))
+
+
+def _first(batch: Batch) -> Example:
+    return jax.tree.map(lambda x: x[0], batch.examples)
+
+
+def _key(number: int) -> Key:
+    return jax.random.key(number)
+
+
+WORKLOADS: dict[str, Callable[[], Recipe]] = {
+    "mlp": _mlp,
+    "convnet": _convnet,
+    "wrn16_1": functools.partial(_wrn, 1),
+    "wrn16_4": functools.partial(_wrn, 4),
+    "gpt": functools.partial(_gpt, _SMALL, size=16),
+    "gpt_tied": functools.partial(_gpt, _SMALL, size=16, tied=True),
+    "gpt_short": functools.partial(
+        _gpt, dataclasses.replace(_SMALL, length=32), size=64
+    ),
+    "gpt_scan": functools.partial(_gpt, _SMALL, size=16, stacked=True),
+    "lora_gpt": _lora_gpt,
+    "gpt2_small_100": functools.partial(
+        _gpt, dataclasses.replace(_GPT2, length=100), size=32, tied=True
+    ),
+    "gpt2_small_1024": functools.partial(_gpt, _GPT2, size=8, tied=True),
+    "vit_b16": _vit,
+}

@@ -1,0 +1,156 @@
+"""Every engine agrees with per-example gradients on every loss of the zoo."""
+
+import functools
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpjax.clipping import Query, auto, bookkeeping, explain, ghost
+from dpjax.sensitive import reveal
+from tests.checks import assert_close, batch_of, clip, norm
+from tests.contracts.random_losses import random_loss
+from tests.contracts.zoo import ZOO
+
+ENGINES = {
+    "bookkeeping": bookkeeping,
+    "ghost": ghost,
+    "auto": auto,
+}
+all_engines = pytest.mark.parametrize("engine", ENGINES.values(), ids=list(ENGINES))
+all_names = pytest.mark.parametrize("name", ZOO)
+KEY = jax.random.key(3)
+MASK = np.array([True, True, False, True])
+INDEX = np.array([3, 0, 2, 1], np.int32)
+# Compiling is most of the cost: this makes slow machine code, six times faster.
+compiled = functools.partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_cpu_use_fusion_emitters": False,
+        "xla_cpu_parallel_codegen_split_count": 1,
+    },
+)
+
+
+@all_names
+@all_engines
+def test_engine_equals_per_example_gradients(engine, name):
+    case, vectors = known(name)
+    compare(engine, case, vectors)
+
+
+@all_names
+def test_rules_of_the_zoo_are_of_its_parameters(name):
+    """Zero gradients are where the rules say, and nowhere else."""
+    case, vectors = known(name)
+    paths = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(case.params)
+    ]
+    assert sorted(case.rules) == sorted(paths)
+    for path, leaf in zip(paths, jax.tree.leaves(vectors), strict=True):
+        if leaf.size:
+            still = case.rules[path] in ("frozen", "unused")
+            assert leaf[MASK].any() != still, path
+
+
+@all_engines
+@hypothesis.given(case=random_loss())
+@hypothesis.settings(max_examples=10, derandomize=True)
+def test_engine_equals_per_example_gradients_of_random_losses(engine, case):
+    compare(engine, case, gradients(case))
+
+
+@functools.cache
+def known(name):
+    case = ZOO[name]()
+    return case, gradients(case)
+
+
+def gradients(case):
+    """Per-example gradients ``[B, ...]`` in the arithmetic of the loss, as float64."""
+
+    @compiled
+    def run(params, examples, key):
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, INDEX)
+        return jax.vmap(jax.grad(case.loss), (None, 0, 0))(params, examples, keys)
+
+    leaves = run(case.params, case.examples, KEY)
+    return jax.tree.map(lambda g: np.asarray(g, np.float64), leaves)
+
+
+def compare(engine, case, vectors):
+    """Compare what the engine says with the gradients, clipped in float64.
+
+    It is asked twice: flat, and per layer with each leaf a layer of its own, where the clip
+    factor of the smallest leaf tells if its norm is wrong.
+    """
+    rows = [jax.tree.map(lambda g, i=i: g[i], vectors) for i in range(len(MASK))]
+    norms = np.array([norm(row) for row in rows]) * MASK
+    finite = np.isfinite(norms)
+    assert set(np.flatnonzero(~finite)) == set(case.nonfinite)
+    kept = np.flatnonzero(MASK & finite)
+    rows = [rows[i] for i in kept]
+    # Some rows are clipped and some are not.
+    clip_norm = float(np.mean(norms[kept])) or 1.0
+    for style, (clipped, statistics) in ask(engine, case, clip_norm).items():
+        if style == "per_layer":
+            rows = [
+                {n: {"leaf": leaf} for n, leaf in enumerate(jax.tree.leaves(row))}
+                for row in rows
+            ]
+        parts = [clip(row, clip_norm, style) for row in rows]
+        rest = [
+            jax.tree.map(np.subtract, row, part)
+            for row, part in zip(rows, parts, strict=True)
+        ]
+        check_sum(clipped.total, parts, like=parts, tolerance=case.tolerance)
+        check_sum(clipped.residual, rest, like=rows, tolerance=case.tolerance)
+        opened = reveal(statistics)
+        np.testing.assert_allclose(
+            opened["norms"][finite], norms[finite], case.tolerance, 1e-30
+        )
+        np.testing.assert_array_equal(opened["nonfinite"], ~finite & MASK)
+        np.testing.assert_array_equal(opened["mask"], MASK)
+
+
+def ask(engine, case, clip_norm):
+    leaves, tree = jax.tree.flatten(case.params)
+    layers = {n: {"leaf": leaf} for n, leaf in enumerate(leaves)}
+
+    def loss_of_layers(layers, example, key):
+        inner = [layers[n]["leaf"] for n in range(len(leaves))]
+        return case.loss(jax.tree.unflatten(tree, inner), example, key)
+
+    @compiled
+    def run(params, layers, batch, key):
+        flat = Query((params,), clip_norm=clip_norm, residual=True)
+        split = Query((layers,), clip_norm=clip_norm, residual=True, style="per_layer")
+        return {
+            "flat": engine(case.loss, flat, batch, key),
+            "per_layer": engine(loss_of_layers, split, batch, key),
+        }
+
+    return run(
+        case.params, layers, batch_of(case.examples, mask=MASK, index=INDEX), KEY
+    )
+
+
+def check_sum(actual, vectors, *, like, tolerance):
+    """Check that ``actual`` is the sum of ``vectors``, leaf by leaf.
+
+    The tolerance is relative to the leaf's own norms in ``like``; where a leaf's gradient
+    cancels, to a hundredth of those of all leaves.
+    """
+    whole = sum(map(norm, like))
+    columns = [jax.tree.leaves(actual)]
+    columns += [
+        zip(*map(jax.tree.leaves, trees), strict=True) for trees in (vectors, like)
+    ]
+    for leaf, expected, sizes in zip(*columns, strict=True):
+        assert leaf.dtype == jnp.float32
+        scale = sum(map(norm, sizes)) + 1e-2 * whole
+        assert_close(leaf, sum(expected), rtol=tolerance, scale=scale)
