@@ -35,7 +35,7 @@ class Device:
 
 
 DEVICES = {
-    "cpu": Device(8e10, 1e10, fresh=4e9, round=2e-4, looped_convolution=4.0),
+    "cpu": Device(8e10, 1e10, fresh=1.2e10, round=2e-4, looped_convolution=4.0),
     "gpu": Device(2e14, 2e12, fresh=math.inf, round=2e-5, looped_convolution=1.0),
     "tpu": Device(1e14, 1e12, fresh=math.inf, round=2e-5, looped_convolution=1.0),
 }
@@ -84,16 +84,11 @@ def added(costs: Iterable[Cost]) -> Cost:
 
 def group_cost(group: Group, method: Method) -> Cost:
     """Return the cost of norms and sum of one group, beyond the backward pass itself."""
-    sizes = [layouts.sizes(site) for site in group.sites]
-    h, k, n = sizes[0].h, sizes[0].k, sizes[0].n
-    t = sum(size.t for size in sizes)
-    weight = 4 * h * k * n
-    if all(site.kind == "gather" for site in group.sites):
-        k = 0  # One-hot factors cost nothing; rows are added one by one.
-    factors, gram = 4 * h * t * (k + n), 4 * h * t * t
-    product = 2 * h * t * k * n
+    weight, factors = weight_bytes(group), factor_bytes(group)
+    h, t, k, n = _group_sizes(group)
+    gram, product = 4 * h * t * t, 2 * h * t * k * n
     if method == "keep":
-        return Cost(product, factors + 3 * weight, weight, 0)
+        return Cost(product, factors + 3 * weight, weight + factors, 0)
     total = Cost(product, 3 * factors, factors, 0)
     if method == "direct":
         norm = Cost(product, factors + 2 * weight, 0, weight)
@@ -102,6 +97,26 @@ def group_cost(group: Group, method: Method) -> Cost:
     else:
         norm = Cost(2 * h * t * t * (k + n), factors + 4 * gram, 0, 2 * gram)
     return added([norm, total])
+
+
+def weight_bytes(group: Group) -> int:
+    """Return the bytes of one per-example gradient of a group."""
+    size = layouts.sizes(group.sites[0])
+    return 4 * size.h * size.k * size.n
+
+
+def factor_bytes(group: Group) -> int:
+    """Return the bytes of one example's factors."""
+    h, t, k, n = _group_sizes(group)
+    return 4 * h * t * (k + n)
+
+
+def _group_sizes(group: Group) -> tuple[int, int, int, int]:
+    sizes = [layouts.sizes(site) for site in group.sites]
+    h, k, n = sizes[0].h, sizes[0].k, sizes[0].n
+    if all(site.kind == "gather" for site in group.sites):
+        k = 0  # One-hot factors cost nothing; rows are added one by one.
+    return h, sum(size.t for size in sizes), k, n
 
 
 def example_cost(program: Program, plan: Plan) -> Cost:

@@ -17,7 +17,6 @@ from dpjax.clipping import (
     ghost,
     microbatched,
     plain,
-    planned,
     vmap,
 )
 from dpjax.sensitive import SEAL, ClippedSum, reveal

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpjax.clipping import Query, auto, bookkeeping, explain, ghost
+from dpjax.clipping import Query, auto, bookkeeping, ghost
 from dpjax.sensitive import reveal
 from tests.checks import assert_close, batch_of, clip, norm
 from tests.contracts.random_losses import random_loss

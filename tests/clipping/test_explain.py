@@ -1,0 +1,73 @@
+"""What ``explain`` says is what the analysis does, for every parameter of the zoo."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dpjax
+from tests.contracts.zoo import ZOO
+
+
+def rows_of(case):
+    example = jax.tree.map(lambda x: x[0], case.examples)
+    return dpjax.explain(case.loss, case.params, example)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_parameter_has_a_row_and_none_is_skipped_in_silence(name):
+    case = ZOO[name]()
+    rows = {row.path: row for row in rows_of(case)}
+    assert list(rows) == [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(case.params)
+    ]
+    for path, row in rows.items():
+        if row.rule in ("frozen", "unused"):
+            assert case.rules[path] in ("frozen", "unused"), row
+        assert (row.method == "none") == (row.rule in ("frozen", "unused"))
+
+
+def test_the_rules_find_most_of_what_is_there():
+    """A rule that stopped matching would cost speed in silence: count what is found."""
+    right, total = {}, {}
+    for build in ZOO.values():
+        case = build()
+        rows = {row.path: row.rule for row in rows_of(case)}
+        for path, rule in case.rules.items():
+            total[rule] = total.get(rule, 0) + 1
+            right[rule] = right.get(rule, 0) + (rows[path] == rule)
+    share = {rule: right[rule] / total[rule] for rule in total}
+    assert share["dense"] >= 0.95, share
+    assert share["conv"] >= 0.95, share
+    assert share["embedding"] >= 0.8, share
+    assert share["tied"] >= 0.7, share
+    assert share["elementwise"] >= 0.8, share
+
+
+def test_explain_prints_why_and_what_it_costs(capsys):
+    def loss(params, example, key):
+        del key
+        hidden = example["x"] @ params["w"] + params["b"]
+        return jnp.sum(jnp.linalg.inv(params["odd"] + jnp.diag(hidden)))
+
+    shape = jax.ShapeDtypeStruct
+    params = {
+        "w": shape((3, 4), jnp.float32),
+        "b": shape((4,), jnp.float32),
+        "odd": shape((4, 4), jnp.float32),
+        "rest": shape((2,), jnp.float32),
+    }
+    rows = dpjax.explain(loss, params, {"x": np.ones(3, np.float32)})
+    assert {row.path: row.rule for row in rows} == {
+        "w": "dense",
+        "b": "elementwise",
+        "odd": "elementwise",
+        "rest": "unused",
+    }
+    dense = next(row for row in rows if row.path == "w")
+    assert dense.flops == 2 * (3 + 4) + 2 * 3 * 4
+    text = capsys.readouterr().out
+    assert "meets data in add" in text
+    assert "the loss does not read it" in text
+    assert len(text.strip().splitlines()) == 1 + len(params)

@@ -1,0 +1,116 @@
+"""The planner keeps to its budget and decides by shapes alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpjax.clipping import Query, planned
+from dpjax.clipping.analysis import analyse
+from dpjax.clipping.costs import DEVICES
+from dpjax.clipping.planner import choose
+from tests.checks import batch_of, check_engine_contract
+
+KEY = jax.random.key(0)
+
+
+def transformer(*, width, positions, layers=3, vocabulary=64, remat=True):
+    """Layers under scan: one table, one attention-free mixer and a head."""
+
+    def loss(params, example, key):
+        del key
+        x = params["table"][example["ids"]]
+
+        def layer(x, w):
+            return x + jnp.tanh(x @ w["up"]) @ w["down"], None
+
+        step = jax.checkpoint(layer) if remat else layer
+        x, _ = jax.lax.scan(step, x, params["layers"])
+        logits = jax.nn.log_softmax(x @ params["head"])
+        return -jnp.mean(logits[:, 0])
+
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[-2]), jnp.float32)
+
+    params = {
+        "table": normal(vocabulary, width),
+        "layers": {
+            "up": normal(layers, width, 2 * width),
+            "down": normal(layers, 2 * width, width),
+        },
+        "head": normal(width, vocabulary),
+    }
+    ids = rng.integers(0, vocabulary, (16, positions)).astype(np.int32)
+    return loss, params, {"ids": jnp.asarray(ids)}
+
+
+def program_of(**options):
+    loss, params, examples = transformer(**options)
+    query = Query((params,), clip_norm=1.0)
+    return analyse(loss, query, batch_of(examples), KEY)
+
+
+@pytest.mark.parametrize("positions", [2, 64])
+@pytest.mark.parametrize("budget", [4e5, 1e6, 4e6, 3e7])
+def test_temporaries_of_the_compiled_program_fit_the_budget(positions, budget):
+    loss, params, examples = transformer(width=32, positions=positions)
+    engine = planned(memory_budget=budget)
+
+    def run(params, batch):
+        return engine(loss, Query((params,), clip_norm=1.0), batch, KEY)
+
+    compiled = jax.jit(run).lower(params, batch_of(examples)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes <= budget
+
+
+@pytest.mark.parametrize("budget", [4e5, 4e6])
+def test_a_tight_budget_changes_nothing_but_speed(budget):
+    loss, params, examples = transformer(width=32, positions=8)
+    query = Query((params,), clip_norm=0.5, residual=True)
+    engine = planned(memory_budget=budget)
+    check_engine_contract(engine, loss, query, batch_of(examples), KEY)
+
+
+def test_a_budget_that_nothing_fits_is_refused_with_what_would():
+    loss, params, examples = transformer(width=32, positions=64)
+    with pytest.raises(
+        ValueError, match=r"memory_budget=1000 bytes is too small: .* up to"
+    ):
+        planned(memory_budget=1000)(
+            loss, Query((params,), clip_norm=1.0), batch_of(examples), KEY
+        )
+
+
+@pytest.mark.parametrize("budget", [0, -1.0, float("nan")])
+def test_a_budget_must_be_positive(budget):
+    with pytest.raises(ValueError, match="must be a positive size in bytes"):
+        planned(memory_budget=budget)
+
+
+def test_less_memory_means_fewer_examples_at_once():
+    program = program_of(width=64, positions=64)
+    on = DEVICES["gpu"]
+    sizes = [
+        choose(program, 16, memory_budget=budget, on=on).microbatch_size
+        for budget in (1e9, 8e6, 3e6)
+    ]
+    assert sizes[0] == 16
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < 16
+
+
+def methods(program):
+    plan = choose(program, 16, memory_budget=1e12, on=DEVICES["gpu"]).plan
+    return {
+        program.names[slot.index]: plan.methods[slot.groups[0]] for slot in plan.slots
+    }
+
+
+def test_few_positions_take_gram_matrices_and_many_keep_gradients():
+    few = methods(program_of(width=64, positions=2))
+    many = methods(program_of(width=64, positions=512))
+    assert few["layers/up"] == "gram"
+    assert many["layers/up"] == "keep"
+    assert few["table"] == "gram"
