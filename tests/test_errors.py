@@ -122,6 +122,14 @@ WRONG_VALUES = {
         "activation='gelu'",
     ),
     "no spec": ({"model": 3}, "must be a group with a name"),
+    "budget for an engine that does not plan": (
+        {"compute.engine": "ghost", "compute.memory_budget": 2**30},
+        "config.compute.memory_budget=1073741824 must be a positive number of bytes",
+    ),
+    "negative memory budget": (
+        {"compute.memory_budget": -1},
+        "config.compute.memory_budget=-1 must be a positive number of bytes",
+    ),
     "unknown engine": (
         {"compute.engine": "vamp"},
         "config.compute.engine='vamp' is unknown; did you mean 'vmap'",

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxprs_in_params
 from jaxtyping import Array
 
 from dpjax.typing import Batch, Example, Key, Loss, Params
@@ -58,6 +58,18 @@ def one_example(batch: Batch, key: Key) -> tuple[Any, Any]:
         lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch.examples
     )
     return example, jax.ShapeDtypeStruct((), key.dtype)
+
+
+def below_float32(jaxpr: Jaxpr) -> bool:
+    """Whether any value is computed in a floating dtype narrower than float32."""
+    for eqn in jaxpr.eqns:
+        for var in eqn.outvars:
+            dtype = getattr(var.aval, "dtype", jnp.dtype(bool))  # Tokens have none.
+            if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
+                return True
+        if any(below_float32(inner) for inner in jaxprs_in_params(eqn.params)):
+            return True
+    return False
 
 
 def trace(function: Callable[..., Any], *args: Any) -> ClosedJaxpr:

@@ -273,6 +273,30 @@ def test_a_loss_that_is_no_scalar_is_refused(engine, loss, message):
         engine(loss, Query((jnp.ones(5),), clip_norm=1.0), batch, KEY)
 
 
+def shout(params, example, key):
+    del key
+    jax.debug.print("{}", example["x"])
+    return jnp.sum(params * example["x"])
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (shout, "has side effects"),
+        (
+            lambda p, e, k: jnp.sum(p * jax.lax.pmean(e["x"], "batch")),
+            "reads a mapped axis .*batch.* ONE example",
+        ),
+    ],
+    ids=["effects", "batch axis"],
+)
+@pytest.mark.parametrize("engine", [*ENGINES.values(), plain], ids=[*ENGINES, "plain"])
+def test_a_loss_that_sees_more_than_its_example_is_refused(engine, loss, message):
+    batch = batch_of({"x": jnp.ones((8, 5))})
+    with pytest.raises(TypeError, match=message):
+        engine(loss, Query((jnp.ones(5),), clip_norm=1.0), batch, KEY)
+
+
 @all_engines
 def test_integer_parameters_are_refused_by_name(engine):
     params = {"layer": {"w": jnp.ones(5), "count": jnp.zeros((), jnp.int32)}}
@@ -350,6 +374,14 @@ def test_microbatch_size_must_divide_the_batch():
         ({"clip_norm": 1.0, "style": "layer"}, "clip_style='layer' is unknown"),
         ({"clip_norm": 1.0, "engine": "vamp"}, "did you mean 'vmap'"),
         ({"clip_norm": 1.0, "microbatch_size": 0}, "microbatch_size=0"),
+        (
+            {"clip_norm": 1.0, "engine": "ghost", "memory_budget": 1e9},
+            "memory_budget=1000000000.0 is for engine='auto'",
+        ),
+        (
+            {"clip_norm": 1.0, "memory_budget": -1},
+            "memory_budget=-1 must be a positive",
+        ),
     ],
     ids=str,
 )
