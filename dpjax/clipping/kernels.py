@@ -18,6 +18,10 @@ from jaxtyping import Array, Float, Int
 from dpjax.sensitive import accumulation_dtype
 
 _EXACT = jax.lax.Precision.HIGHEST
+_LARGE = 2**20
+"""Entries from which on a copy of an array costs more than its sum."""
+FEW_POSITIONS = 128
+"""Positions up to which the patches of an image are best taken all at once."""
 
 
 @jax.tree_util.register_dataclass
@@ -194,10 +198,10 @@ def weighted_rows(
 ) -> Float[Array, "..."]:
     """Return ``sum_b weights[b] rows[b]``; rows of weight 0 count for nothing."""
     used = (weights != 0).reshape(-1, *(1,) * (rows.ndim - 1))
-    if rows.shape[0] <= 64 and rows.size >= _LARGE:
+    if prefers_turns() and rows.shape[0] <= 64 and rows.size >= _LARGE:
         # One pass over the rows: masking them first would copy them all.
-        parts = [jnp.where(u, w * row, 0.0) for u, w, row in zip(used, weights, rows)]  # noqa: B905
-        return _total(parts)
+        each = zip(used, weights, rows, strict=True)
+        return _total([jnp.where(u, w * row, 0.0) for u, w, row in each])
     kept = jnp.where(used, rows, 0.0)
     return jnp.tensordot(weights, kept, axes=1, precision=_EXACT)
 
@@ -228,7 +232,7 @@ def _gradients(part: Factors) -> Float[Array, "B H K N"]:
         one = jax.vmap(lambda r, x: _scattered(part.size, r, x))
         return jax.vmap(one, in_axes=1)(part.rows, _wide(part.right))
     if isinstance(part, Patches):
-        many = part.right.shape[1] > 1 and part.right.shape[2] > _FEW_POSITIONS
+        many = part.right.shape[1] > 1 and part.right.shape[2] > FEW_POSITIONS
         if many and prefers_turns():
             return in_turn(lambda one: _gradients(one)[0], part)
         part = part.dense
@@ -247,17 +251,14 @@ def in_turn(function: Callable[[Any], Any], factors: Any) -> Any:
         factors: Pytree of factors.
     """
     rows = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), factors)
-    one = lambda row: function(jax.tree.map(lambda x: x[:, None], row))  # noqa: E731
-    return jax.lax.map(one, rows)
+    return jax.lax.map(
+        lambda row: function(jax.tree.map(lambda x: x[:, None], row)), rows
+    )
 
 
 def prefers_turns() -> bool:
-    """Whether convolutions are better taken example by example."""
+    """Whether examples are better taken one by one: on one CPU, not on several devices."""
     return jax.default_backend() == "cpu" and jax.device_count() == 1
-
-
-_FEW_POSITIONS = 128
-_LARGE = 2**20
 
 
 def _scattered(size: int, rows: Array, values: Array) -> Float[Array, "K N"]:

@@ -11,13 +11,17 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dpjax.clipping.analysis import Site
-from dpjax.clipping.kernels import Dense, Factors, Lookup, Patches
+from dpjax.clipping.kernels import (
+    FEW_POSITIONS,
+    Dense,
+    Factors,
+    Lookup,
+    Patches,
+)
 from dpjax.clipping.values import shape_of
 
 _NARROW = 64
-"""Offsets of a convolution kernel with fewer channels than this are joined, ..."""
-_FEW_POSITIONS = 128
-"""... and all those of so small an image, or of a single one."""
+"""Offsets of a convolution kernel with fewer channels than this are joined."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +258,7 @@ def _conv_factors(site: Site, data: Array, cotangent: Array) -> Patches:
 
     def cut(image: Array) -> tuple[Array, ...]:
         blocks = tuple(at(image, offset) for offset in offsets)
-        few = math.prod(out) <= _FEW_POSITIONS or image.shape[1] == 1
+        few = math.prod(out) <= FEW_POSITIONS or image.shape[1] == 1
         if few or blocks[0].shape[-1] < _NARROW:
             blocks = (jnp.concatenate(blocks, axis=-1),)
         return blocks
