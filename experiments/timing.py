@@ -88,6 +88,8 @@ def provenance(
             "cpu": _cpu_model(),
             "cores": len(os.sched_getaffinity(0)),
             "device": device,
+            # On a loaded machine PyTorch's threads wait for each other.
+            "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         },
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in packages},

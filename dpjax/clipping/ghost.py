@@ -36,9 +36,8 @@ def ghost(
 
 
 def _plan(program: Program) -> Plan:
-    on = costs.device()
     return make_plan(
         find_slots(program),
-        lambda group, method: costs.group_cost(group, method).seconds(on),
+        lambda group, method: costs.group_cost(group, method).bytes,
         two_passes=True,
     )

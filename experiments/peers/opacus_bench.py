@@ -5,7 +5,8 @@
 
 In the root of the repository, with the Python of an environment made from opacus.txt.
 The baseline is the gradient of the same PyTorch model without Opacus. max_rel_error
-compares the clipped sum with that of opacus_hooks.
+compares the clipped sum with that of opacus_hooks. On a machine with other work set
+OMP_NUM_THREADS=1, or the threads of PyTorch spend most of the time waiting.
 """
 
 import functools

@@ -25,18 +25,16 @@ from tests.checks import (
     batch_of,
     check_engine_contract,
     check_sensitivity,
+    compiled,
     norm,
 )
 
 ENGINES = {
     "vmap": vmap,
-    "microbatched(vmap, 1)": microbatched(vmap, size=1),
     "microbatched(vmap, 4)": microbatched(vmap, size=4),
-    "microbatched(vmap, 8)": microbatched(vmap, size=8),
     "bookkeeping": bookkeeping,
     "microbatched(bookkeeping, 4)": microbatched(bookkeeping, size=4),
     "ghost": ghost,
-    "microbatched(ghost, 2)": microbatched(ghost, size=2),
     "auto": auto,
 }
 all_engines = pytest.mark.parametrize("engine", ENGINES.values(), ids=list(ENGINES))
@@ -50,7 +48,7 @@ def run(engine, loss, query, batch):
 
 @functools.cache
 def _compiled(engine):
-    return jax.jit(engine, static_argnums=0)
+    return compiled(engine, static_argnums=0)
 
 
 def linear(params, example, key):

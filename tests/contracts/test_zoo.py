@@ -10,7 +10,7 @@ import pytest
 
 from dpjax.clipping import Query, auto, bookkeeping, ghost
 from dpjax.sensitive import reveal
-from tests.checks import assert_close, batch_of, clip, norm
+from tests.checks import assert_close, batch_of, clip, compiled, norm
 from tests.contracts.random_losses import random_loss
 from tests.contracts.zoo import ZOO
 
@@ -24,22 +24,21 @@ all_names = pytest.mark.parametrize("name", ZOO)
 KEY = jax.random.key(3)
 MASK = np.array([True, True, False, True])
 INDEX = np.array([3, 0, 2, 1], np.int32)
-# Compiling is most of the cost: this makes slow machine code, six times faster.
-compiled = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_cpu_use_fusion_emitters": False,
-        "xla_cpu_parallel_codegen_split_count": 1,
-    },
-)
 
 
-@all_names
-@all_engines
+# The planner mixes what the other two do: a quarter of the zoo tells if it mixes it well.
+PAIRS = [
+    (engine, name)
+    for engine in ENGINES
+    for number, name in enumerate(ZOO)
+    if engine != "auto" or number % 4 == 0
+]
+
+
+@pytest.mark.parametrize(("engine", "name"), PAIRS)
 def test_engine_equals_per_example_gradients(engine, name):
     case, vectors = known(name)
-    compare(engine, case, vectors)
+    compare(ENGINES[engine], case, vectors)
 
 
 @all_names

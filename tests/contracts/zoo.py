@@ -623,7 +623,8 @@ def same_dense_twice_on_the_same_data(p, e, key):
     return score(jnp.tanh(e["x"] @ p["w"]) * jnp.cos(e["x"] @ p["w"]))
 
 
-@case({"w": tied(3, 4)}, {"x": x(3)})
+# Gram norms of terms that cancel to a tenth come with slack, and clip that much harder.
+@case({"w": tied(3, 4)}, {"x": x(3)}, tolerance=5e-5)
 def two_uses_that_cancel(p, e, key):
     """Each use alone has a large gradient; the example's own is small."""
     return jnp.sum(e["x"] @ p["w"]) - 0.9 * jnp.sum(e["x"] @ p["w"])
