@@ -61,7 +61,7 @@ def draw(rows: Rows) -> Any:
     axes.set_ylabel("time / best without privacy")
     axes.margins(y=0.1)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=len(kinds), frameon=False)
+    figure.legend(loc="outside lower center", ncols=min(3, len(kinds)), frameon=False)
     return figure
 
 
