@@ -1,11 +1,11 @@
 """One backward pass: norms and the clipped sum from saved inputs and output gradients."""
 
-from dpjax.clipping import costs
 from dpjax.clipping.analysis import Program
+from dpjax.clipping.costs import saved_bytes
 from dpjax.clipping.execute import execute
-from dpjax.clipping.plan import Method, Plan, make_plan
+from dpjax.clipping.plan import Plan, make_plan
 from dpjax.clipping.query import Query
-from dpjax.clipping.slots import Group, find_slots
+from dpjax.clipping.slots import find_slots
 from dpjax.sensitive import ClippedSum, PerExample
 from dpjax.typing import Batch, Key, Loss
 
@@ -33,10 +33,4 @@ def bookkeeping(
 
 
 def _plan(program: Program) -> Plan:
-    return make_plan(find_slots(program), _saved_bytes)
-
-
-def _saved_bytes(group: Group, method: Method) -> float:
-    if method == "keep":
-        return costs.weight_bytes(group)
-    return costs.factor_bytes(group)
+    return make_plan(find_slots(program), saved_bytes)

@@ -99,6 +99,11 @@ def group_cost(group: Group, method: Method) -> Cost:
     return added([norm, total])
 
 
+def saved_bytes(group: Group, method: Method) -> int:
+    """Return the bytes of one example that live from the norms to the sum."""
+    return weight_bytes(group) if method == "keep" else factor_bytes(group)
+
+
 def weight_bytes(group: Group) -> int:
     """Return the bytes of one per-example gradient of a group."""
     size = layouts.sizes(group.sites[0])
@@ -126,16 +131,16 @@ def example_cost(program: Program, plan: Plan) -> Cost:
         cost = group_cost(Group((program.sites[path],), (False,)), method)
         groups.append(cost._replace(held=0.0))
     plain = 4 * sum(math.prod(program.shapes[program.slot(i)]) for i in program.plain)
+    formed = Cost(0, 2 * plain, plain, 0)
     derived = {
-        s.path: s for slot in plan.slots if slot.materialised for s in slot.sites
+        site.path: (site, slot.index in plan.dropped)
+        for slot in plan.slots
+        if slot.materialised
+        for site in slot.sites
     }
-    weights = 4 * sum(math.prod(site.weight_shape) for site in derived.values())
-    formed = Cost(
-        sum(_product(site) for site in derived.values()),
-        2 * plain + 4 * weights,
-        plain + 2 * weights,
-        0,
-    )
+    for site, dropped in derived.values():
+        method: Method = "direct" if dropped else "keep"
+        formed = added([formed, group_cost(Group((site,), (False,)), method)])
     # Forward and backward pass: two products at each site.
     passes = 2 * sum(_product(site) for site in program.sites.values())
     work = Cost(passes * (2 if plan.probed else 1), 0, 0, 0)

@@ -82,12 +82,14 @@ class _Known(NamedTuple):
         groups: Factors of each group, in the axes of its first site.
         kept: ``[B, H, K, N]``, per-example gradients of groups that keep them.
         slots: ``[B, ...]``, per-example gradients of parameters that are formed in full.
+        dropped: Squared norms of those that are dropped again.
     """
 
     backward: Backward
     groups: dict[Group, list[Factors]]
     kept: dict[Group, Array]
     slots: dict[int, Array]
+    dropped: dict[int, Rows]
 
 
 def _collect(program: Program, plan: Plan, inputs: Inputs) -> _Known:
@@ -99,17 +101,24 @@ def _collect(program: Program, plan: Plan, inputs: Inputs) -> _Known:
         if method == "keep"
     }
     slots = [slot for slot in plan.slots if slot.materialised]
-    pulled = _pulled_back(program, slots, inputs, backward)
+    pulled = _pulled_back(program, plan, inputs, backward)
     whole = {
-        slot.index: _formed(program, slot, backward.plain, pulled) for slot in slots
+        slot.index: _formed(program, slot, backward.plain, pulled)
+        for slot in slots
+        if slot.index not in plan.dropped
     }
-    return _Known(backward, groups, kept, whole)
+    squares = {index: pulled[index] for index in plan.dropped}
+    return _Known(backward, groups, kept, whole, squares)
 
 
 def _pulled_back(
-    program: Program, slots: Sequence[Slot], inputs: Inputs, backward: Backward
+    program: Program, plan: Plan, inputs: Inputs, backward: Backward
 ) -> dict[int, Array]:
-    """Return ``[B, ...]`` gradients of parameters, from those of weights at sites."""
+    """Return ``[B, ...]`` gradients of parameters, from those of weights at sites.
+
+    Of those that are dropped: their squared norms ``[B]``.
+    """
+    slots = [slot for slot in plan.slots if slot.materialised]
     sites = {site.path: site for slot in slots for site in slot.sites}
     if not sites:
         return {}
@@ -122,7 +131,11 @@ def _pulled_back(
         }
 
     def to_leaves(weights: Mapping[Path, Array]) -> dict[int, Array]:
-        return to_parameters(program, inputs.leaves, weights)
+        found = to_parameters(program, inputs.leaves, weights)
+        return {
+            index: jnp.sum(jnp.square(leaf)) if index in plan.dropped else leaf
+            for index, leaf in found.items()
+        }
 
     def one(some: Mapping[Path, Factors]) -> dict[int, Array]:
         return to_leaves(jax.tree.map(lambda x: x[0], of_weights(some)))
@@ -173,6 +186,8 @@ def _norms(slot: Slot, plan: Plan, known: _Known) -> Norms:
     none = jnp.zeros_like(losses)
     if slot.index in known.slots:
         return Norms(kernels.squares(known.slots[slot.index]), none)
+    if slot.index in known.dropped:
+        return Norms(known.dropped[slot.index], none)
     found = [Norms(none, none)]
     for group in slot.groups:
         path = group.sites[0].path
@@ -212,6 +227,7 @@ def _weighted_sums(
             sums[first.path] = layouts.weight_gradient(first, total)
     sums |= second_backward(program, inputs, again)
     pulled = to_parameters(program, inputs.leaves, sums) if sums else {}
+    pulled |= _sums_of_dropped(program, plan, inputs, known, weights)
 
     def total_of(slot: Slot) -> Array:
         if slot.index in known.slots:
@@ -222,3 +238,26 @@ def _weighted_sums(
         return jnp.zeros(program.shapes[slot.index], dtype)
 
     return [total_of(slot) for slot in plan.slots]
+
+
+def _sums_of_dropped(
+    program: Program,
+    plan: Plan,
+    inputs: Inputs,
+    known: _Known,
+    weights: Sequence[Rows],
+) -> dict[int, Array]:
+    """Sum at the sites, then take the sums back: that way is linear."""
+    factors, found = known.backward.factors, {}
+    for rows in {id(weights[i]): weights[i] for i in plan.dropped}.values():
+        mine = {i for i in plan.dropped if weights[i] is rows}
+        sites = [s for slot in plan.slots if slot.index in mine for s in slot.sites]
+        sums = {
+            site.path: layouts.weight_gradient(
+                site, kernels.weighted_sum([factors[site.path]], rows)
+            )
+            for site in sites
+        }
+        pulled = to_parameters(program, inputs.leaves, sums)
+        found |= {index: pulled[index] for index in mine}
+    return found

@@ -22,11 +22,14 @@ class Plan:
             ones that are kept for the sum.
         probed: Sites that only say their norm during a first backward pass, and how ("gram"
             or "direct"); they get their sum from a second one.
+        dropped: Materialised slots whose per-example gradients are dropped when their norms
+            are known; their sum is formed at the sites and taken back to the parameter.
     """
 
     slots: tuple[Slot, ...]
     methods: Mapping[Group, Method]
     probed: Mapping[Path, Method]
+    dropped: frozenset[int]
 
 
 Planner = Callable[[Program], Plan]
@@ -56,7 +59,15 @@ def make_plan(
             else:
                 kinds = ("gram", "direct", "keep")
                 methods[group] = min(kinds, key=lambda m, group=group: cost(group, m))
-    return Plan(tuple(slots), methods, probed)
+    dropped = {slot.index for slot in slots if slot.materialised and _drops(slot, cost)}
+    return Plan(tuple(slots), methods, probed, frozenset(dropped))
+
+
+def _drops(slot: Slot, cost: Callable[[Group, Method], float]) -> bool:
+    if slot.plain:
+        return False
+    keep, direct = (sum(cost(g, m) for g in slot.groups) for m in ("keep", "direct"))
+    return direct <= keep
 
 
 def can_probe(slot: Slot) -> bool:

@@ -1,13 +1,16 @@
 """The estimated fastest way to a clipped sum, from shapes alone."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from dpjax.clipping import costs
 from dpjax.clipping.analysis import Program
-from dpjax.clipping.costs import Device, group_cost
-from dpjax.clipping.plan import Plan, can_probe, make_plan
-from dpjax.clipping.slots import find_slots
+from dpjax.clipping.costs import Device, group_cost, saved_bytes
+from dpjax.clipping.plan import Method, Plan, can_probe, make_plan
+from dpjax.clipping.slots import Group, find_slots
+
+TOLERANCE: Final = 1.1
+"""Estimated times within this factor count as equal: the estimates are no better."""
 
 
 class Choice(NamedTuple):
@@ -35,6 +38,9 @@ def choose(
 ) -> Choice:
     """Return the estimated fastest plan whose temporaries fit the budget.
 
+    Of plans that are about as fast, with as many examples at once and as many passes, the
+    leanest.
+
     Args:
         program: The analysed loss.
         examples: Size of the batch; microbatches are of sizes that divide it.
@@ -58,14 +64,33 @@ def choose(
             f"memory_budget={memory_budget:.4g} bytes is too small: the leanest plan, one "
             f"example at a time, takes up to {least:.4g}"
         )
-    return min(fitting, key=lambda choice: choice.seconds)
+    best = min(fitting, key=lambda choice: choice.seconds)
+    equal = [
+        choice
+        for choice in fitting
+        if choice.microbatch_size == best.microbatch_size
+        and bool(choice.plan.probed) == bool(best.plan.probed)
+        and choice.seconds <= TOLERANCE * best.seconds
+    ]
+    return min(equal, key=lambda choice: choice.peak)
 
 
 def candidates(program: Program, on: Device) -> Iterator[Plan]:
-    """Yield the plans to choose from: fast, lean, and with two backward passes."""
+    """Yield the plans to choose from: fast, lean, and with two backward passes.
+
+    Two are lean: what is held until the sum is formed adds up under either, and which is
+    less at the peak depends on what else lives then.
+    """
     slots = find_slots(program)
+
+    def lean(group: Group, method: Method) -> float:
+        # What is held adds up; of what passes, only the largest counts.
+        cost = group_cost(group, method)
+        return cost.held + cost.passing / len(slots)
+
     yield make_plan(slots, lambda group, m: group_cost(group, m).seconds(on))
-    yield make_plan(slots, lambda group, m: group_cost(group, m).bytes)
+    yield make_plan(slots, lean)
+    yield make_plan(slots, saved_bytes)
     if any(can_probe(slot) for slot in slots):
         yield make_plan(
             slots, lambda group, m: group_cost(group, m).seconds(on), two_passes=True

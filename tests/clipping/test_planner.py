@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpjax.clipping import Query, planned
+from dpjax.clipping import Query, bookkeeping, planned
 from dpjax.clipping.analysis import analyse
-from dpjax.clipping.costs import DEVICES
+from dpjax.clipping.costs import DEVICES, saved_bytes
+from dpjax.clipping.plan import make_plan
 from dpjax.clipping.planner import choose
+from dpjax.clipping.slots import find_slots
 from tests.checks import batch_of, check_engine_contract
 
 KEY = jax.random.key(0)
@@ -114,3 +116,28 @@ def test_few_positions_take_gram_matrices_and_many_keep_gradients():
     assert few["layers/up"] == "gram"
     assert many["layers/up"] == "keep"
     assert few["table"] == "gram"
+
+
+def test_gradients_of_derived_weights_are_dropped_where_keeping_them_takes_more_room():
+    """Merged adapters: a few positions weigh less than the merged matrix, many do not."""
+
+    def loss(params, example, key):
+        del key
+        merged = params["base"] + params["a"] @ params["b"]
+        return jnp.mean(jnp.square(jnp.tanh(example["x"] @ merged)))
+
+    rng = np.random.default_rng(0)
+    shapes = {"base": (24, 16), "a": (24, 2), "b": (2, 16)}
+    params = {
+        name: jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for name, shape in shapes.items()
+    }
+    query = Query((params,), clip_norm=0.05, residual=True)
+    dropped = {}
+    for positions in (2, 64):
+        examples = {"x": jnp.asarray(rng.normal(size=(6, positions, 24)), jnp.float32)}
+        batch = batch_of(examples, mask=[True, False, True, True, True, True])
+        plan = make_plan(find_slots(analyse(loss, query, batch, KEY)), saved_bytes)
+        dropped[positions] = plan.dropped
+        check_engine_contract(bookkeeping, loss, query, batch, KEY)
+    assert dropped == {2: {0, 1, 2}, 64: set()}
