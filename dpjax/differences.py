@@ -1,6 +1,6 @@
 """Recursive gradient differences: the pure part of DIFF2 and SPIDER, on plain trees."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -64,14 +64,6 @@ def diff2(*, restart_every: int) -> optax.GradientTransformationExtraArgs:
     if restart_every < 1:
         raise ValueError(f"restart_every={restart_every} must be at least 1")
 
-    def init(params: Params) -> Diff2State:
-        return Diff2State(
-            count=jnp.zeros((), jnp.int32),
-            estimate=jax.tree.map(lambda p: jnp.zeros(p.shape, _wide(p)), params),
-            # A copy: a state is donated together with the parameters.
-            prev_params=jax.tree.map(jnp.copy, params),
-        )
-
     def update(
         updates: Params,
         state: Diff2State,
@@ -82,15 +74,11 @@ def diff2(*, restart_every: int) -> optax.GradientTransformationExtraArgs:
         if params is None:
             raise ValueError("diff2 needs params: the point the update was taken at")
         restart = state.count % restart_every == 0
-        estimate = jax.tree.map(
-            # Not v * 0: a restart also mends an estimate that is not finite.
-            lambda u, v: jnp.where(restart, u, u + v).astype(v.dtype),
-            updates,
-            state.estimate,
-        )
-        return estimate, Diff2State(optax.safe_increment(state.count), estimate, params)
+        state = advance(state, updates, params, restart=restart)
+        return state.estimate, state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    # Optax types states as trees of arrays only.
+    return optax.GradientTransformationExtraArgs(start, cast(Any, update))
 
 
 def diff2_query(state: Diff2State, params: Params, *, restart_every: int) -> Diff2Query:
@@ -100,6 +88,29 @@ def diff2_query(state: Diff2State, params: Params, *, restart_every: int) -> Dif
         reference=state.prev_params,
         distance=distance(params, state.prev_params),
     )
+
+
+def start(params: Params) -> Diff2State:
+    """Return the state before the first update."""
+    return Diff2State(
+        count=jnp.zeros((), jnp.int32),
+        estimate=jax.tree.map(lambda p: jnp.zeros(p.shape, _wide(p)), params),
+        # A copy: the state is donated together with the parameters.
+        prev_params=jax.tree.map(jnp.copy, params),
+    )
+
+
+def advance(
+    state: Diff2State, updates: Params, params: Params, *, restart: bool | Scalar
+) -> Diff2State:
+    """Return the state with ``updates``, taken at ``params``, in the estimate."""
+    estimate = jax.tree.map(
+        # Not v * 0: a restart mends an estimate that is not finite.
+        lambda u, v: jnp.where(restart, u, u + v).astype(v.dtype),
+        updates,
+        state.estimate,
+    )
+    return Diff2State(state.count + 1, estimate, params)
 
 
 def distance(one: Params, other: Params) -> Scalar:

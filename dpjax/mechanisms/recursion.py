@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dpjax.sensitive import ClippedSum
     from dpjax.typing import Key, Params, Scalar
 
+PHASES = ("restart", "difference")
 _ROUNDING = 1e-3
 """How far two compiled programs may disagree on one float32 norm, relatively."""
 
@@ -121,9 +122,9 @@ def event(mechanism: Recursive, steps: int) -> "DpEvent":
 
 def init(params: "Params") -> "Diff2State":
     """Return the state before the first step."""
-    from dpjax.differences import diff2
+    from dpjax.differences import start
 
-    return diff2(restart_every=1).init(params)
+    return start(params)
 
 
 def moved(params: "Params", state: "Diff2State") -> "Scalar":
@@ -166,10 +167,17 @@ def release(
     """
     import jax.numpy as jnp
 
-    from dpjax.differences import diff2
+    from dpjax.differences import advance
     from dpjax.noise import noisy_mean
 
     phase, every = clipped.phase, mechanism.restart_every
+    if phase not in PHASES:
+        raise ValueError(
+            f"phase={phase!r} of the sum must be one of {', '.join(PHASES)}: ask the engine "
+            "mechanism.query(mechanism.phase(step), params, state)"
+        )
+    if params is None:
+        raise ValueError("params are missing: differences are clipped by their change")
     radius = mechanism.radius(phase, params, state)
     # What is accounted at this step; a comparison with NaN is never true.
     due = (jnp.asarray(step) % every == 0) == (phase == "restart")
@@ -186,7 +194,8 @@ def release(
     )
     # The step that is accounted is the one that counts.
     state = state._replace(count=jnp.asarray(step, jnp.int32))
-    return diff2(restart_every=every).update(mean, state, params)
+    state = advance(state, mean, params, restart=phase == "restart")
+    return state.estimate, state
 
 
 def optimal_noise_ratio(*, kappa: float) -> float:

@@ -28,8 +28,8 @@ class SpiderBoost:
     As ``Diff2``, with two changes. A restart is over a Poisson batch of the sampling's
     ``first_rate``, a difference over one of its ``rate`` (the same examples with the same
     randomness at both points); each sum is divided by the expected size of its batch. And
-    the radius of a difference is ``R_t = min(C2 |x_t - x_{t-1}|, 2 C1)``: two gradients of
-    norm C1 are never further apart.
+    the radius of a difference is ``R_t = min(C2 |x_t - x_{t-1}|, 2 C1)``: gradients of norm
+    C1 are never further apart, so the cap costs nothing where C1 clips nothing.
 
     Sensitivity: each sum moves by at most its radius (C1 or R_t) when one example is added
     or removed (up to float32 rounding of the sum); the divisors are public.
