@@ -10,10 +10,12 @@ if TYPE_CHECKING:
     from dpjax.accounting import calibrate, epsilon
     from dpjax.clipping import ClippedGrad, Query, clipped_grad, explain
     from dpjax.data.batches import batches
-    from dpjax.mechanisms import DpSgd, Mechanism, NonPrivate
+    from dpjax.differences import diff2, diff2_query
+    from dpjax.mechanisms import Diff2, DpSgd, Mechanism, NonPrivate, SpiderBoost
     from dpjax.noise import root_key
     from dpjax.sampling import (
         FullBatch,
+        PeriodicPoisson,
         Poisson,
         ShuffledFixed,
         TruncatedPoisson,
@@ -27,19 +29,24 @@ _HOMES = {
     "Batch": "typing",
     "ClippedGrad": "clipping",
     "ClippedSum": "sensitive",
+    "Diff2": "mechanisms",
     "DpSgd": "mechanisms",
     "FullBatch": "sampling",
     "Mechanism": "mechanisms",
     "Model": "typing",
     "NonPrivate": "mechanisms",
     "PerExample": "sensitive",
+    "PeriodicPoisson": "sampling",
     "Poisson": "sampling",
     "Query": "clipping",
     "ShuffledFixed": "sampling",
+    "SpiderBoost": "mechanisms",
     "TruncatedPoisson": "sampling",
     "batches": "data.batches",
     "calibrate": "accounting",
     "clipped_grad": "clipping",
+    "diff2": "differences",
+    "diff2_query": "differences",
     "epsilon": "accounting",
     "explain": "clipping",
     "private": "transforms",

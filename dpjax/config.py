@@ -210,11 +210,9 @@ def _check_mechanism(spec: Any, provenance: str) -> None:
     elif "epsilon" in spec:
         raise ConfigError(f"{path}.epsilon is unknown; {spec['name']} adds no noise")
     _check_spec(f"{path}.sampling", facts["sampling"])
-    # The size of the data, and whether the sampling fits it, are not known yet.
-    _located(f"{path}.sampling", build, facts["sampling"])
-    anyone = {"name": "dpjax.sampling:FullBatch"}
-    stand_in = {**facts, "sampling": anyone}
-    mechanism = _located(path, build, stand_in, num_examples=1)
+    sampling = _located(f"{path}.sampling", build, facts["sampling"])
+    size = _some_size(sampling)
+    mechanism = _located(path, build, facts, num_examples=size)
     private = mechanism.private and spec.get("noise_multiplier") != 0
     _check_choice("config.data.provenance", provenance, PROVENANCES)
     if private and provenance == "public":
@@ -227,6 +225,15 @@ def _check_mechanism(spec: Any, provenance: str) -> None:
             "config.data.provenance='private' with a mechanism that adds no noise: nothing "
             "would protect the data; use a private one, or declare the data public"
         )
+
+
+def _some_size(sampling: Any) -> int:
+    """Return a size of data that ``sampling`` fits: the real one is not known yet."""
+    try:
+        sampling.expected_batch_size(2**31)
+    except ValueError:
+        return 1
+    return 2**31
 
 
 def _check_values(config: Mapping[str, Any]) -> None:

@@ -148,6 +148,64 @@ class TruncatedPoisson:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PeriodicPoisson:
+    """Poisson batches of one rate at each first step of a period, of another between.
+
+    Attributes:
+        period: Steps from one first step to the next.
+        first_rate: Sampling rate of steps 0, period, 2 period, ..., in (0, 1].
+        rate: Sampling rate of all others, in (0, 1].
+    """
+
+    period: int
+    first_rate: float
+    rate: float
+    adjacency: ClassVar[Adjacency] = "add_or_remove_one"
+    amplified: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_positive_int("period", self.period)
+        _check_rate(self.first_rate, name="first_rate")
+        _check_rate(self.rate)
+
+    @property
+    def first(self) -> Poisson:
+        """What draws, and accounts, the first step of each period."""
+        return Poisson(rate=self.first_rate)
+
+    @property
+    def rest(self) -> Poisson:
+        """What draws, and accounts, the other steps."""
+        return Poisson(rate=self.rate)
+
+    def expected_batch_size(self, num_examples: int) -> float:
+        """Return the expected size of a batch, on average over a period."""
+        rates = self.first_rate + (self.period - 1) * self.rate
+        return rates / self.period * num_examples
+
+    def draw(self, step: int, *, num_examples: int, seed: int) -> np.ndarray:
+        """Return the ``int64[k]`` indices of ``step``; see ``Poisson.draw``."""
+        part = self.rest if step % self.period else self.first
+        return part.draw(step, num_examples=num_examples, seed=seed)
+
+    def compose(
+        self, noise_multiplier: float, *, steps: int, num_examples: int
+    ) -> "DpEvent":
+        """Return the Poisson-sampled Gaussians of the first ``steps``."""
+        import dp_accounting as dp
+
+        first = math.ceil(steps / self.period)
+        counts = ((self.first, first), (self.rest, steps - first))
+        return dp.ComposedDpEvent(
+            [
+                part.compose(noise_multiplier, steps=count, num_examples=num_examples)
+                for part, count in counts
+                if count
+            ]
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FullBatch:
     """Every example takes part in every step; no amplification."""
 
@@ -245,9 +303,9 @@ def _permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
     return order
 
 
-def _check_rate(rate: float) -> None:
+def _check_rate(rate: float, *, name: str = "rate") -> None:
     if not 0 < rate <= 1:
         raise ValueError(
-            f"rate={rate} must be in (0, 1]; "
+            f"{name}={rate} must be in (0, 1]; "
             "rate = expected batch size / number of examples"
         )

@@ -1,6 +1,7 @@
 """The only training loop. Read it from top to bottom: it is the whole system."""
 
 import contextlib
+import dataclasses
 import functools
 import math
 import signal
@@ -242,9 +243,10 @@ def make_train_step(
         phase: str, state: TrainState, total: ClippedSum, batch: Batch
     ) -> tuple[ClippedSum, PerExample | None]:
         key = jax.random.fold_in(state.loss_key, state.private.step)
-        clipped, per_example = experiment.engine(
-            experiment.loss, query(phase, state), batch, key
-        )
+        # A radius that is computed from the state may be rounded otherwise in another
+        # program: all chunks are clipped to the one of the empty sum.
+        asked = dataclasses.replace(query(phase, state), clip_norm=total.l2_bound)
+        clipped, per_example = experiment.engine(experiment.loss, asked, batch, key)
         return total.merge(clipped), per_example if keep_statistics else None
 
     @functools.partial(jax.jit, donate_argnums=0)

@@ -3,6 +3,7 @@
 Every mutant is a plausible bug, run through the same check that the honest code passes.
 """
 
+import collections
 import dataclasses
 
 import jax
@@ -89,6 +90,67 @@ def contract_check(engine):
     batch = batch_of(examples, mask=[True, False, True, True, False, True])
     query = Query((jnp.ones(4),), clip_norm=0.5)
     check_engine_contract(engine, loss, query, batch, jax.random.key(0))
+
+
+def difference_check(engine):
+    """The contract on a difference, of a loss with dropout."""
+
+    def loss(params, example, key):
+        kept = jax.random.bernoulli(key, 0.5, params.shape)
+        return jnp.square(jnp.dot(params * kept, example["x"]))
+
+    batch = batch_of({"x": jnp.arange(24.0).reshape(6, 4) / 24})
+    points = (jnp.ones(4), jnp.ones(4) * 0.9)
+    query = Query(points, signs=(1.0, -1.0), clip_norm=1e3)
+    check_engine_contract(engine, loss, query, batch, jax.random.key(0))
+
+
+DIFF2 = dpjax.Diff2(
+    clip_norm=0.5,
+    difference_clip_norm=2.0,
+    restart_every=10,
+    noise_multiplier=1.2,
+    noise_ratio=3.0,
+    noisy_workers=1,
+    sampling=dpjax.FullBatch(),
+    steps=50,
+    num_examples=200,
+    delta=1e-5,
+)
+
+
+def difference_release(mechanism):
+    """Releases of the step after a restart, whose length is 0.5."""
+
+    def run(clipped, step):
+        params = jax.tree.map(jnp.zeros_like, clipped.total)
+        moved = {**params, "a": params["a"].at[0, 0].set(0.5)}
+        clipped = dataclasses.replace(clipped, phase="difference")
+        state = mechanism.init(params)
+        at = 10 * step + 1
+        return mechanism.release(clipped, state, moved, key=KEY, step=at)[0]
+
+    return run
+
+
+def difference_noise_check(run):
+    # By hand: z2 R = (3 * 1.2) * (2 * 0.5); all 200 examples.
+    check_noise(run, stddev=3.6, divisor=200.0, clip_norm=1.0, steps=20)
+
+
+def schedule_check(mechanism):
+    """What is accounted is the noise of the phases that steps really have."""
+    for steps in (1, 2, 10, 11, 50):
+        noise = collections.Counter(
+            # In units of the sensitivity, which is the radius.
+            float(mechanism.noise_stddev(mechanism.phase(step), 1.0))
+            for step in range(steps)
+        )
+        accounted = {
+            part.event.noise_multiplier: part.count
+            for part in mechanism.event(steps).events
+        }
+        assert accounted == noise, (steps, accounted, noise)
 
 
 def sampling_check(sampling):
@@ -219,6 +281,51 @@ def per_layer_norm_for_a_flat_bound(loss, query, batch, key):
     ), statistics
 
 
+def other_dropout_at_the_second_point(loss, query, batch, key):
+    parts = [
+        vmap(loss, Query((point,), clip_norm=1e6), batch, jax.random.fold_in(key, k))
+        for k, point in enumerate(query.points)
+    ]
+    honest, statistics = vmap(loss, query, batch, key)
+    (one, _), (two, _) = parts
+    total = jax.tree.map(jnp.subtract, one.total, two.total)
+    return dataclasses.replace(honest, total=total), statistics
+
+
+class NoiseOfTheLastStep(dpjax.Diff2):
+    """Scaled with the length of another step than the one that clips."""
+
+    def noise_stddev(self, phase, radius):
+        del radius
+        return super().noise_stddev(phase, 0.5 * self.difference_clip_norm * 0.5)
+
+
+class NoiseOfTheRestart(dpjax.Diff2):
+    def noise_stddev(self, phase, radius):
+        del phase, radius
+        return super().noise_stddev("restart", self.clip_norm)
+
+
+class NoiseMultiplierOfTheRestart(dpjax.Diff2):
+    def noise_stddev(self, phase, radius):
+        del phase
+        return super().noise_stddev("restart", radius)
+
+
+class AllRestarts(dpjax.Diff2):
+    def event(self, steps=None):
+        return dpjax.Diff2(**vars(self) | {"restart_every": 1}).event(steps)
+
+
+class NoRestarts(dpjax.Diff2):
+    def event(self, steps=None):
+        return dpjax.Diff2(**vars(self) | {"restart_every": 10**6}).event(steps)
+
+
+def diff2_as(mutant):
+    return mutant(**vars(DIFF2))
+
+
 class TwiceTheRate(Poisson):
     def draw(self, step, *, num_examples, seed):
         honest = Poisson(rate=2 * self.rate)
@@ -286,6 +393,28 @@ MUTANTS = {
     "counts examples twice": (sensitivity_check, counts_examples_twice),
     "forgets the mask": (contract_check, forgets_the_mask),
     "bound exceeded by sqrt(2)": (sensitivity_check, per_layer_norm_for_a_flat_bound),
+    "other dropout at the second point": (
+        difference_check,
+        other_dropout_at_the_second_point,
+    ),
+    "noise of the last step": (
+        difference_noise_check,
+        difference_release(diff2_as(NoiseOfTheLastStep)),
+    ),
+    "noise of the restart": (
+        difference_noise_check,
+        difference_release(diff2_as(NoiseOfTheRestart)),
+    ),
+    "noise multiplier of the restart": (
+        difference_noise_check,
+        difference_release(diff2_as(NoiseMultiplierOfTheRestart)),
+    ),
+    "noise multiplier of the restart, accounted": (
+        schedule_check,
+        diff2_as(NoiseMultiplierOfTheRestart),
+    ),
+    "all steps accounted as restarts": (schedule_check, diff2_as(AllRestarts)),
+    "no restarts accounted": (schedule_check, diff2_as(NoRestarts)),
     "rate x2": (sampling_check, TwiceTheRate(rate=0.1)),
     "fixed size": (sampling_check, FixedSize(rate=0.1)),
     "shuffled epochs": (sampling_check, ShuffledEpochs(rate=0.1)),
@@ -311,6 +440,9 @@ def test_mutant_is_caught(name):
         (sum_check, release(MECHANISM)),
         (sensitivity_check, vmap),
         (contract_check, vmap),
+        (difference_check, vmap),
+        (difference_noise_check, difference_release(DIFF2)),
+        (schedule_check, DIFF2),
         (sampling_check, Poisson(rate=0.1)),
     ],
 )

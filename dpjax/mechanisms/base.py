@@ -51,7 +51,10 @@ class Mechanism(Protocol):
 
     @property
     def expected_batch_size(self) -> float:
-        """The public constant that divides each released sum."""
+        """Examples of a step, expected; the public constant that divides its sum.
+
+        Where steps differ in it (``SpiderBoost``), their mean.
+        """
         ...
 
     def event(self, steps: int | None = None) -> "DpEvent":

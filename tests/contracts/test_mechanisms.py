@@ -1,7 +1,9 @@
 """One contract body over all mechanisms."""
 
 import dataclasses
+import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +11,17 @@ import numpy as np
 import pytest
 
 import dpjax
-from dpjax.mechanisms import DpSgd, NonPrivate
+from dpjax.mechanisms import Diff2, DpSgd, NonPrivate, SpiderBoost
 from dpjax.noise import root_key
-from dpjax.sampling import FullBatch, Poisson, ShuffledFixed, TruncatedPoisson
+from dpjax.sampling import (
+    FullBatch,
+    PeriodicPoisson,
+    Poisson,
+    ShuffledFixed,
+    TruncatedPoisson,
+)
 from dpjax.sensitive import ClippedSum
-from tests.checks import check_adds_to_sum, check_noise
+from tests.checks import check_adds_to_sum, check_noise, compiled
 
 PLAN = {"steps": 50, "num_examples": 1000, "delta": 1e-5}
 
@@ -29,12 +37,42 @@ def dp_sgd(**changes):
     return DpSgd(**(facts | changes))
 
 
+def diff2(**changes):
+    facts = {
+        "clip_norm": 0.5,
+        "difference_clip_norm": 0.8,
+        "restart_every": 5,
+        "noise_multiplier": 20.0,
+        "noise_ratio": 2.0,
+        "noisy_workers": 1,
+        "sampling": FullBatch(),
+        **PLAN,
+    }
+    return Diff2(**(facts | changes))
+
+
+def spider_boost(**changes):
+    facts = {
+        "clip_norm": 0.5,
+        "difference_clip_norm": 0.8,
+        "noise_multiplier": 4.0,
+        "noise_ratio": 1.5,
+        "sampling": PeriodicPoisson(period=5, first_rate=0.2, rate=0.1),
+        **PLAN,
+    }
+    return SpiderBoost(**(facts | changes))
+
+
 MECHANISMS = {
     "dp_sgd poisson": dp_sgd(),
     "dp_sgd per layer": dp_sgd(clip_style="per_layer"),
     "dp_sgd truncated": dp_sgd(sampling=TruncatedPoisson(rate=0.1, capacity=130)),
     "dp_sgd full batch": dp_sgd(sampling=FullBatch()),
     "dp_sgd shuffled": dp_sgd(sampling=ShuffledFixed(batch_size=100)),
+    "diff2": diff2(),
+    "diff2 four workers": diff2(noisy_workers=4),
+    "spider boost": spider_boost(),
+    "spider boost capped": spider_boost(difference_clip_norm=50.0),
     "non-private": NonPrivate(sampling=ShuffledFixed(batch_size=100), **PLAN),
 }
 PRIVATE = {name: m for name, m in MECHANISMS.items() if m.private}
@@ -42,11 +80,81 @@ all_mechanisms = pytest.mark.parametrize("name", MECHANISMS)
 all_private = pytest.mark.parametrize("name", PRIVATE)
 
 
+class Kind(NamedTuple):
+    """What a release of one phase must be, when the parameters have moved by 1."""
+
+    step: int  # of this phase
+    bound: float
+    stddev: float
+    divisor: float
+
+
+def kinds(name):
+    """By hand from the facts above."""
+    mechanism = MECHANISMS[name]
+    if isinstance(mechanism, DpSgd):
+        size = mechanism.expected_batch_size
+        return {"gradient": Kind(0, 0.5, 2.0, size)}
+    return {
+        "non-private": {"gradient": Kind(0, math.inf, 0.0, 100.0)},
+        "diff2": {
+            "restart": Kind(0, 0.5, 10.0, 1000.0),
+            "difference": Kind(1, 0.8, 32.0, 1000.0),
+        },
+        "diff2 four workers": {
+            "restart": Kind(0, 0.5, 20.0, 1000.0),
+            "difference": Kind(1, 0.8, 64.0, 1000.0),
+        },
+        "spider boost": {
+            "restart": Kind(0, 0.5, 2.0, 200.0),
+            "difference": Kind(1, 0.8, 4.8, 100.0),
+        },
+        "spider boost capped": {
+            "restart": Kind(0, 0.5, 2.0, 200.0),
+            "difference": Kind(1, 1.0, 6.0, 100.0),
+        },
+    }[name]
+
+
+KINDS = [(name, phase) for name in MECHANISMS for phase in kinds(name)]
+all_releases = pytest.mark.parametrize(
+    ("name", "phase"), [kind for kind in KINDS if kind[0] in PRIVATE]
+)
+
+
+def moved_by_one(mechanism, like):
+    """A state, and parameters at distance 1 from the last ones."""
+    size = sum(x.size for x in jax.tree.leaves(like))
+    zeros = jax.tree.map(jnp.zeros_like, like)
+    params = jax.tree.map(lambda x: x + 1 / math.sqrt(size), zeros)
+    return mechanism.init(zeros), params
+
+
 def release(mechanism, clipped, step):
-    mean, _ = jax.jit(mechanism.release)(
-        clipped, mechanism.init(clipped.total), None, key=root_key(0), step=step
-    )
+    state, params = moved_by_one(mechanism, clipped.total)
+    mean, _ = _compiled_release(mechanism)(clipped, state, params, root_key(0), step)
     return mean
+
+
+@functools.cache
+def _compiled_release(mechanism):
+    return compiled(
+        lambda clipped, state, params, key, step: mechanism.release(
+            clipped, state, params, key=key, step=step
+        )
+    )
+
+
+def releases(name, phase):
+    """``(sum, i) -> `` the release of the i-th step of this phase."""
+    mechanism = MECHANISMS[name]
+
+    def run(clipped, i):
+        first, period = kinds(name)[phase].step, 5
+        asked = dataclasses.replace(clipped, phase=phase)
+        return release(mechanism, asked, first + period * i)
+
+    return run
 
 
 @all_mechanisms
@@ -73,28 +181,41 @@ def test_pld_epsilon_is_at_most_the_rdp_cross_check(name):
     assert math.isnan(rdp) or dpjax.epsilon(mechanism) <= rdp
 
 
-@all_private
-def test_noise_has_the_derived_scale_and_never_repeats(name):
-    mechanism = MECHANISMS[name]
+@all_releases
+def test_noise_has_the_derived_scale_and_never_repeats(name, phase):
+    kind = kinds(name)[phase]
     check_noise(
-        lambda clipped, step: release(mechanism, clipped, step),
-        stddev=mechanism.noise_stddev,
-        divisor=mechanism.expected_batch_size,
-        clip_norm=mechanism.clip_norm,
+        releases(name, phase),
+        stddev=kind.stddev,
+        divisor=kind.divisor,
+        clip_norm=kind.bound,
     )
 
 
-@all_private
-def test_release_divides_the_sum_by_the_public_constant(name):
-    mechanism = MECHANISMS[name]
-    check_adds_to_sum(
-        lambda clipped, step: release(mechanism, clipped, step),
-        divisor=mechanism.expected_batch_size,
-        clip_norm=mechanism.clip_norm,
-    )
+@all_releases
+def test_release_divides_the_sum_by_the_public_constant(name, phase):
+    kind = kinds(name)[phase]
+    check_adds_to_sum(releases(name, phase), divisor=kind.divisor, clip_norm=kind.bound)
 
 
-@all_private
+@pytest.mark.parametrize(("name", "phase"), KINDS)
+def test_the_query_asks_for_what_the_release_takes(name, phase):
+    mechanism, kind = MECHANISMS[name], kinds(name)[phase]
+    assert mechanism.phase(kind.step) == phase
+    state, params = moved_by_one(mechanism, {"w": jnp.zeros(3)})
+    asked = mechanism.query(phase, params, state)
+    assert asked.phase == phase
+    np.testing.assert_allclose(asked.clip_norm, kind.bound, rtol=1e-6)
+    for point, expected in zip(
+        asked.points, (params, {"w": jnp.zeros(3)}), strict=False
+    ):
+        np.testing.assert_array_equal(point["w"], expected["w"])
+    assert asked.signs == ((1.0, -1.0) if phase == "difference" else (1.0,))
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, m in PRIVATE.items() if isinstance(m, DpSgd)]
+)
 @pytest.mark.parametrize("fact", ["clip_norm", "noise_multiplier"])
 def test_replacing_a_fact_moves_everything_derived_from_it(name, fact):
     mechanism = MECHANISMS[name]
@@ -108,23 +229,31 @@ def test_replacing_a_fact_moves_everything_derived_from_it(name, fact):
 
 
 @pytest.mark.parametrize(
-    ("name", "harm"),
+    ("name", "phase", "harm"),
     # Nothing bounds what NonPrivate releases: only its seal can break.
-    [*((name, "seal") for name in MECHANISMS), *((name, "bound") for name in PRIVATE)],
+    [
+        (*kind, harm)
+        for kind in KINDS
+        for harm in ("seal", "bound", "step")
+        if harm == "seal" or kind[0] in PRIVATE
+        if harm != "step" or kind[1] != "gradient"
+    ],
 )
-def test_a_sum_that_was_tampered_with_comes_out_as_nan(name, harm):
-    mechanism = MECHANISMS[name]
-    bound = mechanism.clip_norm if mechanism.private else math.inf
-    clipped = ClippedSum.zeros({"w": jnp.zeros(3)}, l2_bound=bound)
-    assert np.isfinite(release(mechanism, clipped, 0)["w"]).all()
-    if harm == "seal":
-        broken = dataclasses.replace(clipped, seal=clipped.seal * 0.99)
-    else:
-        broken = dataclasses.replace(clipped, l2_bound=clipped.l2_bound * 1.01)
-    assert np.isnan(release(mechanism, broken, 0)["w"]).all()
+def test_a_sum_that_was_tampered_with_comes_out_as_nan(name, phase, harm):
+    mechanism, kind = MECHANISMS[name], kinds(name)[phase]
+    clipped = ClippedSum.zeros({"w": jnp.zeros(3)}, l2_bound=kind.bound, phase=phase)
+    assert np.isfinite(release(mechanism, clipped, kind.step)["w"]).all()
+    changes = {
+        "seal": {"seal": clipped.seal * 0.99},
+        "bound": {"l2_bound": clipped.l2_bound * 1.01},
+        "step": {},
+    }[harm]
+    step = kind.step + 4 if harm == "step" else kind.step
+    broken = dataclasses.replace(clipped, **changes)
+    assert np.isnan(release(mechanism, broken, step)["w"]).all()
 
 
-@pytest.mark.parametrize("name", ["dp_sgd poisson", "dp_sgd full batch"])
+@pytest.mark.parametrize("name", ["dp_sgd poisson", "dp_sgd full batch", "diff2"])
 @pytest.mark.parametrize("target", [0.5, 3.0])
 def test_calibration_meets_the_target_from_below(name, target):
     mechanism = PRIVATE[name]
@@ -151,6 +280,23 @@ def test_calibration_meets_the_target_from_below(name, target):
             lambda: dp_sgd(sampling=ShuffledFixed(batch_size=2000)),
             "batch_size=2000 exceeds num_examples=1000",
         ),
+        (lambda: diff2(clip_norm=0.0), "clip_norm=0.0 must be positive"),
+        (
+            lambda: diff2(difference_clip_norm=0.0),
+            "difference_clip_norm=0.0 must be positive",
+        ),
+        (lambda: diff2(restart_every=0), "restart_every=0 must be an integer"),
+        (lambda: diff2(noise_multiplier=-1.0), "noise_multiplier=-1.0 must be"),
+        (lambda: diff2(noise_ratio=0.0), "noise_ratio=0.0 must be positive"),
+        (lambda: diff2(noisy_workers=0), "noisy_workers=0 must be an integer"),
+        (
+            lambda: diff2(noisy_workers=1001),
+            "noisy_workers=1001 exceeds num_examples=1000",
+        ),
+        (lambda: diff2(sampling=Poisson(rate=0.1)), "for Poisson batches use Spider"),
+        (lambda: spider_boost(sampling=FullBatch()), "for full batches use Diff2"),
+        (lambda: spider_boost(sampling=Poisson(rate=0.1)), "must be PeriodicPoisson"),
+        (lambda: spider_boost(difference_clip_norm=-1.0), "difference_clip_norm=-1.0"),
         (
             lambda: dpjax.calibrate(lambda z: dp_sgd(), epsilon=0.0),
             "epsilon=0.0 must be",

@@ -8,6 +8,7 @@ import pytest
 
 from dpjax.sampling import (
     FullBatch,
+    PeriodicPoisson,
     Poisson,
     ShuffledFixed,
     TruncatedPoisson,
@@ -19,6 +20,7 @@ SAMPLINGS = {
     "poisson": Poisson(rate=0.1),
     "poisson of rate 1": Poisson(rate=1.0),
     "truncated": TruncatedPoisson(rate=0.1, capacity=25),
+    "periodic": PeriodicPoisson(period=4, first_rate=0.3, rate=0.05),
     "full": FullBatch(),
     "shuffled": ShuffledFixed(batch_size=16),
 }
@@ -49,7 +51,7 @@ def test_draws_are_distinct_indices_in_range(sampling):
         assert ((indices >= 0) & (indices < N)).all()
 
 
-@pytest.mark.parametrize("name", ["poisson", "truncated", "shuffled"])
+@pytest.mark.parametrize("name", ["poisson", "periodic", "truncated", "shuffled"])
 def test_seeds_and_steps_draw_differently(name):
     sampling = SAMPLINGS[name]
     draws = {
@@ -87,6 +89,21 @@ def test_every_composed_gaussian_reveals_its_noise_to_the_accountant(sampling):
 @pytest.mark.parametrize("rate", [0.02, 0.3])
 def test_poisson_draws_what_is_accounted(rate):
     check_poisson(Poisson(rate=rate), num_examples=N)
+
+
+def test_periodic_poisson_draws_and_accounts_its_parts_in_turn():
+    sampling = SAMPLINGS["periodic"]
+    for step in range(12):
+        part = Poisson(rate=0.05 if step % 4 else 0.3)
+        np.testing.assert_array_equal(draw(sampling, step), draw(part, step))
+    event = sampling.compose(2.0, steps=9, num_examples=N)
+    parts = [(0.3, 3), (0.05, 6)]
+    expected = [Poisson(rate=r).compose(2.0, steps=k, num_examples=N) for r, k in parts]
+    assert event == dp.ComposedDpEvent(expected)
+    one = sampling.compose(2.0, steps=1, num_examples=N)
+    assert one == dp.ComposedDpEvent(
+        [Poisson(rate=0.3).compose(2.0, steps=1, num_examples=N)]
+    )
 
 
 def test_truncated_poisson_draws_what_is_accounted():
@@ -131,6 +148,14 @@ def test_full_batch_is_everyone_every_time():
     [
         (lambda: Poisson(rate=0.0), "rate=0.0 must be in"),
         (lambda: Poisson(rate=1.5), "rate=1.5 must be in"),
+        (
+            lambda: PeriodicPoisson(period=4, first_rate=1.5, rate=0.1),
+            "first_rate=1.5 must be in",
+        ),
+        (
+            lambda: PeriodicPoisson(period=0, first_rate=0.5, rate=0.1),
+            "period=0 must be an integer",
+        ),
         (lambda: Poisson(rate=float("nan")), "rate=nan must be in"),
         (
             lambda: TruncatedPoisson(rate=0.1, capacity=0),

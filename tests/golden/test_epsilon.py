@@ -115,6 +115,62 @@ def test_gdp_golden():
     assert dpjax.epsilon(plan) == pytest.approx(2.0, abs=1e-3), INTENDED
 
 
+def test_golden_diff2():
+    """The field notes, section 6: 10 restarts with z1, 90 differences with z2."""
+    plan = dpjax.Diff2(
+        clip_norm=1.0,
+        difference_clip_norm=1.0,
+        restart_every=10,
+        noise_multiplier=7.2394,
+        noise_ratio=38.4989 / 7.2394,
+        noisy_workers=1,
+        sampling=dpjax.FullBatch(),
+        steps=100,
+        num_examples=1000,
+        delta=1e-5,
+    )
+    assert dpjax.epsilon(plan) == pytest.approx(2.000, abs=5e-4), INTENDED
+    rdp = dpjax.epsilon(plan, accountant="rdp")
+    assert rdp == pytest.approx(2.173, abs=1e-3), INTENDED
+    # Gaussian DP: one Gaussian of mu^2 = N1/z1^2 + N2/z2^2.
+    mu = math.sqrt(10 / 7.2394**2 + 90 / 38.4989**2)
+    assert mu == pytest.approx(0.501552, abs=5e-5)
+    for steps in (1, 11, 100):
+        restarts = math.ceil(steps / 10)
+        mu = math.sqrt(restarts / 7.2394**2 + (steps - restarts) / 38.4989**2)
+        one = dpjax.epsilon(full_batch(noise_multiplier=1 / mu))
+        assert dpjax.epsilon(plan, steps=steps) == pytest.approx(one, abs=1e-3)
+
+
+def full_batch(*, noise_multiplier):
+    return dpjax.DpSgd(
+        clip_norm=1.0,
+        clip_style="flat",
+        noise_multiplier=noise_multiplier,
+        sampling=dpjax.FullBatch(),
+        steps=1,
+        num_examples=1000,
+        delta=1e-5,
+    )
+
+
+def test_golden_spider_boost():
+    """The field notes, section 6: 20 x (q=.25, z=4) and 180 x (q=.05, z=2)."""
+    plan = dpjax.SpiderBoost(
+        clip_norm=1.0,
+        difference_clip_norm=1.0,
+        noise_multiplier=4.0,
+        noise_ratio=0.5,
+        sampling=dpjax.PeriodicPoisson(period=10, first_rate=0.25, rate=0.05),
+        steps=200,
+        num_examples=1000,
+        delta=1e-5,
+    )
+    assert dpjax.epsilon(plan) == pytest.approx(1.899, abs=5e-4), INTENDED
+    rdp = dpjax.epsilon(plan, accountant="rdp")
+    assert rdp == pytest.approx(2.084, abs=1e-3), INTENDED
+
+
 def test_shuffled_batches_by_hand():
     """z=4, 12 steps an epoch, 25 steps: 3 Gaussians, GDP with mu = sqrt(3)/4."""
     plan = dpjax.DpSgd(

@@ -1,0 +1,38 @@
+"""DIFF2 on scikit-learn's digits: few full-batch steps, most on gradient differences.
+
+    python -m experiments.train --config=configs/digits_mlp_diff2.py --workdir=DIR
+
+Variants: ``:dpgd`` takes as many steps of DP-GD (a restart at each) at the same epsilon;
+``:spiderboost`` takes differences on Poisson batches.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+from configs import digits_mlp_dpsgd
+from dpjax.mechanisms.recursion import optimal_noise_ratio
+
+VARIANTS = ("diff2", "dpgd", "spiderboost")
+
+
+def get_config(variant: str = "diff2") -> ConfigDict:
+    """Return the recipe, DP-GD in its place, or SpiderBoost."""
+    if variant not in VARIANTS:
+        raise ValueError(f"variant={variant!r} is unknown; use {', '.join(VARIANTS)}")
+    config = digits_mlp_dpsgd.get_config()
+    config.mechanism = ConfigDict(
+        {
+            "name": "dpjax.mechanisms.diff2:Diff2",
+            "clip_norm": 1.0,
+            "difference_clip_norm": 1.0,
+            "restart_every": 1 if variant == "dpgd" else 4,
+            "epsilon": 3.0,
+            "noise_multiplier": config_dict.placeholder(float),
+            "noise_ratio": optimal_noise_ratio(kappa=0.3),
+            "noisy_workers": 1,
+            "sampling": {"name": "dpjax.sampling:FullBatch"},
+            "steps": 100,
+            "delta": 1e-5,
+        }
+    )
+    config.optimizer = ConfigDict({"name": "optax:sgd", "learning_rate": 1.0})
+    return config

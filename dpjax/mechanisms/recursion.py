@@ -1,0 +1,241 @@
+"""What the mechanisms of recursive gradient differences share: Diff2 and SpiderBoost."""
+
+import math
+from typing import TYPE_CHECKING, Protocol
+
+from dpjax.checks import check_clip
+from dpjax.sampling import Sampling
+
+if TYPE_CHECKING:
+    from dp_accounting import DpEvent
+
+    from dpjax.clipping import Query
+    from dpjax.differences import Diff2State
+    from dpjax.sensitive import ClippedSum
+    from dpjax.typing import Key, Params, Scalar
+
+PHASES = ("restart", "difference")
+_ROUNDING = 1e-3
+"""How far two compiled programs may disagree on one float32 norm, relatively."""
+
+
+class Recursive(Protocol):
+    """A mechanism of noisy restarts and noisy differences; see ``Diff2``."""
+
+    @property
+    def clip_norm(self) -> float:
+        """C1, of restarts."""
+        ...
+
+    @property
+    def difference_clip_norm(self) -> float:
+        """C2, of differences per unit of the step's length."""
+        ...
+
+    @property
+    def restart_every(self) -> int:
+        """T."""
+        ...
+
+    @property
+    def noise_multiplier(self) -> float:
+        """z1, of restarts."""
+        ...
+
+    @property
+    def noise_ratio(self) -> float:
+        """z2 / z1."""
+        ...
+
+    @property
+    def num_examples(self) -> int:
+        """Size of the training set, public."""
+        ...
+
+    def sampling_of(self, phase: str) -> Sampling:
+        """Return which examples take part in the steps of this phase."""
+        ...
+
+    def radius(
+        self, phase: str, params: "Params", state: "Diff2State"
+    ) -> "float | Scalar":
+        """Return the clip norm of a step of this phase; public given past outputs."""
+        ...
+
+    def noise_stddev(self, phase: str, radius: "float | Scalar") -> "float | Scalar":
+        """Return the standard deviation of the noise on a sum clipped to ``radius``."""
+        ...
+
+
+def check(mechanism: Recursive) -> None:
+    """Raise ValueError unless the facts shared by these mechanisms make sense."""
+    check_clip(clip_norm=mechanism.clip_norm, style="flat")
+    bound, ratio = mechanism.difference_clip_norm, mechanism.noise_ratio
+    if not (bound > 0 and math.isfinite(bound)):
+        raise ValueError(
+            f"difference_clip_norm={bound} must be positive and finite; it bounds each "
+            "example's gradient difference per unit of the step's length"
+        )
+    if not (
+        mechanism.noise_multiplier >= 0 and math.isfinite(mechanism.noise_multiplier)
+    ):
+        raise ValueError(
+            f"noise_multiplier={mechanism.noise_multiplier} must be finite and at least 0 "
+            "(0 means no privacy)"
+        )
+    if not (ratio > 0 and math.isfinite(ratio)):
+        raise ValueError(
+            f"noise_ratio={ratio} must be positive and finite: the noise multiplier of "
+            "differences over that of restarts"
+        )
+
+
+def phase(mechanism: Recursive, step: int) -> str:
+    """Return "restart" at every T-th step from the first on, else "difference"."""
+    return "difference" if step % mechanism.restart_every else "restart"
+
+
+def multiplier(mechanism: Recursive, phase: str) -> float:
+    """Return the noise multiplier z of a phase: what is accounted."""
+    ratio = {"restart": 1.0, "difference": mechanism.noise_ratio}[phase]
+    return ratio * mechanism.noise_multiplier
+
+
+def event(mechanism: Recursive, steps: int) -> "DpEvent":
+    """Return the restarts and the differences among the first ``steps``, composed."""
+    import dp_accounting as dp
+
+    restarts = math.ceil(steps / mechanism.restart_every)
+    counts = {"restart": restarts, "difference": steps - restarts}
+    return dp.ComposedDpEvent(
+        [
+            mechanism.sampling_of(phase).compose(
+                multiplier(mechanism, phase),
+                steps=count,
+                num_examples=mechanism.num_examples,
+            )
+            for phase, count in counts.items()
+            if count
+        ]
+    )
+
+
+def init(params: "Params") -> "Diff2State":
+    """Return the state before the first step."""
+    from dpjax.differences import start
+
+    return start(params)
+
+
+def moved(params: "Params", state: "Diff2State") -> "Scalar":
+    """Return ``|x_t - x_{t-1}|``, float32."""
+    from dpjax.differences import distance
+
+    return distance(params, state.prev_params)
+
+
+def query(
+    mechanism: Recursive, phase: str, params: "Params", state: "Diff2State"
+) -> "Query":
+    """Ask for the gradient, or for its difference from that at the last parameters.
+
+    Both gradients of a difference are of the same examples with the same keys: the engine
+    has one batch and one key for all points of a query.
+    """
+    from dpjax.clipping import Query
+
+    radius = mechanism.radius(phase, params, state)
+    if phase == "restart":
+        return Query((params,), clip_norm=radius, phase=phase)
+    points = (params, state.prev_params)
+    return Query(points, signs=(1.0, -1.0), clip_norm=radius, phase=phase)
+
+
+def release(
+    mechanism: Recursive,
+    clipped: "ClippedSum",
+    state: "Diff2State",
+    params: "Params",
+    *,
+    key: "Key",
+    step: "int | Scalar",
+) -> "tuple[Params, Diff2State]":
+    """Return the next estimate and state.
+
+    All NaN if the seal is broken, the sum was clipped further out than the query's radius,
+    or it is of the other phase than ``step`` has.
+    """
+    import jax.numpy as jnp
+
+    from dpjax.differences import advance
+    from dpjax.noise import noisy_mean
+
+    phase, every = clipped.phase, mechanism.restart_every
+    if phase not in PHASES:
+        raise ValueError(
+            f"phase={phase!r} of the sum must be one of {', '.join(PHASES)}: ask the engine "
+            "mechanism.query(mechanism.phase(step), params, state)"
+        )
+    if params is None:
+        raise ValueError("params are missing: differences are clipped by their change")
+    radius = mechanism.radius(phase, params, state)
+    # What is accounted at this step; a comparison with NaN is never true.
+    due = (jnp.asarray(step) % every == 0) == (phase == "restart")
+    sampling = mechanism.sampling_of(phase)
+    mean = noisy_mean(
+        clipped,
+        l2_bound=jnp.where(due, radius * (1 + _ROUNDING), jnp.nan),
+        # The very float that the sum was clipped to: the norm of the step, computed anew
+        # here, may differ from it in the last digits.
+        stddev=mechanism.noise_stddev(phase, jnp.maximum(radius, clipped.l2_bound)),
+        divisor=sampling.expected_batch_size(mechanism.num_examples),
+        key=key,
+        step=step,
+    )
+    # The step that is accounted is the one that counts.
+    state = state._replace(count=jnp.asarray(step, jnp.int32))
+    state = advance(state, mean, params, restart=phase == "restart")
+    return state.estimate, state
+
+
+def optimal_noise_ratio(*, kappa: float) -> float:
+    """Return the ``noise_ratio`` with the least mean noise variance for its epsilon.
+
+    ``z2 / z1 = sqrt(sqrt(2) / kappa)`` (derived by us): the variance j steps after a
+    restart is ``(z1 C1)^2 + j (z2 kappa C1)^2``, minimised on average over a period for a
+    fixed sum of ``1/z^2`` over its steps. The length of the period cancels. It is for full
+    batches; with Poisson batches of large z, multiply by the ratio of the rates.
+
+    Args:
+        kappa: Radius of a typical difference over ``clip_norm``:
+            ``difference_clip_norm * |x_t - x_{t-1}| / clip_norm``.
+
+    Raises:
+        ValueError: ``kappa`` is not positive and finite.
+    """
+    return math.sqrt(math.sqrt(2) / _checked(kappa))
+
+
+def variance_ratio(*, restart_every: int, kappa: float) -> float:
+    """Return DIFF2's mean noise variance over that of DP-GD, at equal epsilon and steps.
+
+    ``(sqrt(1/T) + kappa sqrt((1 - 1/T)(T - 1)/2))^2`` (derived by us), with the optimal
+    ``noise_ratio``. It is least at T of about ``sqrt(2)/kappa``, where it is about
+    ``2 sqrt(2) kappa``; no T gains anything unless ``kappa < 2 - sqrt(2)``.
+
+    Args:
+        restart_every: T.
+        kappa: See ``optimal_noise_ratio``.
+    """
+    share = 1 / restart_every
+    spread = math.sqrt((1 - share) * (restart_every - 1) / 2)
+    return (math.sqrt(share) + _checked(kappa) * spread) ** 2
+
+
+def _checked(kappa: float) -> float:
+    if not (kappa > 0 and math.isfinite(kappa)):
+        raise ValueError(
+            f"kappa={kappa} must be positive and finite: the radius of a typical "
+            "difference over clip_norm"
+        )
+    return kappa
