@@ -30,6 +30,15 @@ def check_clip(*, clip_norm: float, style: str) -> None:
         )
 
 
+def check_outer_norm(outer_norm: float, *, clip_norm: float) -> None:
+    """Raise ValueError unless ``outer_norm`` leaves room for a residual."""
+    if not outer_norm >= clip_norm:
+        raise ValueError(
+            f"outer_norm={outer_norm} must be at least clip_norm={clip_norm}: it bounds the "
+            "whole gradient of an example, of which clip_norm is a part"
+        )
+
+
 def check_positive_int(name: str, value: int) -> None:
     """Raise ValueError unless ``value`` is an integer of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -1,12 +1,13 @@
 """Run a plan: norms, clip factors, clipped sum."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float
 
 from dpjax.clipping import kernels, layouts
 from dpjax.clipping.analysis import Program, analyse
@@ -15,7 +16,6 @@ from dpjax.clipping.kernels import Factors, Norms, Patches
 from dpjax.clipping.passes import (
     Backward,
     Inputs,
-    Rows,
     first_backward,
     second_backward,
     to_parameters,
@@ -61,14 +61,15 @@ def run_plan(
         mask=mask,
         clip_norm=query.clip_norm,
         style=query.style,
+        outer_norm=query.outer_norm,
     )
-    weights = jax.tree.leaves(factors.leaves)
-    total = tree(_weighted_sums(program, plan, inputs, known, weights))
-    residual = None
-    if query.residual:
-        keep = mask & factors.finite
-        rest = [jnp.where(keep, 1 - weight, 0.0) for weight in weights]
-        residual = tree(_weighted_sums(program, plan, inputs, known, rest))
+    asked = [factors.leaves, factors.rest] if query.residual else [factors.leaves]
+    weights = [
+        jnp.stack(rows) for rows in zip(*map(jax.tree.leaves, asked), strict=True)
+    ]
+    keep = mask & factors.finite
+    sums = _weighted_sums(program, plan, inputs, known, weights, keep)
+    total, residual = (*(tree(leaves) for leaves in zip(*sums, strict=True)), None)[:2]
     clipped = dataclasses.replace(query.empty(), total=total, residual=residual)
     losses = known.backward.losses
     return clipped, per_example(losses, factors.norms, factors.finite, mask)
@@ -193,11 +194,16 @@ def _weighted_sums(
     plan: Plan,
     inputs: Inputs,
     known: _Known,
-    weights: Sequence[Rows],
-) -> list[Array]:
-    """Return for each parameter ``sum_b weights[parameter][b] gradient[b]``."""
+    weights: Sequence[Float[Array, "R B"]],
+    keep: Bool[Array, "B"],
+) -> list[Float[Array, "R ..."]]:
+    """Return for each parameter ``sum_b weights[parameter][r, b] gradient[b]``.
+
+    All R sums come from the same passes: a second one costs a contraction, no more.
+    Weights are 0 where ``keep``, whose gradients are finite and count, is False.
+    """
     sums: dict[Path, Array] = {}
-    again: dict[Path, Rows] = {}
+    again: dict[Path, Array] = {}
     for slot in plan.slots:
         rows = weights[slot.index]
         for group in () if slot.materialised else slot.groups:
@@ -206,19 +212,52 @@ def _weighted_sums(
                 again[first.path] = rows
                 continue
             if group in known.kept:
-                total = kernels.weighted_rows(known.kept[group], rows)
+                totals = _weighted_rows(known.kept[group], rows)
             else:
-                total = kernels.weighted_sum(known.groups[group], rows)
-            sums[first.path] = layouts.weight_gradient(first, total)
-    sums |= second_backward(program, inputs, again)
-    pulled = to_parameters(program, inputs.leaves, sums) if sums else {}
+                totals = _contracted(known.groups[group], rows, keep)
+            weight_gradient = functools.partial(layouts.weight_gradient, first)
+            sums[first.path] = _each(weight_gradient, totals)
+    if again:
+        sums |= _each(functools.partial(second_backward, program, inputs), again)
+    to_leaves = functools.partial(to_parameters, program, inputs.leaves)
+    pulled = _each(to_leaves, sums) if sums else {}
 
     def total_of(slot: Slot) -> Array:
+        rows = weights[slot.index]
         if slot.index in known.slots:
-            return kernels.weighted_rows(known.slots[slot.index], weights[slot.index])
+            return _weighted_rows(known.slots[slot.index], rows)
         if slot.index in pulled:
             return pulled[slot.index]
         dtype = accumulation_dtype(inputs.leaves[slot.index].dtype)
-        return jnp.zeros(program.shapes[slot.index], dtype)
+        return jnp.zeros((rows.shape[0], *program.shapes[slot.index]), dtype)
 
     return [total_of(slot) for slot in plan.slots]
+
+
+def _each(function: Callable[[Any], Any], stacked: Any) -> Any:
+    """Apply a function to each of R sums, sharing all that they have in common."""
+    if jax.tree.leaves(stacked)[0].shape[0] > 1:
+        return jax.vmap(function)(stacked)
+    one = function(jax.tree.map(lambda x: x[0], stacked))
+    return jax.tree.map(lambda x: x[None], one)
+
+
+def _weighted_rows(gradients: Array, weights: Float[Array, "R B"]) -> Array:
+    return jnp.stack([kernels.weighted_rows(gradients, row) for row in weights])
+
+
+def _contracted(
+    parts: Sequence[Factors], weights: Float[Array, "R B"], keep: Bool[Array, "B"]
+) -> Float[Array, "R H K N"]:
+    """Return R weighted sums; ``left`` is read once for all of them."""
+    if len(weights) == 1:
+        return kernels.weighted_sum(parts, weights[0])[None]
+
+    def stacked(right: Array) -> Array:
+        wide = right.astype(accumulation_dtype(right.dtype))
+        each = [row[None, :, None, None] * wide for row in weights]
+        return jnp.concatenate(each, axis=-1)
+
+    both = [dataclasses.replace(part, right=stacked(part.right)) for part in parts]
+    total = kernels.weighted_sum(both, keep.astype(weights.dtype))
+    return jnp.stack(jnp.split(total, len(weights), axis=-1))
