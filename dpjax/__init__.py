@@ -10,7 +10,13 @@ if TYPE_CHECKING:
     from dpjax.accounting import calibrate, epsilon
     from dpjax.clipping import ClippedGrad, Query, clipped_grad, explain
     from dpjax.data.batches import batches
-    from dpjax.mechanisms import DpSgd, Mechanism, NonPrivate
+    from dpjax.mechanisms import (
+        DiceSgd,
+        DpSgd,
+        Mechanism,
+        NonPrivate,
+        PrivatizedErrorFeedback,
+    )
     from dpjax.noise import root_key
     from dpjax.sampling import (
         FullBatch,
@@ -20,13 +26,14 @@ if TYPE_CHECKING:
         secret_seed,
     )
     from dpjax.sensitive import ClippedSum, PerExample, reveal
-    from dpjax.transforms import private
+    from dpjax.transforms import error_feedback, private
     from dpjax.typing import Batch, Model
 
 _HOMES = {
     "Batch": "typing",
     "ClippedGrad": "clipping",
     "ClippedSum": "sensitive",
+    "DiceSgd": "mechanisms",
     "DpSgd": "mechanisms",
     "FullBatch": "sampling",
     "Mechanism": "mechanisms",
@@ -34,6 +41,7 @@ _HOMES = {
     "NonPrivate": "mechanisms",
     "PerExample": "sensitive",
     "Poisson": "sampling",
+    "PrivatizedErrorFeedback": "mechanisms",
     "Query": "clipping",
     "ShuffledFixed": "sampling",
     "TruncatedPoisson": "sampling",
@@ -41,6 +49,7 @@ _HOMES = {
     "calibrate": "accounting",
     "clipped_grad": "clipping",
     "epsilon": "accounting",
+    "error_feedback": "transforms",
     "explain": "clipping",
     "private": "transforms",
     "reveal": "sensitive",

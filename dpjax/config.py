@@ -211,10 +211,8 @@ def _check_mechanism(spec: Any, provenance: str) -> None:
         raise ConfigError(f"{path}.epsilon is unknown; {spec['name']} adds no noise")
     _check_spec(f"{path}.sampling", facts["sampling"])
     # The size of the data, and whether the sampling fits it, are not known yet.
-    _located(f"{path}.sampling", build, facts["sampling"])
-    anyone = {"name": "dpjax.sampling:FullBatch"}
-    stand_in = {**facts, "sampling": anyone}
-    mechanism = _located(path, build, stand_in, num_examples=1)
+    sampling = _located(f"{path}.sampling", build, facts["sampling"])
+    mechanism = _located(path, build, facts, num_examples=sampling.min_examples)
     private = mechanism.private and spec.get("noise_multiplier") != 0
     _check_choice("config.data.provenance", provenance, PROVENANCES)
     if private and provenance == "public":

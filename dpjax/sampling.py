@@ -41,6 +41,15 @@ class Sampling(Protocol):
         """Return the public constant that divides the released sum."""
         ...
 
+    @property
+    def min_examples(self) -> int:
+        """Size of the smallest data set that can be drawn from."""
+        ...
+
+    def max_participations(self, *, steps: int, num_examples: int) -> int:
+        """Return in how many of the first ``steps`` batches an example can be."""
+        ...
+
     def draw(self, step: int, *, num_examples: int, seed: int) -> np.ndarray:
         """Return the ``int64[k]`` indices of the examples of ``step``."""
         ...
@@ -72,6 +81,16 @@ class Poisson:
     def expected_batch_size(self, num_examples: int) -> float:
         """Return ``rate * num_examples``."""
         return self.rate * num_examples
+
+    @property
+    def min_examples(self) -> int:
+        """Return 1."""
+        return 1
+
+    def max_participations(self, *, steps: int, num_examples: int) -> int:
+        """Return ``steps``."""
+        del num_examples
+        return steps
 
     def draw(self, step: int, *, num_examples: int, seed: int) -> np.ndarray:
         """Return the ``int64[k]`` indices of ``step``; k ~ Binomial(N, rate).
@@ -125,6 +144,16 @@ class TruncatedPoisson:
             )
         return expected
 
+    @property
+    def min_examples(self) -> int:
+        """Return 1."""
+        return 1
+
+    def max_participations(self, *, steps: int, num_examples: int) -> int:
+        """Return ``steps``."""
+        del num_examples
+        return steps
+
     def draw(self, step: int, *, num_examples: int, seed: int) -> np.ndarray:
         """Return the ``int64[k]`` indices of ``step``, k <= capacity."""
         rng = _generator(seed, step)
@@ -157,6 +186,16 @@ class FullBatch:
     def expected_batch_size(self, num_examples: int) -> float:
         """Return ``num_examples``."""
         return float(num_examples)
+
+    @property
+    def min_examples(self) -> int:
+        """Return 1."""
+        return 1
+
+    def max_participations(self, *, steps: int, num_examples: int) -> int:
+        """Return ``steps``."""
+        del num_examples
+        return steps
 
     def draw(self, step: int, *, num_examples: int, seed: int) -> np.ndarray:
         """Return all indices, ``int64[num_examples]``."""
@@ -199,6 +238,15 @@ class ShuffledFixed:
         self._steps_per_epoch(num_examples)
         return float(self.batch_size)
 
+    @property
+    def min_examples(self) -> int:
+        """Return ``batch_size``."""
+        return self.batch_size
+
+    def max_participations(self, *, steps: int, num_examples: int) -> int:
+        """Return the number of epochs begun."""
+        return math.ceil(steps / self._steps_per_epoch(num_examples))
+
     def draw(self, step: int, *, num_examples: int, seed: int) -> np.ndarray:
         """Return the ``int64[batch_size]`` indices of ``step``."""
         epoch, position = divmod(step, self._steps_per_epoch(num_examples))
@@ -211,7 +259,7 @@ class ShuffledFixed:
         """Return one Gaussian for each epoch begun."""
         import dp_accounting as dp
 
-        participations = math.ceil(steps / self._steps_per_epoch(num_examples))
+        participations = self.max_participations(steps=steps, num_examples=num_examples)
         gaussian = dp.GaussianDpEvent(noise_multiplier)
         return dp.SelfComposedDpEvent(gaussian, participations)
 

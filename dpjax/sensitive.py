@@ -136,8 +136,9 @@ def opened_residual(
 ) -> Params:
     """Return the plain sum of what clipping cut off, for a mechanism's release only.
 
-    All NaN if the seal is broken, if the sum was clipped to more than ``l2_bound``, or
-    if its examples were not clipped to ``outer_norm`` first.
+    All NaN if the seal is broken, if the sum was not clipped to exactly ``l2_bound`` (to
+    less would leave more in the residual), or if its examples were not clipped to
+    ``outer_norm`` first.
 
     Raises:
         TypeError: The sum has no residual.
@@ -147,6 +148,7 @@ def opened_residual(
             "this ClippedSum has no residual; ask with Query(residual=True)"
         )
     intact = _intact(clipped, l2_bound=l2_bound)
+    intact &= clipped.l2_bound == jnp.asarray(l2_bound, jnp.float32)
     intact &= clipped.outer_norm <= jnp.asarray(outer_norm, jnp.float32)
     return jax.tree.map(lambda x: jnp.where(intact, x, jnp.nan), clipped.residual)
 

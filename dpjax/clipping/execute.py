@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from dpjax.clipping import kernels, layouts
 from dpjax.clipping.analysis import Program, analyse
@@ -16,6 +16,7 @@ from dpjax.clipping.kernels import Factors, Norms, Patches
 from dpjax.clipping.passes import (
     Backward,
     Inputs,
+    Rows,
     first_backward,
     second_backward,
     to_parameters,
@@ -63,13 +64,14 @@ def run_plan(
         style=query.style,
         outer_norm=query.outer_norm,
     )
-    asked = [factors.leaves, factors.rest] if query.residual else [factors.leaves]
-    weights = [
-        jnp.stack(rows) for rows in zip(*map(jax.tree.leaves, asked), strict=True)
-    ]
-    keep = mask & factors.finite
-    sums = _weighted_sums(program, plan, inputs, known, weights, keep)
-    total, residual = (*(tree(leaves) for leaves in zip(*sums, strict=True)), None)[:2]
+    weights = jax.tree.leaves(factors.leaves)
+    sums = functools.partial(_weighted_sums, program, plan, inputs, known)
+    if query.residual:
+        rest = jax.tree.leaves(factors.rest)
+        both = _of_both(sums, weights, rest)
+        total, residual = (tree([leaf[i] for leaf in both]) for i in (0, 1))
+    else:
+        total, residual = tree(sums(weights)), None
     clipped = dataclasses.replace(query.empty(), total=total, residual=residual)
     losses = known.backward.losses
     return clipped, per_example(losses, factors.norms, factors.finite, mask)
@@ -189,21 +191,50 @@ def _norms(slot: Slot, plan: Plan, known: _Known) -> Norms:
     return Norms(squares, slack)
 
 
+def _of_both(
+    sums: Callable[[Sequence[Rows]], list[Array]],
+    weights: Sequence[Rows],
+    rest: Sequence[Rows],
+) -> list[Float[Array, "2 ..."]]:
+    """Return sums with two sets of weights: they share all passes but the contractions."""
+    # Parameters that share their weights go on sharing them.
+    stacked = {id(w): jnp.stack([w, r]) for w, r in zip(weights, rest, strict=True)}
+    return jax.vmap(lambda rows: sums([rows[id(w)] for w in weights]))(stacked)
+
+
+@jax.custom_batching.custom_vmap
+def _contracted(parts: list[Factors], weights: Rows) -> Float[Array, "H K N"]:
+    return kernels.weighted_sum(parts, weights)
+
+
+@_contracted.def_vmap
+def _(
+    size: int, batched: list[Any], parts: list[Factors], weights: Float[Array, "R B"]
+) -> tuple[Float[Array, "R H K N"], bool]:
+    """Contract once, with R weighted copies of ``right``: ``left`` is read once."""
+    assert not any(jax.tree.leaves(batched[0])), "one batch, several sets of weights"
+
+    def copies(right: Array) -> Array:
+        wide = right.astype(accumulation_dtype(right.dtype))
+        each = [row[None, :, None, None] * wide for row in weights]
+        return jnp.concatenate(each, axis=-1)
+
+    wider = [dataclasses.replace(part, right=copies(part.right)) for part in parts]
+    used = (weights != 0).any(axis=0).astype(weights.dtype)
+    total = kernels.weighted_sum(wider, used)
+    return jnp.stack(jnp.split(total, size, axis=-1)), True
+
+
 def _weighted_sums(
     program: Program,
     plan: Plan,
     inputs: Inputs,
     known: _Known,
-    weights: Sequence[Float[Array, "R B"]],
-    keep: Bool[Array, "B"],
-) -> list[Float[Array, "R ..."]]:
-    """Return for each parameter ``sum_b weights[parameter][r, b] gradient[b]``.
-
-    All R sums come from the same passes: a second one costs a contraction, no more.
-    Weights are 0 where ``keep``, whose gradients are finite and count, is False.
-    """
+    weights: Sequence[Rows],
+) -> list[Array]:
+    """Return for each parameter ``sum_b weights[parameter][b] gradient[b]``."""
     sums: dict[Path, Array] = {}
-    again: dict[Path, Array] = {}
+    again: dict[Path, Rows] = {}
     for slot in plan.slots:
         rows = weights[slot.index]
         for group in () if slot.materialised else slot.groups:
@@ -212,52 +243,19 @@ def _weighted_sums(
                 again[first.path] = rows
                 continue
             if group in known.kept:
-                totals = _weighted_rows(known.kept[group], rows)
+                total = kernels.weighted_rows(known.kept[group], rows)
             else:
-                totals = _contracted(known.groups[group], rows, keep)
-            weight_gradient = functools.partial(layouts.weight_gradient, first)
-            sums[first.path] = _each(weight_gradient, totals)
-    if again:
-        sums |= _each(functools.partial(second_backward, program, inputs), again)
-    to_leaves = functools.partial(to_parameters, program, inputs.leaves)
-    pulled = _each(to_leaves, sums) if sums else {}
+                total = _contracted(known.groups[group], rows)
+            sums[first.path] = layouts.weight_gradient(first, total)
+    sums |= second_backward(program, inputs, again)
+    pulled = to_parameters(program, inputs.leaves, sums) if sums else {}
 
     def total_of(slot: Slot) -> Array:
-        rows = weights[slot.index]
         if slot.index in known.slots:
-            return _weighted_rows(known.slots[slot.index], rows)
+            return kernels.weighted_rows(known.slots[slot.index], weights[slot.index])
         if slot.index in pulled:
             return pulled[slot.index]
         dtype = accumulation_dtype(inputs.leaves[slot.index].dtype)
-        return jnp.zeros((rows.shape[0], *program.shapes[slot.index]), dtype)
+        return jnp.zeros(program.shapes[slot.index], dtype)
 
     return [total_of(slot) for slot in plan.slots]
-
-
-def _each(function: Callable[[Any], Any], stacked: Any) -> Any:
-    """Apply a function to each of R sums, sharing all that they have in common."""
-    if jax.tree.leaves(stacked)[0].shape[0] > 1:
-        return jax.vmap(function)(stacked)
-    one = function(jax.tree.map(lambda x: x[0], stacked))
-    return jax.tree.map(lambda x: x[None], one)
-
-
-def _weighted_rows(gradients: Array, weights: Float[Array, "R B"]) -> Array:
-    return jnp.stack([kernels.weighted_rows(gradients, row) for row in weights])
-
-
-def _contracted(
-    parts: Sequence[Factors], weights: Float[Array, "R B"], keep: Bool[Array, "B"]
-) -> Float[Array, "R H K N"]:
-    """Return R weighted sums; ``left`` is read once for all of them."""
-    if len(weights) == 1:
-        return kernels.weighted_sum(parts, weights[0])[None]
-
-    def stacked(right: Array) -> Array:
-        wide = right.astype(accumulation_dtype(right.dtype))
-        each = [row[None, :, None, None] * wide for row in weights]
-        return jnp.concatenate(each, axis=-1)
-
-    both = [dataclasses.replace(part, right=stacked(part.right)) for part in parts]
-    total = kernels.weighted_sum(both, keep.astype(weights.dtype))
-    return jnp.stack(jnp.split(total, len(weights), axis=-1))
