@@ -34,5 +34,18 @@ def get_config(variant: str = "diff2") -> ConfigDict:
             "delta": 1e-5,
         }
     )
+    if variant == "spiderboost":
+        config.mechanism.name = "dpjax.mechanisms.spider_boost:SpiderBoost"
+        del config.mechanism.restart_every
+        del config.mechanism.noisy_workers
+        config.mechanism.noise_ratio = 1.0
+        config.mechanism.sampling = ConfigDict(
+            {
+                "name": "dpjax.sampling:PeriodicPoisson",
+                "period": 4,
+                "first_rate": 0.5,
+                "rate": 0.25,
+            }
+        )
     config.optimizer = ConfigDict({"name": "optax:sgd", "learning_rate": 1.0})
     return config

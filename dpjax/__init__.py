@@ -11,7 +11,15 @@ if TYPE_CHECKING:
     from dpjax.clipping import ClippedGrad, Query, clipped_grad, explain
     from dpjax.data.batches import batches
     from dpjax.differences import diff2, diff2_query
-    from dpjax.mechanisms import Diff2, DpSgd, Mechanism, NonPrivate, SpiderBoost
+    from dpjax.mechanisms import (
+        DiceSgd,
+        Diff2,
+        DpSgd,
+        Mechanism,
+        NonPrivate,
+        PrivatizedErrorFeedback,
+        SpiderBoost,
+    )
     from dpjax.noise import root_key
     from dpjax.sampling import (
         FullBatch,
@@ -22,13 +30,14 @@ if TYPE_CHECKING:
         secret_seed,
     )
     from dpjax.sensitive import ClippedSum, PerExample, reveal
-    from dpjax.transforms import private
+    from dpjax.transforms import error_feedback, private
     from dpjax.typing import Batch, Model
 
 _HOMES = {
     "Batch": "typing",
     "ClippedGrad": "clipping",
     "ClippedSum": "sensitive",
+    "DiceSgd": "mechanisms",
     "Diff2": "mechanisms",
     "DpSgd": "mechanisms",
     "FullBatch": "sampling",
@@ -38,6 +47,7 @@ _HOMES = {
     "PerExample": "sensitive",
     "PeriodicPoisson": "sampling",
     "Poisson": "sampling",
+    "PrivatizedErrorFeedback": "mechanisms",
     "Query": "clipping",
     "ShuffledFixed": "sampling",
     "SpiderBoost": "mechanisms",
@@ -48,6 +58,7 @@ _HOMES = {
     "diff2": "differences",
     "diff2_query": "differences",
     "epsilon": "accounting",
+    "error_feedback": "transforms",
     "explain": "clipping",
     "private": "transforms",
     "reveal": "sensitive",

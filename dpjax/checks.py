@@ -7,6 +7,7 @@ import math
 from typing import Literal, get_args
 
 ClipStyle = Literal["flat", "automatic", "per_layer"]
+ErrorScale = Literal["sum", "mean"]
 MIN_CLIP_NORM = 1e-12
 ENGINE_NAMES = ("auto", "bookkeeping", "ghost", "vmap")
 WRITER_NAMES = ("tensorboard", "wandb")
@@ -27,6 +28,38 @@ def check_clip(*, clip_norm: float, style: str) -> None:
     if style not in get_args(ClipStyle):
         raise ValueError(
             f"clip_style={style!r} is unknown; use one of {', '.join(get_args(ClipStyle))}"
+        )
+
+
+def check_noise(noise_multiplier: float) -> None:
+    """Raise ValueError unless ``noise_multiplier`` scales a noise."""
+    if not (noise_multiplier >= 0 and math.isfinite(noise_multiplier)):
+        raise ValueError(
+            f"noise_multiplier={noise_multiplier} must be finite and at least 0 "
+            "(0 means no privacy)"
+        )
+
+
+def check_outer_norm(outer_norm: float, *, clip_norm: float) -> None:
+    """Raise ValueError unless ``outer_norm`` leaves room for a residual."""
+    if not outer_norm >= clip_norm:
+        raise ValueError(
+            f"outer_norm={outer_norm} must be at least clip_norm={clip_norm}: it bounds the "
+            "whole gradient of an example, of which clip_norm is a part"
+        )
+
+
+def check_error_clip(*, error_clip_norm: float | None, error_scale: str) -> None:
+    """Raise ValueError unless these say how far an error memory is clipped."""
+    if error_clip_norm is not None and not 0 < error_clip_norm < math.inf:
+        raise ValueError(
+            f"error_clip_norm={error_clip_norm} must be positive and finite; it bounds "
+            "what the error memory gives back in one step"
+        )
+    if error_scale not in get_args(ErrorScale):
+        raise ValueError(
+            f"error_scale={error_scale!r} is unknown; use 'sum' or 'mean', the scale on "
+            "which error_clip_norm bounds the memory"
         )
 
 

@@ -13,6 +13,8 @@ from dpjax.mechanisms import Mechanism
 
 PACKAGES = ("dpjax", "jax", "jaxlib", "numpy", "flax", "optax", "dp-accounting")
 
+CLAIMED = "claimed, assumption-based"
+
 ASSUMPTIONS = (
     "Privacy unit: one training example.",
     "The number of training examples is public.",
@@ -30,6 +32,7 @@ class PrivacyCard:
 
     Attributes:
         private: Whether a finite epsilon is claimed at all.
+        proven: Whether epsilon holds for any data; if not, flags say what it assumes.
         epsilon: By PLD, at the steps really taken.
         epsilon_rdp: By RDP, a looser cross-check; None where RDP has no analysis.
         delta, adjacency: What epsilon refers to.
@@ -44,6 +47,7 @@ class PrivacyCard:
     """
 
     private: bool
+    proven: bool
     epsilon: float
     epsilon_rdp: float | None
     delta: float
@@ -69,6 +73,7 @@ class PrivacyCard:
             "epsilon (RDP cross-check)": "no analysis"
             if self.epsilon_rdp is None
             else f"{self.epsilon_rdp:.4f}",
+            "status of epsilon": "proven" if self.proven else CLAIMED,
             "delta": f"{self.delta:g}",
             "adjacency": self.adjacency.replace("_", " "),
             "amplification by sampling": "yes" if self.amplified else "none claimed",
@@ -91,7 +96,8 @@ class PrivacyCard:
         """Return the claim in one line."""
         if not self.private:
             return "NOT PRIVATE"
-        return f"epsilon = {self.epsilon:.2f} at delta = {self.delta:g}"
+        claim = f"epsilon = {self.epsilon:.2f} at delta = {self.delta:g}"
+        return claim if self.proven else f"{claim} ({CLAIMED})"
 
     def write(self, directory: Path) -> None:
         """Write ``privacy_card.json`` and ``privacy_card.md``, each atomically."""
@@ -126,7 +132,8 @@ def privacy_card(
     spent = epsilon(mechanism, steps=steps)
     cross_check = epsilon(mechanism, steps=steps, accountant="rdp")
     sampling = mechanism.sampling
-    found = list(flags)
+    caveats = mechanism.caveats(steps)
+    found = [*caveats, *flags]
     if not mechanism.private:
         found.insert(0, "mechanism without privacy: not private")
     elif math.isinf(spent):
@@ -138,6 +145,7 @@ def privacy_card(
     if mechanism.private and not sampling.amplified:
         found.append("accounted without amplification by sampling")
     return PrivacyCard(
+        proven=not caveats,
         private=mechanism.private and math.isfinite(spent) and seed is None,
         epsilon=spent,
         epsilon_rdp=None if math.isnan(cross_check) else cross_check,

@@ -41,6 +41,10 @@ class Sampling(Protocol):
         """Return the public constant that divides the released sum."""
         ...
 
+    def max_participations(self, *, steps: int, num_examples: int) -> int:
+        """Return in how many of the first ``steps`` batches an example can be."""
+        ...
+
     def draw(self, step: int, *, num_examples: int, seed: int) -> np.ndarray:
         """Return the ``int64[k]`` indices of the examples of ``step``."""
         ...
@@ -72,6 +76,11 @@ class Poisson:
     def expected_batch_size(self, num_examples: int) -> float:
         """Return ``rate * num_examples``."""
         return self.rate * num_examples
+
+    def max_participations(self, *, steps: int, num_examples: int) -> int:
+        """Return ``steps``."""
+        del num_examples
+        return steps
 
     def draw(self, step: int, *, num_examples: int, seed: int) -> np.ndarray:
         """Return the ``int64[k]`` indices of ``step``; k ~ Binomial(N, rate).
@@ -124,6 +133,11 @@ class TruncatedPoisson:
                 f"{expected:.1f}; raise capacity or lower rate={self.rate}"
             )
         return expected
+
+    def max_participations(self, *, steps: int, num_examples: int) -> int:
+        """Return ``steps``."""
+        del num_examples
+        return steps
 
     def draw(self, step: int, *, num_examples: int, seed: int) -> np.ndarray:
         """Return the ``int64[k]`` indices of ``step``, k <= capacity."""
@@ -183,6 +197,11 @@ class PeriodicPoisson:
         rates = self.first_rate + (self.period - 1) * self.rate
         return rates / self.period * num_examples
 
+    def max_participations(self, *, steps: int, num_examples: int) -> int:
+        """Return ``steps``."""
+        del num_examples
+        return steps
+
     def draw(self, step: int, *, num_examples: int, seed: int) -> np.ndarray:
         """Return the ``int64[k]`` indices of ``step``; see ``Poisson.draw``."""
         part = self.rest if step % self.period else self.first
@@ -215,6 +234,11 @@ class FullBatch:
     def expected_batch_size(self, num_examples: int) -> float:
         """Return ``num_examples``."""
         return float(num_examples)
+
+    def max_participations(self, *, steps: int, num_examples: int) -> int:
+        """Return ``steps``."""
+        del num_examples
+        return steps
 
     def draw(self, step: int, *, num_examples: int, seed: int) -> np.ndarray:
         """Return all indices, ``int64[num_examples]``."""
@@ -257,6 +281,10 @@ class ShuffledFixed:
         self._steps_per_epoch(num_examples)
         return float(self.batch_size)
 
+    def max_participations(self, *, steps: int, num_examples: int) -> int:
+        """Return the number of epochs begun."""
+        return math.ceil(steps / self._steps_per_epoch(num_examples))
+
     def draw(self, step: int, *, num_examples: int, seed: int) -> np.ndarray:
         """Return the ``int64[batch_size]`` indices of ``step``."""
         epoch, position = divmod(step, self._steps_per_epoch(num_examples))
@@ -269,7 +297,7 @@ class ShuffledFixed:
         """Return one Gaussian for each epoch begun."""
         import dp_accounting as dp
 
-        participations = math.ceil(steps / self._steps_per_epoch(num_examples))
+        participations = self.max_participations(steps=steps, num_examples=num_examples)
         gaussian = dp.GaussianDpEvent(noise_multiplier)
         return dp.SelfComposedDpEvent(gaussian, participations)
 

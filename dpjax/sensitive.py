@@ -4,6 +4,7 @@ They guard against mistakes, not malice: ``jax.tree.leaves`` opens anything.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +27,11 @@ class ClippedSum:
 
     Attributes:
         total: ``sum_i f_i d_i``, like params, at least float32.
-        residual: ``sum_i (mask_i - f_i) d_i``, like params, or None if not asked for.
+        residual: What clipping cut off, summed, like params; None if not asked for.
         seal: ``SEAL`` when made; what changes the sum by mistake changes this too.
         l2_bound: How far adding or removing one example can move ``total``.
+        outer_norm: How far each example was clipped first; inf if it was not. With flat
+            clipping, one example moves ``residual`` by at most ``outer_norm - l2_bound``.
         phase: Static; the kind of query this answers.
     """
 
@@ -36,6 +39,7 @@ class ClippedSum:
     residual: Params | None
     seal: Scalar
     l2_bound: Scalar
+    outer_norm: Scalar
     phase: str = dataclasses.field(metadata={"static": True})
 
     def __repr__(self) -> str:
@@ -47,6 +51,7 @@ class ClippedSum:
         params: Params,
         *,
         l2_bound: float | Scalar,
+        outer_norm: float | Scalar = math.inf,
         residual: bool = False,
         phase: str = "gradient",
     ) -> "ClippedSum":
@@ -62,13 +67,14 @@ class ClippedSum:
             residual=empty() if residual else None,
             seal=_seal(),
             l2_bound=jnp.asarray(l2_bound, jnp.float32),
+            outer_norm=jnp.asarray(outer_norm, jnp.float32),
             phase=phase,
         )
 
     def merge(self, other: "ClippedSum") -> "ClippedSum":
         """Return the sum over both sets of examples, which must be disjoint.
 
-        Sensitivity: the shared ``l2_bound``, since an example is in one set only; with
+        Sensitivity: the shared bounds, since an example is in one set only; with
         different bounds, the seal breaks.
         """
         if self.phase != other.phase:
@@ -78,11 +84,12 @@ class ClippedSum:
             )
         sealed = (self.seal == _seal()) & (other.seal == _seal())
         intact = sealed & (self.l2_bound == other.l2_bound)
+        intact &= self.outer_norm == other.outer_norm
         total, residual = jax.tree.map(
             jnp.add, (self.total, self.residual), (other.total, other.residual)
         )
         seal = jnp.where(intact, self.seal, jnp.nan)
-        return ClippedSum(total, residual, seal, self.l2_bound, self.phase)
+        return dataclasses.replace(self, total=total, residual=residual, seal=seal)
 
 
 @jax.tree_util.register_dataclass
@@ -117,9 +124,38 @@ def opened(clipped: ClippedSum, *, l2_bound: float | Scalar) -> Params:
 
     All NaN if the seal is broken, or if the sum was clipped to more than ``l2_bound``.
     """
-    bound = jnp.asarray(l2_bound, jnp.float32)
-    intact = (clipped.seal == _seal()) & (clipped.l2_bound <= bound)
+    intact = _intact(clipped, l2_bound=l2_bound)
     return jax.tree.map(lambda x: jnp.where(intact, x, jnp.nan), clipped.total)
+
+
+def opened_residual(
+    clipped: ClippedSum,
+    *,
+    l2_bound: float | Scalar,
+    outer_norm: float | Scalar = math.inf,
+) -> Params:
+    """Return the plain sum of what clipping cut off, for a mechanism's release only.
+
+    All NaN if the seal is broken, if the sum was not clipped to exactly ``l2_bound`` (to
+    less would leave more in the residual), or if its examples were not clipped to
+    ``outer_norm`` first.
+
+    Raises:
+        TypeError: The sum has no residual.
+    """
+    if clipped.residual is None:
+        raise TypeError(
+            "this ClippedSum has no residual; ask with Query(residual=True)"
+        )
+    intact = _intact(clipped, l2_bound=l2_bound)
+    intact &= clipped.l2_bound == jnp.asarray(l2_bound, jnp.float32)
+    intact &= clipped.outer_norm <= jnp.asarray(outer_norm, jnp.float32)
+    return jax.tree.map(lambda x: jnp.where(intact, x, jnp.nan), clipped.residual)
+
+
+def _intact(clipped: ClippedSum, *, l2_bound: float | Scalar) -> Scalar:
+    bound = jnp.asarray(l2_bound, jnp.float32)
+    return (clipped.seal == _seal()) & (clipped.l2_bound <= bound)
 
 
 def _seal() -> Scalar:

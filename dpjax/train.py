@@ -167,6 +167,8 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
                 scalars["update_norm"] = float(released.update_norm)
                 if run["log_sensitive"]:
                     scalars |= summarise(statistics)
+                    facts = mechanism.diagnose(state.private.mechanism)
+                    scalars |= {f"sensitive/{k}": v for k, v in facts.items()}
                 if score_now:
                     score = evaluate(evaluated_params(state), experiment.held_out)
                     scalars[metric] = score

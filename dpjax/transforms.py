@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dpjax.checks import ClipStyle, ErrorScale, check_error_clip
+from dpjax.feedback import ErrorFeedbackState, feed_back, init_memory
 from dpjax.fingerprint import combined_fingerprint
 from dpjax.mechanisms import Mechanism
 from dpjax.sensitive import ClippedSum
@@ -95,3 +97,79 @@ def private(
 
     # Optax types updates as trees of arrays; a ClippedSum is made to be none.
     return optax.GradientTransformationExtraArgs(init, cast(Any, update))
+
+
+def error_feedback(
+    *,
+    error_clip_norm: float | None,
+    error_scale: ErrorScale,
+    divisor: float,
+    style: ClipStyle = "flat",
+) -> optax.GradientTransformationExtraArgs:
+    """Give back in later steps what clipping cut off: DiceSGD, before its noise.
+
+    ``update`` takes ``sum_i clip(g_i, C1)`` as a plain tree and, as an extra argument,
+    either ``residual = sum_i g_i - clip(g_i, C1)`` or ``unclipped = sum_i g_i``. It returns
+    ``(sum_i clip(g_i, C1) + clip(e, C2)) / divisor`` and updates e as ``dpjax.feedback``
+    says (Zhang et al. 2024, arXiv 2311.14632, Algorithm 2; followed by ``optax.adam``, the
+    order of its Algorithm 3). With ``style="automatic"``, and gradients clipped in that
+    style, it is Algorithm 4 as we read it.
+
+    Sums of clipped gradients are private, and no noise is added here: to train with
+    privacy use ``private(DiceSgd(...), optimizer)``, which calls the same function.
+
+    Args:
+        error_clip_norm: C2; None gives back the whole memory at once.
+        error_scale: Whether C2 bounds the memory of sums ("sum") or that of means ("mean").
+        divisor: What turns sums into means, such as the expected batch size.
+        style: How the memory is clipped; see ``dpjax.clipping.Query``.
+
+    Raises:
+        ValueError: ``error_clip_norm`` or ``divisor`` is not positive and finite, or the
+            scale is unknown.
+        TypeError: At the update: not exactly one of ``residual`` and ``unclipped``.
+
+    Example:
+        >>> import dpjax, jax.numpy as jnp
+        >>> feedback = dpjax.error_feedback(
+        ...     error_clip_norm=1.0, error_scale="sum", divisor=2.0)
+        >>> state = feedback.init(jnp.zeros(()))
+        >>> total, unclipped = jnp.float32(2.0), jnp.float32(5.0)
+        >>> for _ in range(3):
+        ...     mean, state = feedback.update(total, state, unclipped=unclipped)
+        >>> float(mean), float(state.memory)
+        (1.5, 7.0)
+    """
+    check_error_clip(error_clip_norm=error_clip_norm, error_scale=error_scale)
+    if not 0 < divisor < float("inf"):
+        raise ValueError(f"divisor={divisor} must be positive and finite")
+
+    def update(
+        updates: Params,
+        state: ErrorFeedbackState,
+        params: Params | None = None,
+        *,
+        residual: Params | None = None,
+        unclipped: Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[Params, ErrorFeedbackState]:
+        del params, extra_args
+        if (residual is None) == (unclipped is None):
+            raise TypeError(
+                "error_feedback needs one extra argument, residual= (what clipping cut off) "
+                "or unclipped= (the sum of gradients as they are)"
+            )
+        if residual is None:
+            residual = jax.tree.map(jnp.subtract, unclipped, updates)
+        vector, state = feed_back(
+            updates,
+            residual,
+            state,
+            error_clip_norm=error_clip_norm,
+            unit=1.0 if error_scale == "sum" else divisor,
+            style=style,
+        )
+        return jax.tree.map(lambda v: v / divisor, vector), state
+
+    # Optax's type of an update knows no named extra arguments.
+    return optax.GradientTransformationExtraArgs(init_memory, cast(Any, update))

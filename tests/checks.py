@@ -55,6 +55,7 @@ def reference(loss, query, batch, key):
         norms.append(norm(vector))
         if not math.isfinite(norms[-1]):
             continue
+        vector = clip(vector, float(query.outer_norm), "flat")
         clipped = clip(vector, float(query.clip_norm), query.style)
         total = jax.tree.map(np.add, total, clipped)
         residual = jax.tree.map(lambda r, v, c: r + v - c, residual, vector, clipped)

@@ -2,12 +2,13 @@
 
 import dataclasses
 import difflib
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from dpjax.checks import ENGINE_NAMES, ClipStyle, check_clip
+from dpjax.checks import ENGINE_NAMES, ClipStyle, check_clip, check_outer_norm
 from dpjax.clipping.auto import auto, planned
 from dpjax.clipping.bookkeeping import bookkeeping
 from dpjax.clipping.ghost import ghost
@@ -36,6 +37,7 @@ class ClippedGrad:
     clip_norm: float
     style: ClipStyle
     residual: bool
+    outer_norm: float
     engine: Engine
     verify: bool
 
@@ -55,6 +57,7 @@ class ClippedGrad:
             clip_norm=self.clip_norm,
             style=self.style,
             residual=self.residual,
+            outer_norm=self.outer_norm,
         )
         if self.verify:
             _verify(self.engine, self.loss, query, batch, key)
@@ -71,6 +74,7 @@ def clipped_grad(
     clip_norm: float,
     style: ClipStyle = "flat",
     residual: bool = False,
+    outer_norm: float = math.inf,
     engine: str | Engine = "auto",
     microbatch_size: int | None = None,
     memory_budget: float | None = None,
@@ -87,6 +91,8 @@ def clipped_grad(
         clip_norm: Bound on each example's contribution.
         style: See ``dpjax.clipping.Query``.
         residual: Also sum what clipping cut off (for error feedback).
+        outer_norm: Clip each gradient to this norm first, so that with "flat" no residual
+            is longer than ``outer_norm - clip_norm``.
         engine: Name or function; all engines compute the same. "vmap": per-example
             gradients, the reference. "bookkeeping": one backward pass, from which norms and
             sum follow without them. "ghost": two backward passes, the least memory.
@@ -99,9 +105,9 @@ def clipped_grad(
             whenever the result is called, outside of ``jit``, before it answers.
 
     Raises:
-        ValueError: A clip norm that is not positive and finite, an unknown style or
-            engine, a microbatch size below 1, a budget for another engine than "auto";
-            at the call, norms that ``verify`` finds wrong.
+        ValueError: A clip norm that is not positive and finite, an outer norm below it,
+            an unknown style or engine, a microbatch size below 1, a budget for another
+            engine than "auto"; at the call, norms that ``verify`` finds wrong.
         TypeError: At trace time: the loss is not a pure function to one floating-point
             scalar, a parameter is not floating point, or ``verify`` is asked under ``jit``.
 
@@ -116,11 +122,13 @@ def clipped_grad(
         True
     """
     check_clip(clip_norm=clip_norm, style=style)
+    check_outer_norm(outer_norm, clip_norm=clip_norm)
     return ClippedGrad(
         loss=loss,
         clip_norm=float(clip_norm),
         style=style,
         residual=residual,
+        outer_norm=float(outer_norm),
         engine=resolve_engine(
             engine, microbatch_size=microbatch_size, memory_budget=memory_budget
         ),

@@ -1,12 +1,13 @@
 """Run a plan: norms, clip factors, clipped sum."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from dpjax.clipping import kernels, layouts
 from dpjax.clipping.analysis import Program, analyse
@@ -50,7 +51,7 @@ def run_plan(
     inputs = Inputs(jax.tree.leaves(query.points), batch.examples, keys)
     mask = jnp.asarray(batch.mask)
     known = _collect(program, plan, inputs)
-    norms = [_norms(slot, plan, known) for slot in plan.slots]
+    norms = [_norms(program, slot, plan, known) for slot in plan.slots]
 
     def tree(leaves: Sequence[Any]) -> Any:
         return jax.tree.unflatten(program.tree, leaves)
@@ -61,14 +62,16 @@ def run_plan(
         mask=mask,
         clip_norm=query.clip_norm,
         style=query.style,
+        outer_norm=query.outer_norm,
     )
     weights = jax.tree.leaves(factors.leaves)
-    total = tree(_weighted_sums(program, plan, inputs, known, weights))
-    residual = None
+    sums = functools.partial(_weighted_sums, program, plan, inputs, known)
     if query.residual:
-        keep = mask & factors.finite
-        rest = [jnp.where(keep, 1 - weight, 0.0) for weight in weights]
-        residual = tree(_weighted_sums(program, plan, inputs, known, rest))
+        rest = jax.tree.leaves(factors.rest)
+        both = _of_both(sums, weights, rest)
+        total, residual = (tree([leaf[i] for leaf in both]) for i in (0, 1))
+    else:
+        total, residual = tree(sums(weights)), None
     clipped = dataclasses.replace(query.empty(), total=total, residual=residual)
     losses = known.backward.losses
     return clipped, per_example(losses, factors.norms, factors.finite, mask)
@@ -150,17 +153,23 @@ def _joined(
     program: Program, group: Group, factors: Mapping[Path, Factors]
 ) -> list[Factors]:
     """Return the factors of a group, side by side along T."""
-    points: dict[int, list[Factors]] = {}
-    for site, swapped in zip(group.sites, group.swapped, strict=True):
-        (leaf,) = site.value.leaves
-        part = kernels.oriented(factors[site.path], swapped=swapped)
-        points.setdefault(leaf // len(program.names), []).append(part)
-    lists = list(points.values())
+    lists = _by_point(program, group, factors)
     if len(lists) == 2 and len(lists[0]) == len(lists[1]):
         # The uses of the two points come in the same order.
         pairs = zip(*lists, strict=True)
         return kernels.concatenated([kernels.differenced(*pair) for pair in pairs])
     return kernels.concatenated([part for parts in lists for part in parts])
+
+
+def _by_point(
+    program: Program, group: Group, factors: Mapping[Path, Factors]
+) -> list[list[Factors]]:
+    points: dict[int, list[Factors]] = {}
+    for site, swapped in zip(group.sites, group.swapped, strict=True):
+        (leaf,) = site.value.leaves
+        part = kernels.oriented(factors[site.path], swapped=swapped)
+        points.setdefault(leaf // len(program.names), []).append(part)
+    return list(points.values())
 
 
 def _formed(
@@ -180,7 +189,7 @@ def _formed(
     return sum(parts[1:], parts[0])
 
 
-def _norms(slot: Slot, plan: Plan, known: _Known) -> Norms:
+def _norms(program: Program, slot: Slot, plan: Plan, known: _Known) -> Norms:
     """Return squared norms of the gradient of one parameter."""
     losses = known.backward.losses
     none = jnp.zeros_like(losses)
@@ -195,12 +204,51 @@ def _norms(slot: Slot, plan: Plan, known: _Known) -> Norms:
             found.append(known.backward.probes[path])
         elif group in known.kept:
             found.append(Norms(kernels.squares(known.kept[group]), none))
-        elif plan.methods[group] == "direct":
-            found.append(kernels.direct_norms(known.groups[group]))
         else:
-            found.append(kernels.gram_norms(known.groups[group]))
+            direct = plan.methods[group] == "direct"
+            norms = kernels.direct_norms if direct else kernels.gram_norms
+            found.append(norms(known.groups[group]))
+            lists = _by_point(program, group, known.backward.factors)
+            if len(lists) > 1:
+                apart = sum([kernels.rounding(parts) for parts in lists])
+                wider = 2 * jnp.sqrt(found[-1].squares) * apart + jnp.square(apart)
+                found.append(Norms(none, wider))
     squares, slack = (sum(column[1:], column[0]) for column in zip(*found, strict=True))
     return Norms(squares, slack)
+
+
+def _of_both(
+    sums: Callable[[Sequence[Rows]], list[Array]],
+    weights: Sequence[Rows],
+    rest: Sequence[Rows],
+) -> list[Float[Array, "2 ..."]]:
+    """Return sums with two sets of weights: they share all passes but the contractions."""
+    # Parameters that share their weights go on sharing them.
+    stacked = {id(w): jnp.stack([w, r]) for w, r in zip(weights, rest, strict=True)}
+    return jax.vmap(lambda rows: sums([rows[id(w)] for w in weights]))(stacked)
+
+
+@jax.custom_batching.custom_vmap
+def _contracted(parts: list[Factors], weights: Rows) -> Float[Array, "H K N"]:
+    return kernels.weighted_sum(parts, weights)
+
+
+@_contracted.def_vmap
+def _(
+    size: int, batched: list[Any], parts: list[Factors], weights: Float[Array, "R B"]
+) -> tuple[Float[Array, "R H K N"], bool]:
+    """Contract once, with R weighted copies of ``right``: ``left`` is read once."""
+    assert not any(jax.tree.leaves(batched[0])), "one batch, several sets of weights"
+
+    def copies(right: Array) -> Array:
+        wide = right.astype(accumulation_dtype(right.dtype))
+        each = [row[None, :, None, None] * wide for row in weights]
+        return jnp.concatenate(each, axis=-1)
+
+    wider = [dataclasses.replace(part, right=copies(part.right)) for part in parts]
+    used = (weights != 0).any(axis=0).astype(weights.dtype)
+    total = kernels.weighted_sum(wider, used)
+    return jnp.stack(jnp.split(total, size, axis=-1)), True
 
 
 def _weighted_sums(
@@ -223,7 +271,7 @@ def _weighted_sums(
             if group in known.kept:
                 total = kernels.weighted_rows(known.kept[group], rows)
             else:
-                total = kernels.weighted_sum(known.groups[group], rows)
+                total = _contracted(known.groups[group], rows)
             sums[first.path] = layouts.weight_gradient(first, total)
     sums |= second_backward(program, inputs, again)
     pulled = to_parameters(program, inputs.leaves, sums) if sums else {}

@@ -1,5 +1,6 @@
 """From per-example squared norms to clip factors: shared by every engine."""
 
+import math
 from collections.abc import Hashable
 from typing import NamedTuple
 
@@ -18,12 +19,14 @@ class Factors(NamedTuple):
 
     Attributes:
         leaves: ``[B]`` for each leaf of the gradient; 0 where masked or not finite.
+        rest: Likewise, how much of each example goes to the residual.
         norms: ``[B]``, the norm over all leaves, as computed (perhaps inf or NaN).
         finite: ``bool[B]``. A zero factor does not silence ``0 * inf``: engines must
             also replace the vectors of examples that are not finite by zeros.
     """
 
     leaves: PyTree[Float[Array, "B"]]
+    rest: PyTree[Float[Array, "B"]]
     norms: Float[Array, "B"]
     finite: Bool[Array, "B"]
 
@@ -35,6 +38,7 @@ def clip_factors(
     mask: Bool[Array, "B"],
     clip_norm: float | Scalar,
     style: ClipStyle,
+    outer_norm: float | Scalar = math.inf,
 ) -> Factors:
     """Return the factors that clip each example to ``clip_norm``.
 
@@ -48,6 +52,7 @@ def clip_factors(
         mask: False rows get factor 0.
         clip_norm: C >= 0.
         style: See ``Query``.
+        outer_norm: Likewise.
     """
     norms = jnp.sqrt(sum(jax.tree.leaves(squares)))
     if slack is not None:
@@ -55,9 +60,12 @@ def clip_factors(
     total = jnp.sqrt(sum(jax.tree.leaves(squares)))
     finite = jnp.isfinite(total)
     keep = mask & finite
+    margin = 1 - 8 * jnp.finfo(total.dtype).eps
+    outer = jnp.asarray(outer_norm, total.dtype) * margin
+    outer = jnp.where(keep, jnp.where(total > outer, outer / total, 1.0), 0.0)
 
     def factor(norms: Array, bound: Array) -> Array:
-        bound = bound * (1 - 8 * jnp.finfo(norms.dtype).eps)
+        norms, bound = norms * outer, bound * margin
         if style == "automatic":
             raw = bound / (norms + AUTOMATIC_GAMMA)
         else:
@@ -65,7 +73,7 @@ def clip_factors(
             # Squares of such small entries underflow: the norm cannot be trusted. A tenth
             # leaves room for the margin above and for a clip norm shared among layers.
             raw = jnp.where(bound < MIN_CLIP_NORM / 10, 0.0, raw)
-        return jnp.where(keep, raw, 0.0)
+        return jnp.where(keep, raw * outer, 0.0)
 
     bound = jnp.asarray(clip_norm, total.dtype)
     if style == "per_layer":
@@ -78,7 +86,8 @@ def clip_factors(
     else:
         shared = factor(total, bound)
         leaves = jax.tree.map(lambda _: shared, squares)
-    return Factors(leaves, norms, finite)
+    rest = jax.tree.map(lambda leaf: outer - leaf, leaves)
+    return Factors(leaves, rest, norms, finite)
 
 
 def _layer_norms(squares: PyTree[Array]) -> dict[Hashable, Array]:

@@ -167,6 +167,25 @@ def gram_norms(parts: Sequence[Factors]) -> Norms:
     return Norms(jnp.maximum(_total(squares), 0.0), _total(slack))
 
 
+def rounding(parts: Sequence[Factors]) -> Float[Array, "B"]:
+    """Bound how far two evaluations of the same gradient may be apart, in L2.
+
+    Where a compiler computes a factor once for the norm and again for the sum, the two may
+    differ by the roundoff of what the factors were before those of two points were
+    subtracted: ``parts``, of one point. Four standard errors, as for ``Norms.slack``.
+    """
+    found = []
+    for part in map(_cut, parts):
+        right = jnp.sum(jnp.square(_wide(part.right)), axis=-1)
+        left = jnp.ones_like(right)
+        if isinstance(part, Dense):
+            left = _total([jnp.sum(jnp.square(_wide(x)), axis=-1) for x in part.left])
+        found.append(jnp.sum(left * right, axis=(0, 2)))
+    positions = sum(part.right.shape[2] for part in parts)
+    squares = _total(found)
+    return 4 * jnp.finfo(squares.dtype).eps * jnp.sqrt(positions * squares)
+
+
 def direct_norms(parts: Sequence[Factors]) -> Norms:
     """Return norms by way of the per-example gradients, which are dropped."""
     found = squares(gradients(parts))

@@ -59,12 +59,16 @@ def make_plan(
             else:
                 kinds = ("gram", "direct", "keep")
                 methods[group] = min(kinds, key=lambda m, group=group: cost(group, m))
-    dropped = {slot.index for slot in slots if slot.materialised and _drops(slot, cost)}
+    whole = [slot for slot in slots if slot.materialised and not slot.plain]
+    dropped = {slot.index for slot in whole if _drops(slot, len(slots), cost)}
     return Plan(tuple(slots), methods, probed, frozenset(dropped))
 
 
-def _drops(slot: Slot, cost: Callable[[Group, Method], float]) -> bool:
-    if slot.plain:
+def _drops(slot: Slot, count: int, cost: Callable[[Group, Method], float]) -> bool:
+    points = {leaf // count for site in slot.sites for leaf in site.value.leaves}
+    if len(points) > 1:
+        # The gradients of two points nearly cancel: another way to sum them would round
+        # otherwise than their norm, by more than the clip norm.
         return False
     keep, direct = (sum(cost(g, m) for g in slot.groups) for m in ("keep", "direct"))
     return direct <= keep

@@ -1,6 +1,7 @@
 """What an engine is asked: which vector of each example, and how far to clip it."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,8 @@ class Query:
             layers (leaves with the same parent) clipped flat to ``C/sqrt(G)``. In
             each style one example contributes at most C.
         residual: Static; whether to sum ``d_i - clip(d_i)`` too.
+        outer_norm: G; each ``d_i`` is first replaced by ``d_i min(1, G/|d_i|)``, so that
+            no residual is longer than G. May be traced; inf (no such limit) by default.
         phase: Static; the kind of query, which the mechanism's release must know.
     """
 
@@ -34,6 +37,7 @@ class Query:
     )
     style: ClipStyle = dataclasses.field(default="flat", metadata={"static": True})
     residual: bool = dataclasses.field(default=False, metadata={"static": True})
+    outer_norm: float | Scalar = math.inf
     phase: str = dataclasses.field(default="gradient", metadata={"static": True})
 
     def empty(self) -> ClippedSum:
@@ -41,6 +45,7 @@ class Query:
         return ClippedSum.zeros(
             self.points[0],
             l2_bound=self.l2_bound,
+            outer_norm=self.outer_norm,
             residual=self.residual,
             phase=self.phase,
         )

@@ -42,14 +42,17 @@ def vmap(
 
     squares = jax.tree.map(_squared_norms, vectors)
     factors = clip_factors(
-        squares, mask=mask, clip_norm=query.clip_norm, style=query.style
+        squares,
+        mask=mask,
+        clip_norm=query.clip_norm,
+        style=query.style,
+        outer_norm=query.outer_norm,
     )
     keep = mask & factors.finite
     vectors = jax.tree.map(lambda v: jnp.where(_rows(keep, v), v, 0.0), vectors)
     residual = None
     if query.residual:
-        rest = jax.tree.map(lambda f: jnp.where(keep, 1 - f, 0.0), factors.leaves)
-        residual = jax.tree.map(_weighted_sum, rest, vectors)
+        residual = jax.tree.map(_weighted_sum, factors.rest, vectors)
     clipped = dataclasses.replace(
         query.empty(),
         total=jax.tree.map(_weighted_sum, factors.leaves, vectors),

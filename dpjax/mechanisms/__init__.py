@@ -4,9 +4,19 @@ Importing a mechanism does not import jax, so config errors are answered at once
 """
 
 from dpjax.mechanisms.base import Mechanism
+from dpjax.mechanisms.dice_sgd import DiceSgd
 from dpjax.mechanisms.diff2 import Diff2
 from dpjax.mechanisms.dp_sgd import DpSgd
 from dpjax.mechanisms.non_private import NonPrivate
+from dpjax.mechanisms.privatized_error_feedback import PrivatizedErrorFeedback
 from dpjax.mechanisms.spider_boost import SpiderBoost
 
-__all__ = ["Diff2", "DpSgd", "Mechanism", "NonPrivate", "SpiderBoost"]
+__all__ = [
+    "DiceSgd",
+    "Diff2",
+    "DpSgd",
+    "Mechanism",
+    "NonPrivate",
+    "PrivatizedErrorFeedback",
+    "SpiderBoost",
+]

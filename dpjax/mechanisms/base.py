@@ -61,6 +61,20 @@ class Mechanism(Protocol):
         """Return what ``steps`` releases (all, by default) cost."""
         ...
 
+    def caveats(self, steps: int) -> tuple[str, ...]:
+        """Return why epsilon after ``steps`` may be false, if it rests on assumptions.
+
+        Each is a flag on the privacy card, which then calls epsilon claimed.
+        """
+        ...
+
+    def diagnose(self, state: Any) -> dict[str, float]:
+        """Return un-noised facts of the state, and warn if it goes wrong.
+
+        Private: the loop asks, and logs them, under ``run.log_sensitive`` only.
+        """
+        ...
+
     def init(self, params: "Params") -> Any:
         """Return the mechanism's own state before the first step."""
         ...

@@ -1,10 +1,9 @@
 """DP-SGD (Abadi et al. 2016, arXiv 1607.00133, Algorithm 1)."""
 
 import dataclasses
-import math
 from typing import TYPE_CHECKING, ClassVar
 
-from dpjax.checks import ClipStyle, check_clip
+from dpjax.checks import ClipStyle, check_clip, check_noise
 from dpjax.mechanisms.base import check_plan
 from dpjax.sampling import Sampling
 
@@ -45,11 +44,7 @@ class DpSgd:
 
     def __post_init__(self) -> None:
         check_clip(clip_norm=self.clip_norm, style=self.clip_style)
-        if not (self.noise_multiplier >= 0 and math.isfinite(self.noise_multiplier)):
-            raise ValueError(
-                f"noise_multiplier={self.noise_multiplier} must be finite and at least 0 "
-                "(0 means no privacy)"
-            )
+        check_noise(self.noise_multiplier)
         check_plan(self)
 
     @property
@@ -69,6 +64,16 @@ class DpSgd:
             steps=self.steps if steps is None else steps,
             num_examples=self.num_examples,
         )
+
+    def caveats(self, steps: int) -> tuple[str, ...]:
+        """Return none: epsilon is proven."""
+        del steps
+        return ()
+
+    def diagnose(self, state: tuple[()]) -> dict[str, float]:
+        """Return nothing: there is no state."""
+        del state
+        return {}
 
     def init(self, params: "Params") -> tuple[()]:
         """Return no state."""

@@ -49,6 +49,16 @@ class NonPrivate:
 
         return dp.NonPrivateDpEvent()
 
+    def caveats(self, steps: int) -> tuple[str, ...]:
+        """Return none: epsilon is inf."""
+        del steps
+        return ()
+
+    def diagnose(self, state: tuple[()]) -> dict[str, float]:
+        """Return nothing: there is no state."""
+        del state
+        return {}
+
     def init(self, params: "Params") -> tuple[()]:
         """Return no state."""
         del params

@@ -94,6 +94,11 @@ class SpiderBoost:
         """Return the sampled Gaussians of ``steps`` (all, by default), restarts apart."""
         return recursion.event(self, self.steps if steps is None else steps)
 
+    def caveats(self, steps: int) -> tuple[str, ...]:
+        """Return none: epsilon is proven."""
+        del steps
+        return ()
+
     def init(self, params: "Params") -> "Diff2State":
         """Return the state before the first step."""
         return recursion.init(params)
@@ -128,3 +133,8 @@ class SpiderBoost:
     ) -> "tuple[Params, Diff2State]":
         """Return the estimate; NaN if the sum is not the one asked for at ``step``."""
         return recursion.release(self, clipped, state, params, key=key, step=step)
+
+    def diagnose(self, state: "Diff2State") -> dict[str, float]:
+        """Return nothing: the state is public."""
+        del state
+        return {}
