@@ -172,7 +172,8 @@ def rounding(parts: Sequence[Factors]) -> Float[Array, "B"]:
 
     Where a compiler computes a factor once for the norm and again for the sum, the two may
     differ by the roundoff of what the factors were before those of two points were
-    subtracted: ``parts``, of one point. Four standard errors, as for ``Norms.slack``.
+    subtracted: ``parts``, of one point. Errors at different positions are independent and
+    of some roundoffs each; eight are allowed for.
     """
     found = []
     for part in map(_cut, parts):
@@ -181,9 +182,8 @@ def rounding(parts: Sequence[Factors]) -> Float[Array, "B"]:
         if isinstance(part, Dense):
             left = _total([jnp.sum(jnp.square(_wide(x)), axis=-1) for x in part.left])
         found.append(jnp.sum(left * right, axis=(0, 2)))
-    positions = sum(part.right.shape[2] for part in parts)
     squares = _total(found)
-    return 4 * jnp.finfo(squares.dtype).eps * jnp.sqrt(positions * squares)
+    return 4 * jnp.finfo(squares.dtype).eps * jnp.sqrt(squares)
 
 
 def direct_norms(parts: Sequence[Factors]) -> Norms:

@@ -26,13 +26,10 @@ MASK = np.array([True, True, False, True])
 INDEX = np.array([3, 0, 2, 1], np.int32)
 
 
-# The planner mixes what the other two do: a quarter of the zoo tells if it mixes it well.
-PAIRS = [
-    (engine, name)
-    for engine in ENGINES
-    for number, name in enumerate(ZOO)
-    if engine != "auto" or number % 4 == 0
-]
+# To keep CI short: `ghost` shares analysis and rules with `bookkeeping`, and the planner of
+# `auto` mixes what the other two do.
+EVERY = {"bookkeeping": 1, "ghost": 2, "auto": 4}
+PAIRS = [(engine, name) for engine in ENGINES for name in [*ZOO][:: EVERY[engine]]]
 
 
 @pytest.mark.parametrize(("engine", "name"), PAIRS)
