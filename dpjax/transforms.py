@@ -137,7 +137,7 @@ def error_feedback(
         >>> total, unclipped = jnp.float32(2.0), jnp.float32(5.0)
         >>> for _ in range(3):
         ...     mean, state = feedback.update(total, state, unclipped=unclipped)
-        >>> float(mean), float(state.memory)
+        >>> round(float(mean), 4), round(float(state.memory), 4)
         (1.5, 7.0)
     """
     check_error_clip(error_clip_norm=error_clip_norm, error_scale=error_scale)
