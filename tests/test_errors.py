@@ -100,11 +100,11 @@ WRONG_VALUES = {
     ),
     "outer clip without an outer norm": (
         dice(outer_norm=None),
-        "config.mechanism: outer_norm=None with accounting='outer_clip'",
+        "outer_norm=None with accounting='outer_clip'",
     ),
     "outer norm below the clip norm": (
         dice(outer_norm=0.5),
-        "config.mechanism: outer_norm=0.5 must be at least clip_norm=1.0",
+        "outer_norm=0.5 must be at least clip_norm=1.0",
     ),
     "amplification asked of participations": (
         dice(accounting="k_participation", error_clip_norm=1.0),
@@ -116,7 +116,7 @@ WRONG_VALUES = {
             error_clip_norm=1.0,
             sampling={"name": "dpjax.sampling:ShuffledFixed", "batch_size": 64},
         ),
-        "config.mechanism: sampling=ShuffledFixed has no analysis",
+        "sampling=ShuffledFixed has no analysis",
     ),
     "delta one": ({"mechanism.delta": 1.0}, "delta=1.0 must be in (0, 1)"),
     "delta zero": ({"mechanism.delta": 0.0}, "delta=0.0 must be in (0, 1)"),
