@@ -47,6 +47,24 @@ WRONG_FLAGS = {
     ),
 }
 
+
+def dice(**changes):
+    mechanism = {
+        "name": "dpjax.mechanisms.dice_sgd:DiceSgd",
+        "clip_norm": 1.0,
+        "clip_style": "flat",
+        "error_clip_norm": None,
+        "error_scale": "sum",
+        "outer_norm": 2.0,
+        "noise_multiplier": 4.0,
+        "sampling": {"name": "dpjax.sampling:Poisson", "rate": 0.1},
+        "steps": 12,
+        "delta": 1e-5,
+        "accounting": "outer_clip",
+    }
+    return {"mechanism": mechanism | changes}
+
+
 WRONG_VALUES = {
     "clip norm zero": ({"mechanism.clip_norm": 0.0}, "clip_norm=0.0 must be positive"),
     "clip norm negative": ({"mechanism.clip_norm": -1.0}, "clip_norm=-1.0 must be"),
@@ -71,6 +89,34 @@ WRONG_VALUES = {
     "noise negative": (
         {"mechanism.noise_multiplier": -1.0},
         "noise_multiplier=-1.0 must be finite and at least 0",
+    ),
+    "paper noise, not accepted": (
+        dice(accounting="paper", error_clip_norm=1.0),
+        "accounting='paper' gives an epsilon that attacks refute",
+    ),
+    "paper noise for an error clip norm below the clip norm": (
+        dice(accounting="paper", error_clip_norm=0.5, accept_unproven_epsilon=True),
+        "error_clip_norm=0.5 is below clip_norm=1.0",
+    ),
+    "outer clip without an outer norm": (
+        dice(outer_norm=None),
+        "outer_norm=None with accounting='outer_clip'",
+    ),
+    "outer norm below the clip norm": (
+        dice(outer_norm=0.5),
+        "outer_norm=0.5 must be at least clip_norm=1.0",
+    ),
+    "amplification asked of participations": (
+        dice(accounting="k_participation", error_clip_norm=1.0),
+        "use ShuffledFixed or FullBatch, or accounting='conservative'",
+    ),
+    "shuffled batches accounted as coins": (
+        dice(
+            accounting="conservative",
+            error_clip_norm=1.0,
+            sampling={"name": "dpjax.sampling:ShuffledFixed", "batch_size": 64},
+        ),
+        "sampling=ShuffledFixed has no analysis",
     ),
     "delta one": ({"mechanism.delta": 1.0}, "delta=1.0 must be in (0, 1)"),
     "delta zero": ({"mechanism.delta": 0.0}, "delta=0.0 must be in (0, 1)"),
@@ -316,6 +362,11 @@ def test_none_on_the_command_line_unsets_a_key(capsys, monkeypatch):
         ["--help"],
         [TINY, "--workdir=x", "--config.mechanism.clip_norm=0"],
         [TINY, "--workdir=x", "--config.mechanism.sampling.rate=2"],
+        [
+            "--config=configs/digits_mlp_dicesgd.py",
+            "--workdir=x",
+            "--config.mechanism.accounting=paper",
+        ],
         [TINY, "--workdir=x", "--config.optimizer.name=optax:sdg"],
         [TINY, "--workdir=x", "--config.model.name=dpjax.models.mlp:mpl"],
         [TINY, "--workdir=x", "--config.compute.engine=vamp"],

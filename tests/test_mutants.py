@@ -15,6 +15,7 @@ import dpjax
 from dpjax.clipping import Query, vmap
 from dpjax.noise import root_key
 from dpjax.sampling import Poisson
+from dpjax.sensitive import ClippedSum
 from tests.checks import (
     batch_of,
     check_adds_to_sum,
@@ -151,6 +152,82 @@ def schedule_check(mechanism):
             for part in mechanism.event(steps).events
         }
         assert accounted == noise, (steps, accounted, noise)
+
+
+def residual_check(engine):
+    def loss(params, example, key):
+        del key
+        return jnp.square(jnp.dot(params, example["x"]))
+
+    batch = batch_of({"x": jnp.arange(24.0).reshape(6, 4) / 24})
+    query = Query((jnp.ones(4),), clip_norm=0.5, residual=True, outer_norm=2.0)
+    check_engine_contract(engine, loss, query, batch, jax.random.key(0))
+
+
+DICE = dpjax.DiceSgd(
+    clip_norm=0.5,
+    clip_style="flat",
+    error_clip_norm=1.5,
+    error_scale="sum",
+    outer_norm=None,
+    noise_multiplier=1.2,
+    sampling=Poisson(rate=0.1),
+    steps=50,
+    num_examples=200,
+    delta=1e-5,
+    accounting="paper",
+    accept_unproven_epsilon=True,
+)
+
+
+def feedback_release(mechanism):
+    """``(sum, memory, step) -> `` the noisy mean and the next memory."""
+
+    def run(clipped, memory, step):
+        state = mechanism.init(clipped.total)._replace(memory=memory)
+        mean, state = mechanism.release(clipped, state, None, key=KEY, step=step)
+        return mean, state.memory
+
+    return run
+
+
+def memory_check(run):
+    """e' = e + (sum of gradients) - (what went out, noise aside), exactly."""
+    total = {"a": jnp.array([0.3, -0.4])}
+    zeros = ClippedSum.zeros(total, l2_bound=0.5, residual=True)
+    clipped = dataclasses.replace(
+        zeros, total=total, residual={"a": jnp.array([0.0, 0.5])}
+    )
+    for memory, expected in (
+        ([6.0, 0.0], [4.5, 0.5]),  # Three quarters are not given back,
+        ([2.0, 0.0], [0.5, 0.5]),  # one quarter,
+        ([0.0, 1.0], [0.0, 0.5]),  # nothing.
+    ):
+        _, after = run(clipped, {"a": jnp.array(memory)}, 3)
+        np.testing.assert_allclose(after["a"], expected, atol=1e-5)
+
+
+def feedback_noise_check(mechanism):
+    def run(clipped, step):
+        residual = jax.tree.map(jnp.zeros_like, clipped.total)
+        full = dataclasses.replace(clipped, residual=residual)
+        return feedback_release(mechanism)(full, residual, step)[0]
+
+    # By hand: 1.2 sqrt(.5^2 + 2 * 1.5^2), as the paper has it, r = 3.
+    check_noise(run, stddev=2.615339, divisor=20.0, clip_norm=0.5, steps=20)
+
+
+CONSERVATIVE = dataclasses.replace(
+    DICE,
+    accounting="conservative",
+    accept_unproven_epsilon=False,
+    noise_multiplier=30.0,
+)
+
+
+def attack_check(mechanism):
+    """No attack gets further than what is claimed."""
+    assert mechanism.attacked_epsilon() <= dpjax.epsilon(mechanism)
 
 
 def sampling_check(sampling):
@@ -292,6 +369,63 @@ def other_dropout_at_the_second_point(loss, query, batch, key):
     return dataclasses.replace(honest, total=total), statistics
 
 
+def residual_not_scaled(loss, query, batch, key):
+    """As the authors' code: the mean of gradients less the sum of clipped ones."""
+    clipped, statistics = vmap(loss, query, batch, key)
+    residual = jax.tree.map(
+        lambda t, r: (t + r) / batch.mask.shape[0] - t, clipped.total, clipped.residual
+    )
+    return dataclasses.replace(clipped, residual=residual), statistics
+
+
+def outer_norm_forgotten(loss, query, batch, key):
+    free, _ = vmap(loss, dataclasses.replace(query, outer_norm=jnp.inf), batch, key)
+    clipped, statistics = vmap(loss, query, batch, key)
+    return dataclasses.replace(clipped, residual=free.residual), statistics
+
+
+def noise_in_the_memory():
+    honest = feedback_release(DICE)
+
+    def run(clipped, memory, step):
+        mean, after = honest(clipped, memory, step)
+        silent = dataclasses.replace(DICE, noise_multiplier=0.0)
+        exact, _ = feedback_release(silent)(clipped, memory, step)
+        noise = jax.tree.map(lambda a, b: (a - b) * 20, mean, exact)
+        return mean, jax.tree.map(jnp.subtract, after, noise)
+
+    return run
+
+
+def memory_of_the_authors():
+    honest = feedback_release(DICE)
+
+    def run(clipped, memory, step):
+        mean, _ = honest(clipped, memory, step)
+        kept = jnp.minimum(1.0, 1.5 / jnp.linalg.norm(memory["a"]))
+        kept = jnp.minimum(kept, 1 - kept)
+        return mean, {"a": kept * memory["a"] + clipped.residual["a"]}
+
+    return run
+
+
+class NoiseOfTheAuthors(dpjax.DiceSgd):
+    @property
+    def noise_stddev(self):
+        ratio = self.error_clip_norm / self.clip_norm
+        return self.noise_multiplier * self.clip_norm * np.sqrt(1 + 2 * ratio)
+
+
+class AmplifiedMemory(dpjax.DiceSgd):
+    """The error as if it were of the examples drawn in the step alone."""
+
+    def event(self, steps=None):
+        steps = self.steps if steps is None else steps
+        return self.sampling.compose(
+            self.noise_multiplier, steps=steps, num_examples=self.num_examples
+        )
+
+
 class NoiseOfTheLastStep(dpjax.Diff2):
     """Scaled with the length of another step than the one that clips."""
 
@@ -415,6 +549,16 @@ MUTANTS = {
     ),
     "all steps accounted as restarts": (schedule_check, diff2_as(AllRestarts)),
     "no restarts accounted": (schedule_check, diff2_as(NoRestarts)),
+    "residual not scaled": (residual_check, residual_not_scaled),
+    "outer norm forgotten": (residual_check, outer_norm_forgotten),
+    "noise in the memory": (memory_check, noise_in_the_memory()),
+    "memory of the authors": (memory_check, memory_of_the_authors()),
+    "noise of the authors": (feedback_noise_check, NoiseOfTheAuthors(**vars(DICE))),
+    "amplified memory": (
+        attack_check,
+        AmplifiedMemory(**vars(CONSERVATIVE) | {"noise_multiplier": 1.2}),
+    ),
+    "noise of the paper": (attack_check, DICE),
     "rate x2": (sampling_check, TwiceTheRate(rate=0.1)),
     "fixed size": (sampling_check, FixedSize(rate=0.1)),
     "shuffled epochs": (sampling_check, ShuffledEpochs(rate=0.1)),
@@ -443,6 +587,10 @@ def test_mutant_is_caught(name):
         (difference_check, vmap),
         (difference_noise_check, difference_release(DIFF2)),
         (schedule_check, DIFF2),
+        (residual_check, vmap),
+        (memory_check, feedback_release(DICE)),
+        (feedback_noise_check, DICE),
+        (attack_check, CONSERVATIVE),
         (sampling_check, Poisson(rate=0.1)),
     ],
 )

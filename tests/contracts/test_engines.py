@@ -136,6 +136,40 @@ def test_engine_equals_the_reference(engine, style, case, clip_norm):
 
 
 @all_engines
+@all_styles
+def test_gradients_are_clipped_to_the_outer_norm_first(engine, style):
+    loss, params, examples = CASES["network"]
+    norms = reveal(
+        run(vmap, loss, Query((params,), clip_norm=1.0), batch_of(examples))[1]
+    )["norms"]
+    outer = float(np.median(norms))  # Half of the gradients are longer.
+    query = Query(
+        (params,), clip_norm=outer / 3, style=style, residual=True, outer_norm=outer
+    )
+    check_engine_contract(engine, loss, query, batch_of(examples, mask=MASK), KEY)
+
+
+@all_engines
+@pytest.mark.parametrize("clip_norm", [0.2, 0.5])
+def test_one_example_moves_the_residual_by_at_most_what_lies_between(engine, clip_norm):
+    loss, params, examples = CASES["network"]
+    for scale in (1e-3, 1.0, 1e12):
+        big = {"x": examples["x"], "y": examples["y"] * scale}
+        for i in range(8):
+            one = batch_of(big, mask=np.arange(8) == i)
+            query = Query((params,), clip_norm=clip_norm, residual=True, outer_norm=0.7)
+            clipped, _ = run(engine, loss, query, one)
+            assert norm(clipped.residual) <= 0.7 - clip_norm
+
+
+def test_sums_of_different_outer_norms_do_not_merge():
+    zeros = [
+        ClippedSum.zeros(jnp.zeros(3), l2_bound=1.0, outer_norm=g) for g in (2.0, 3.0)
+    ]
+    assert np.isnan(zeros[0].merge(zeros[1]).seal)
+
+
+@all_engines
 @all_cases
 def test_difference_of_two_points_equals_the_reference(engine, case):
     loss, params, examples = CASES[case]
@@ -369,6 +403,7 @@ def test_microbatch_size_must_divide_the_batch():
         ({"clip_norm": float("nan")}, "clip_norm=nan must be positive"),
         ({"clip_norm": float("inf")}, "clip_norm=inf must be positive and finite"),
         ({"clip_norm": 1e-15}, "clip_norm=1e-15 is below"),
+        ({"clip_norm": 1.0, "outer_norm": 0.5}, "outer_norm=0.5 must be at least"),
         ({"clip_norm": 1.0, "style": "layer"}, "clip_style='layer' is unknown"),
         ({"clip_norm": 1.0, "engine": "vamp"}, "did you mean 'vmap'"),
         ({"clip_norm": 1.0, "microbatch_size": 0}, "microbatch_size=0"),

@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 
 import dpjax
-from dpjax.mechanisms import Diff2, DpSgd, NonPrivate, SpiderBoost
+from dpjax.mechanisms import (
+    DiceSgd,
+    Diff2,
+    DpSgd,
+    NonPrivate,
+    PrivatizedErrorFeedback,
+    SpiderBoost,
+)
 from dpjax.noise import root_key
 from dpjax.sampling import (
     FullBatch,
@@ -63,12 +70,46 @@ def spider_boost(**changes):
     return SpiderBoost(**(facts | changes))
 
 
+def dice_sgd(accounting, **changes):
+    facts = {
+        "clip_norm": 0.5,
+        "clip_style": "flat",
+        "error_clip_norm": 0.75,
+        "error_scale": "sum",
+        "outer_norm": 1.5,
+        "noise_multiplier": 20.0,
+        "sampling": Poisson(rate=0.1),
+        "accounting": accounting,
+        "accept_unproven_epsilon": accounting == "paper",
+        **PLAN,
+    }
+    return DiceSgd(**(facts | changes))
+
+
 MECHANISMS = {
     "dp_sgd poisson": dp_sgd(),
     "dp_sgd per layer": dp_sgd(clip_style="per_layer"),
     "dp_sgd truncated": dp_sgd(sampling=TruncatedPoisson(rate=0.1, capacity=130)),
     "dp_sgd full batch": dp_sgd(sampling=FullBatch()),
     "dp_sgd shuffled": dp_sgd(sampling=ShuffledFixed(batch_size=100)),
+    "dice_sgd": dice_sgd("conservative", clip_style="automatic", outer_norm=None),
+    "dice_sgd full batch": dice_sgd("conservative", sampling=FullBatch()),
+    "dice_sgd outer clip": dice_sgd("outer_clip", error_clip_norm=None),
+    "dice_sgd shuffled": dice_sgd(
+        "k_participation",
+        noise_multiplier=2.0,
+        sampling=ShuffledFixed(batch_size=100),
+    ),
+    "dice_sgd paper": dice_sgd("paper", noise_multiplier=2.0),
+    "two channels": PrivatizedErrorFeedback(
+        clip_norm=0.5,
+        outer_norm=1.5,
+        noise_multiplier=4.0,
+        residual_share=0.36,
+        memory_rate=0.3,
+        sampling=Poisson(rate=0.1),
+        **PLAN,
+    ),
     "diff2": diff2(),
     "diff2 four workers": diff2(noisy_workers=4),
     "spider boost": spider_boost(),
@@ -97,6 +138,14 @@ def kinds(name):
         return {"gradient": Kind(0, 0.5, 2.0, size)}
     return {
         "non-private": {"gradient": Kind(0, math.inf, 0.0, 100.0)},
+        # 2 C2 + C1; G; sqrt(5) C1 + 5 (G - C1) in 5 epochs; sqrt(C1^2 + 2 C2^2).
+        "dice_sgd": {"gradient": Kind(0, 0.5, 20 * 2.0, 100.0)},
+        "dice_sgd full batch": {"gradient": Kind(0, 0.5, 20 * 2.0, 1000.0)},
+        "dice_sgd outer clip": {"gradient": Kind(0, 0.5, 20 * 1.5, 100.0)},
+        "dice_sgd shuffled": {"gradient": Kind(0, 0.5, 2 * 6.11803, 100.0)},
+        "dice_sgd paper": {"gradient": Kind(0, 0.5, 2 * 1.172604, 100.0)},
+        # 4 * .5 / .8 and .3 of 4 * 1 / .6, in the first step.
+        "two channels": {"gradient": Kind(0, 0.5, math.hypot(2.5, 2.0), 100.0)},
         "diff2": {
             "restart": Kind(0, 0.5, 10.0, 1000.0),
             "difference": Kind(1, 0.8, 32.0, 1000.0),
@@ -132,6 +181,13 @@ def moved_by_one(mechanism, like):
 
 def release(mechanism, clipped, step):
     state, params = moved_by_one(mechanism, clipped.total)
+    asked = mechanism.query(clipped.phase, params, state)
+    if asked.residual:
+        clipped = dataclasses.replace(
+            clipped,
+            residual=jax.tree.map(jnp.zeros_like, clipped.total),
+            outer_norm=jnp.float32(asked.outer_norm),
+        )
     mean, _ = _compiled_release(mechanism)(clipped, state, params, root_key(0), step)
     return mean
 
@@ -177,7 +233,7 @@ def test_steps_beyond_the_plan_have_no_epsilon(name):
 def test_pld_epsilon_is_at_most_the_rdp_cross_check(name):
     mechanism = MECHANISMS[name]
     rdp = dpjax.epsilon(mechanism, accountant="rdp")
-    assert math.isnan(rdp) == isinstance(mechanism.sampling, TruncatedPoisson)
+    assert math.isnan(rdp) == (name in ("dp_sgd truncated", "dice_sgd"))
     assert math.isnan(rdp) or dpjax.epsilon(mechanism) <= rdp
 
 
@@ -253,7 +309,15 @@ def test_a_sum_that_was_tampered_with_comes_out_as_nan(name, phase, harm):
     assert np.isnan(release(mechanism, broken, step)["w"]).all()
 
 
-@pytest.mark.parametrize("name", ["dp_sgd poisson", "dp_sgd full batch", "diff2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dp_sgd poisson",
+        "dp_sgd full batch",
+        "dice_sgd shuffled",
+        "diff2",
+    ],
+)
 @pytest.mark.parametrize("target", [0.5, 3.0])
 def test_calibration_meets_the_target_from_below(name, target):
     mechanism = PRIVATE[name]

@@ -43,6 +43,18 @@ def test_draw_is_a_pure_function_of_seed_and_step(sampling):
 
 
 @all_samplings
+@pytest.mark.parametrize("steps", [1, 12, 13, 30])
+def test_no_example_takes_part_more_often_than_is_said(sampling, steps):
+    taken = np.zeros(N, int)
+    for step in range(steps):
+        taken[draw(sampling, step)] += 1
+    most = sampling.max_participations(steps=steps, num_examples=N)
+    assert taken.max() <= most
+    if not sampling.amplified:
+        assert taken.max() == most
+
+
+@all_samplings
 def test_draws_are_distinct_indices_in_range(sampling):
     for step in range(30):
         indices = draw(sampling, step)
