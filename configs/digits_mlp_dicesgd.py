@@ -5,6 +5,9 @@
 The default clips each gradient to ``outer_norm`` first and gives the memory back whole, at
 the noise of DP-SGD with that clip norm. Variant ``:two_channels`` releases the residual on
 a channel of its own; its memory is public.
+
+Seconds on a CPU; epsilon 3.00, delta 1e-5. Test accuracy of one run each: 0.931 and 0.939
+(DP-SGD, four runs: 0.931 to 0.953).
 """
 
 from ml_collections import ConfigDict, config_dict

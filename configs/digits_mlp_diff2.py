@@ -4,6 +4,9 @@
 
 Variants: ``:dpgd`` takes as many steps of DP-GD (a restart at each) at the same epsilon;
 ``:spiderboost`` takes differences on Poisson batches.
+
+Seconds on a CPU; epsilon 3.00, delta 1e-5. Test accuracy of one run each: 0.917, 0.919
+(``:dpgd``) and 0.919 (``:spiderboost``).
 """
 
 from ml_collections import ConfigDict, config_dict

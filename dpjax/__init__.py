@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from dpjax.accounting import calibrate, epsilon
     from dpjax.clipping import ClippedGrad, Query, clipped_grad, explain
     from dpjax.data.batches import batches
-    from dpjax.differences import diff2, diff2_query
     from dpjax.mechanisms import (
         DiceSgd,
         Diff2,
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
         secret_seed,
     )
     from dpjax.sensitive import ClippedSum, PerExample, reveal
-    from dpjax.transforms import error_feedback, private
+    from dpjax.transforms import diff2, diff2_query, error_feedback, private
     from dpjax.typing import Batch, Model
 
 _HOMES = {
@@ -55,8 +54,8 @@ _HOMES = {
     "batches": "data.batches",
     "calibrate": "accounting",
     "clipped_grad": "clipping",
-    "diff2": "differences",
-    "diff2_query": "differences",
+    "diff2": "transforms",
+    "diff2_query": "transforms",
     "epsilon": "accounting",
     "error_feedback": "transforms",
     "explain": "clipping",

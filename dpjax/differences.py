@@ -1,10 +1,12 @@
-"""Recursive gradient differences: the pure part of DIFF2 and SPIDER, on plain trees."""
+"""Recursive gradient differences: the pure part of DIFF2 and SPIDER, on plain trees.
 
-from typing import Any, NamedTuple, cast
+As a transform it is ``dpjax.transforms.diff2``.
+"""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from dpjax.sensitive import accumulation_dtype
 from dpjax.typing import Params, Scalar
@@ -25,69 +27,6 @@ class Diff2State(NamedTuple):
     count: Scalar
     estimate: Params
     prev_params: Params
-
-
-class Diff2Query(NamedTuple):
-    """Which gradients the next update of ``diff2`` is to be made of.
-
-    Attributes:
-        restart: ``bool``. True: the gradient at params. False: the gradient at params
-            less the gradient at ``reference``, both of the same examples and with the
-            same randomness.
-        reference: Like params; where the last gradient was taken.
-        distance: ``float32``, ``|params - reference|``.
-    """
-
-    restart: Scalar
-    reference: Params
-    distance: Scalar
-
-
-def diff2(*, restart_every: int) -> optax.GradientTransformationExtraArgs:
-    """Turn mean gradient differences into a running estimate of the gradient.
-
-    ``v_t = u_t`` at every ``restart_every``-th update, from the first on, and
-    ``v_t = u_t + v_{t-1}`` at the others. ``diff2_query`` says what ``u_t`` has to be.
-    This is the server step of DIFF2 (Murata and Suzuki 2023, Algorithm 1) and, on
-    minibatches, of SPIDER and SpiderBoost: it is one transform for all of them.
-
-    Place it first in a chain; whatever follows may be any optimizer. ``update`` needs
-    ``params``, the point that ``u_t`` was taken at, and takes no notice of other extra
-    arguments.
-
-    Args:
-        restart_every: T >= 1; with 1 the transform changes nothing.
-
-    Raises:
-        ValueError: ``restart_every`` is less than 1; at the update, no ``params``.
-    """
-    if restart_every < 1:
-        raise ValueError(f"restart_every={restart_every} must be at least 1")
-
-    def update(
-        updates: Params,
-        state: Diff2State,
-        params: Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[Params, Diff2State]:
-        del extra_args
-        if params is None:
-            raise ValueError("diff2 needs params: the point the update was taken at")
-        restart = state.count % restart_every == 0
-        state = advance(state, updates, params, restart=restart)
-        return state.estimate, state
-
-    # Optax types states as trees of arrays only.
-    return optax.GradientTransformationExtraArgs(start, cast(Any, update))
-
-
-def diff2_query(state: Diff2State, params: Params, *, restart_every: int) -> Diff2Query:
-    """Return which gradients the next ``update`` at ``params`` is to be made of."""
-    return Diff2Query(
-        restart=state.count % restart_every == 0,
-        reference=state.prev_params,
-        distance=distance(params, state.prev_params),
-    )
 
 
 def start(params: Params) -> Diff2State:

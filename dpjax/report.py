@@ -73,7 +73,7 @@ class PrivacyCard:
             "epsilon (RDP cross-check)": "no analysis"
             if self.epsilon_rdp is None
             else f"{self.epsilon_rdp:.4f}",
-            "status of epsilon": "proven" if self.proven else CLAIMED,
+            "analysis": "holds for any data" if self.proven else CLAIMED,
             "delta": f"{self.delta:g}",
             "adjacency": self.adjacency.replace("_", " "),
             "amplification by sampling": "yes" if self.amplified else "none claimed",

@@ -166,9 +166,8 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
                 scalars["epsilon"] = epsilon(mechanism, steps=step)
                 scalars["update_norm"] = float(released.update_norm)
                 if run["log_sensitive"]:
-                    scalars |= summarise(statistics)
                     facts = mechanism.diagnose(state.private.mechanism)
-                    scalars |= {f"sensitive/{k}": v for k, v in facts.items()}
+                    scalars |= summarise(statistics, facts)
                 if score_now:
                     score = evaluate(evaluated_params(state), experiment.held_out)
                     scalars[metric] = score
@@ -323,22 +322,25 @@ def evaluated_params(state: TrainState) -> Params:
     return state.average if jax.tree.leaves(state.average) else state.params
 
 
-def summarise(statistics: list[PerExample | None]) -> dict[str, float]:
-    """Return un-noised statistics of the last batch. They are private."""
+def summarise(
+    statistics: list[PerExample | None], facts: Mapping[str, float]
+) -> dict[str, float]:
+    """Return un-noised statistics of the last batch, and other facts. All are private."""
+    found = {"batch_size": 0.0, **facts}
     revealed = [reveal(part) for part in statistics if part is not None]
-    if not revealed:
-        return {"sensitive/batch_size": 0.0}
-    columns = {
-        name: np.concatenate([np.asarray(part[name]) for part in revealed])
-        for name in revealed[0]
-    }
-    mask = columns["mask"]
-    return {
-        "sensitive/batch_size": float(mask.sum()),
-        "sensitive/loss": float(columns["losses"][mask].mean()),
-        "sensitive/norm_median": float(np.median(columns["norms"][mask])),
-        "sensitive/nonfinite": float(columns["nonfinite"].sum()),
-    }
+    if revealed:
+        columns = {
+            name: np.concatenate([np.asarray(part[name]) for part in revealed])
+            for name in revealed[0]
+        }
+        mask = columns["mask"]
+        found |= {
+            "batch_size": float(mask.sum()),
+            "loss": float(columns["losses"][mask].mean()),
+            "norm_median": float(np.median(columns["norms"][mask])),
+            "nonfinite": float(columns["nonfinite"].sum()),
+        }
+    return {f"sensitive/{name}": value for name, value in found.items()}
 
 
 def _record(ledger: Ledger, released: Released | None) -> None:

@@ -313,7 +313,7 @@ def _stacked(tag: Tag, loop: Loop) -> Tag:
         axis = len(tag.loops)
         return jnp.repeat(jnp.expand_dims(evaluator(tag), axis), loop.length, axis)
 
-    return ParamValue(tag.leaves, tag.loops, repeated)
+    return ParamValue(tag.leaves, tag.loops, repeated, linear=tag.linear)
 
 
 def _is_site(eqn: JaxprEqn, side: int) -> bool:

@@ -302,7 +302,7 @@ def _sums_of_dropped(
         sites = [s for slot in plan.slots if slot.index in mine for s in slot.sites]
         sums = {
             site.path: layouts.weight_gradient(
-                site, kernels.weighted_sum([factors[site.path]], rows)
+                site, _contracted([factors[site.path]], rows)
             )
             for site in sites
         }

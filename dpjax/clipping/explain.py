@@ -90,11 +90,20 @@ def _row(program: Program, choice: Choice, slot: Slot) -> Row:
     uses = len(slot.sites)
     if slot.materialised:
         derived = any(site.value.view is None for site in slot.sites)
-        work = [costs.group_cost(group, "keep") for group in slot.groups]
-        flops, moved = sum(c.flops for c in work), sum(c.traffic for c in work)
-        rule = "derived" if derived else "tied"
+        dropped = slot.index in choice.plan.dropped
+        work = [
+            costs.group_cost(group, "direct" if dropped else "keep")
+            for group in slot.groups
+        ]
         return Row(
-            name, shape, uses, rule, "per-example", flops, moved, slot.materialised
+            name,
+            shape,
+            uses,
+            "derived" if derived else "tied",
+            "direct" if dropped else "per-example",
+            sum(cost.flops for cost in work),
+            sum(cost.traffic for cost in work),
+            slot.materialised,
         )
     work = [costs.group_cost(g, choice.plan.methods[g]) for g in slot.groups]
     several = any(len(group.sites) > 1 for group in slot.groups)

@@ -65,6 +65,8 @@ def make_plan(
 
 
 def _drops(slot: Slot, count: int, cost: Callable[[Group, Method], float]) -> bool:
+    if not all(site.value.linear for site in slot.sites):
+        return False  # The way back of a sum is not the sum of the ways back.
     points = {leaf // count for site in slot.sites for leaf in site.value.leaves}
     if len(points) > 1:
         # The gradients of two points nearly cancel: another way to sum them would round

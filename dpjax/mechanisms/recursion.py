@@ -3,7 +3,7 @@
 import math
 from typing import TYPE_CHECKING, Protocol
 
-from dpjax.checks import check_clip
+from dpjax.checks import check_clip, check_noise
 from dpjax.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -76,13 +76,7 @@ def check(mechanism: Recursive) -> None:
             f"difference_clip_norm={bound} must be positive and finite; it bounds each "
             "example's gradient difference per unit of the step's length"
         )
-    if not (
-        mechanism.noise_multiplier >= 0 and math.isfinite(mechanism.noise_multiplier)
-    ):
-        raise ValueError(
-            f"noise_multiplier={mechanism.noise_multiplier} must be finite and at least 0 "
-            "(0 means no privacy)"
-        )
+    check_noise(mechanism.noise_multiplier)
     if not (ratio > 0 and math.isfinite(ratio)):
         raise ValueError(
             f"noise_ratio={ratio} must be positive and finite: the noise multiplier of "

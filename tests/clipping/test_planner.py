@@ -9,7 +9,7 @@ from dpjax.clipping import Query, bookkeeping, planned
 from dpjax.clipping.analysis import analyse
 from dpjax.clipping.costs import DEVICES, saved_bytes
 from dpjax.clipping.plan import make_plan
-from dpjax.clipping.planner import choose
+from dpjax.clipping.planner import candidates, choose, estimate
 from dpjax.clipping.slots import find_slots
 from tests.checks import batch_of, check_engine_contract
 
@@ -133,11 +133,74 @@ def test_gradients_of_derived_weights_are_dropped_where_keeping_them_takes_more_
         for name, shape in shapes.items()
     }
     query = Query((params,), clip_norm=0.05, residual=True)
+    two = Query((params, params), clip_norm=0.05, signs=(1.0, -1.0))
     dropped = {}
     for positions in (2, 64):
         examples = {"x": jnp.asarray(rng.normal(size=(6, positions, 24)), jnp.float32)}
         batch = batch_of(examples, mask=[True, False, True, True, True, True])
-        plan = make_plan(find_slots(analyse(loss, query, batch, KEY)), saved_bytes)
+        plan, of_two = (
+            make_plan(find_slots(analyse(loss, asked, batch, KEY)), saved_bytes)
+            for asked in (query, two)
+        )
         dropped[positions] = plan.dropped
+        # Two gradients that nearly cancel must be summed as their norm was taken.
+        assert not of_two.dropped
         check_engine_contract(bookkeeping, loss, query, batch, KEY)
     assert dropped == {2: {0, 1, 2}, 64: set()}
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+def test_of_plans_that_are_about_as_fast_the_leanest_is_chosen(kind):
+    program, on = program_of(width=64, positions=64), DEVICES[kind]
+    chosen = choose(program, 16, memory_budget=1e12, on=on)
+    found = [
+        estimate(program, plan, size, 16, on)
+        for plan in candidates(program, on)
+        for size in (1, 2, 4, 8, 16)
+    ]
+    fastest = min(found, key=lambda choice: choice.seconds)
+    assert chosen.microbatch_size == fastest.microbatch_size
+    assert chosen.seconds <= 1.1 * fastest.seconds
+    rivals = [
+        choice.peak
+        for choice in found
+        if choice.microbatch_size == fastest.microbatch_size
+        and bool(choice.plan.probed) == bool(fastest.plan.probed)
+        and choice.seconds <= 1.1 * fastest.seconds
+    ]
+    assert chosen.peak == min(rivals) < fastest.peak
+
+
+@jax.custom_vjp
+def clip_backward(value):
+    return value
+
+
+clip_backward.defvjp(
+    lambda value: (value, None), lambda _, g: (jnp.clip(g, -0.1, 0.1),)
+)
+
+
+@pytest.mark.parametrize(
+    "derived",
+    [
+        clip_backward,
+        jax.jit(clip_backward),
+        jax.checkpoint(clip_backward),
+        lambda w: jax.lax.cond(w[0, 0] > 0, clip_backward, jnp.sin, w),
+        lambda w: (
+            2 * jax.lax.scan(lambda c, _: (clip_backward(c), None), w, None, 2)[0]
+        ),
+    ],
+    ids=["bare", "jit", "checkpoint", "cond", "scan"],
+)
+def test_nothing_is_dropped_behind_a_backward_pass_that_need_not_be_linear(derived):
+    def loss(params, example, key):
+        del key
+        return jnp.sum(jnp.square(example["x"] @ derived(params)))
+
+    batch = batch_of({"x": jnp.ones((4, 1, 24))})
+    query = Query((jnp.ones((24, 16)),), clip_norm=1.0)
+    slots = find_slots(analyse(loss, query, batch, KEY))
+    assert slots[0].materialised
+    assert not make_plan(slots, saved_bytes).dropped
