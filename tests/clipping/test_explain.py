@@ -71,3 +71,18 @@ def test_explain_prints_why_and_what_it_costs(capsys):
     assert "meets data in add" in text
     assert "the loss does not read it" in text
     assert len(text.strip().splitlines()) == 1 + len(params)
+
+
+def test_explain_tells_of_gradients_that_are_formed_and_dropped():
+    def loss(params, example, key):
+        del key
+        merged = params["base"] + params["a"] @ params["b"]
+        return jnp.sum(jnp.square(jnp.tanh(example["x"] @ merged)))
+
+    shapes = {"base": (256, 256), "a": (256, 4), "b": (4, 256)}
+    params = {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in shapes.items()}
+    for positions, method in ((2, "direct"), (512, "per-example")):
+        example = {"x": jax.ShapeDtypeStruct((positions, 256), jnp.float32)}
+        rows = dpjax.explain(loss, params, example)
+        assert {row.rule for row in rows} == {"derived"}
+        assert {row.method for row in rows} == {method}

@@ -178,7 +178,7 @@ def test_noise_is_added_to_the_release_and_never_to_the_memory():
     check_noise(release, stddev=6.0, divisor=1000.0, clip_norm=1.0)
 
 
-@pytest.mark.parametrize("harm", ["seal", "bound", "outer"])
+@pytest.mark.parametrize("harm", ["seal", "bound", "tighter", "outer"])
 def test_a_sum_that_was_tampered_with_spoils_the_release(harm):
     mechanism = two_channels()
     params = {"w": jnp.zeros(3)}
@@ -192,6 +192,7 @@ def test_a_sum_that_was_tampered_with_spoils_the_release(harm):
     changed = {
         "seal": {"seal": clipped.seal * 0.5},
         "bound": {"l2_bound": clipped.l2_bound * 1.1},
+        "tighter": {"l2_bound": clipped.l2_bound * 0.9},  # More is in the residual.
         "outer": {"outer_norm": clipped.outer_norm * 1.1},
     }[harm]
     assert np.isnan(mean(dataclasses.replace(clipped, **changed))).all()

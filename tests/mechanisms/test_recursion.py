@@ -86,6 +86,7 @@ def test_a_step_of_length_zero_leaves_the_estimate_as_it_is(make):
     size=st.sampled_from([1e-1, 1e-3, 1e-5, 1e-6, 1e-7]),
     smooth=st.floats(0.01, 10),
 )
+@hypothesis.example(seed=0, size=1e-6, smooth=0.5)  # Once 21% too long.
 @hypothesis.settings(max_examples=6)
 def test_a_difference_never_exceeds_its_radius_however_short_the_step(
     engine, case, seed, size, smooth

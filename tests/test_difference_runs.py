@@ -1,0 +1,82 @@
+"""Gradient differences in the loop: two phases, their batches, their state, one radius."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from dpjax.data.batches import batches
+from dpjax.experiment import build_experiment
+from dpjax.ledger import Ledger
+from dpjax.noise import root_key
+from dpjax.train import init_state, make_train_step, sampling_seed, train
+from dpjax.transforms import private
+from tests.runs import assert_same_export, tiny
+
+SPIDER = {
+    "name": "dpjax.mechanisms.spider_boost:SpiderBoost",
+    "clip_norm": 0.5,
+    "difference_clip_norm": 1.0,
+    "noise_multiplier": 4.0,
+    "noise_ratio": 1.0,
+    "sampling": {
+        "name": "dpjax.sampling:PeriodicPoisson",
+        "period": 4,
+        "first_rate": 0.3,
+        "rate": 0.1,
+    },
+    "steps": 12,
+    "delta": 1e-5,
+}
+
+
+def test_a_run_resumed_between_restarts_is_the_undisturbed_one(tmp_path, monkeypatch):
+    one, other = tmp_path / "one", tmp_path / "other"
+    expected = train(tiny(mechanism=SPIDER), one)
+    record = Ledger.record
+
+    def dying(self, step, fingerprint):
+        if step >= 7:
+            raise KeyboardInterrupt
+        record(self, step, fingerprint)
+
+    config = tiny(mechanism=SPIDER, **{"run.checkpoint_every": 3})
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "record", dying)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, other)
+    found = train(config, other)
+    assert_same_export(one, other)
+    states = [state.private.mechanism for state in (found, expected)]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    assert int(states[0].count) == 12
+
+
+def test_all_chunks_of_a_step_are_clipped_to_the_radius_of_its_empty_sum():
+    """Else a radius that two programs round differently would break the seal."""
+    config = tiny(mechanism=SPIDER)
+    experiment = build_experiment(config)
+    mechanism = experiment.mechanism
+    transform = private(mechanism, experiment.optimizer, noise_key=root_key(1))
+    state = init_state(config, experiment, transform)
+    step = make_train_step(config, experiment, transform)
+    stream = batches(
+        experiment.source,
+        mechanism,
+        seed=sampling_seed(state),
+        physical_batch_size=32,
+    )
+    state, _, _ = step(state, next(stream))
+    batch = next(stream)
+    stream.close()
+    assert len(batch.chunks) > 1
+    total = step.begin("difference", state)
+    # As another program might round it, and as release tolerates it.
+    nearby = np.nextafter(np.float32(total.l2_bound), np.float32(np.inf))
+    total = dataclasses.replace(total, l2_bound=jax.numpy.asarray(nearby))
+    for chunk in batch.chunks:
+        total, _ = step.accumulate("difference", state, total, chunk)
+    assert total.l2_bound == nearby
+    _, released = step.finish(state, total)
+    assert np.isfinite(released.update_norm)
