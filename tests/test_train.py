@@ -552,7 +552,7 @@ def test_a_second_signal_stops_at_once(tmp_path, monkeypatch, undisturbed):
 
 
 def test_interrupted_is_raised_after_saving(tmp_path, monkeypatch, undisturbed):
-    record = Ledger.record
+    record, handler = Ledger.record, signal.getsignal(signal.SIGINT)
 
     def interrupt(self, step, fingerprint):
         record(self, step, fingerprint)
@@ -563,6 +563,6 @@ def test_interrupted_is_raised_after_saving(tmp_path, monkeypatch, undisturbed):
         patch.setattr(Ledger, "record", interrupt)
         with pytest.raises(Interrupted, match="of 12"):
             train(tiny(), tmp_path)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     train(tiny(), tmp_path)
     assert_same_export(tmp_path, undisturbed)
