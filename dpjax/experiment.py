@@ -12,7 +12,7 @@ from dpjax import config as configs
 from dpjax.clipping import Engine, plain, resolve_engine
 from dpjax.data.batches import check_labels, fingerprint, overlap
 from dpjax.losses import augmented
-from dpjax.mechanisms import Mechanism
+from dpjax.mechanisms import DpZero, Mechanism
 from dpjax.typing import Example, Loss, Model, Params, Source
 
 _log = logging.getLogger(__name__)
@@ -100,6 +100,11 @@ def _engine(compute: Mapping[str, Any], mechanism: Mechanism) -> Engine:
     size = compute["microbatch_size"]
     if not mechanism.private:
         return resolve_engine(plain, microbatch_size=size)
+    if isinstance(mechanism, DpZero) and compute["memory_budget"] is not None:
+        raise configs.ConfigError(
+            f"config.compute.memory_budget={compute['memory_budget']} is for plans of "
+            "gradients, and DpZero takes none: use config.compute.microbatch_size"
+        )
     return resolve_engine(
         compute["engine"],
         microbatch_size=size,

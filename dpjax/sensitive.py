@@ -26,8 +26,9 @@ class ClippedSum:
     Adding a sum to itself is not noticed: merge disjoint sets only.
 
     Attributes:
-        total: ``sum_i f_i d_i``, like params, at least float32.
-        residual: What clipping cut off, summed, like params; None if not asked for.
+        total: ``sum_i f_i d_i``, at least float32: like params, or one number for
+            slopes.
+        residual: What clipping cut off, summed, like total; None if not asked for.
         seal: ``SEAL`` when made; what changes the sum by mistake changes this too.
         l2_bound: How far adding or removing one example can move ``total``.
         outer_norm: How far each example was clipped first; inf if it was not. With flat
@@ -98,9 +99,9 @@ class PerExample:
     """Per-example statistics: private, refused by every writer. See ``reveal``.
 
     Attributes:
-        losses: ``float32[B]``, at the first query point; 0 on padding.
-        norms: ``float32[B]``, L2 norm before clipping; 0 on padding.
-        nonfinite: ``bool[B]``, examples zeroed because their gradient was NaN or inf.
+        losses: ``float32[B]``, at the first query point (about it, for slopes); 0 on padding.
+        norms: ``float32[B]``, L2 norm of ``d_i`` before clipping; 0 on padding.
+        nonfinite: ``bool[B]``, examples zeroed because their ``d_i`` was NaN or inf.
         mask: ``bool[B]``, False on padding.
     """
 

@@ -38,7 +38,7 @@ def batch_of(examples, *, mask=None, index=None):
 
 def reference(loss, query, batch, key):
     """The contract, example by example in float64 numpy: (total, residual, norms)."""
-    zeros = jax.tree.map(lambda p: np.zeros(p.shape), query.points[0])
+    zeros = jax.tree.map(lambda p: np.zeros(p.shape), query.empty().total)
     total, residual, norms = zeros, zeros, []
     for i in range(len(batch.mask)):
         if not batch.mask[i]:
@@ -46,12 +46,9 @@ def reference(loss, query, batch, key):
             continue
         example = jax.tree.map(lambda x, i=i: x[i], batch.examples)
         example_key = jax.random.fold_in(key, batch.index[i])
-        vector = zeros
-        for sign, point in zip(query.signs, query.points, strict=True):
-            gradient = jax.grad(loss)(point, example, example_key)
-            vector = jax.tree.map(
-                lambda v, g, s=sign: v + s * np.asarray(g, np.float64), vector, gradient
-            )
+        vector = (_gradient if query.slope is None else _slope)(
+            loss, query, example, example_key
+        )
         norms.append(norm(vector))
         if not math.isfinite(norms[-1]):
             continue
@@ -60,6 +57,31 @@ def reference(loss, query, batch, key):
         total = jax.tree.map(np.add, total, clipped)
         residual = jax.tree.map(lambda r, v, c: r + v - c, residual, vector, clipped)
     return total, residual, np.array(norms)
+
+
+def _gradient(loss, query, example, key):
+    vector = jax.tree.map(lambda p: np.zeros(p.shape), query.points[0])
+    for sign, point in zip(query.signs, query.points, strict=True):
+        gradient = jax.grad(loss)(point, example, key)
+        vector = jax.tree.map(
+            lambda v, g, s=sign: v + s * np.asarray(g, np.float64), vector, gradient
+        )
+    return vector
+
+
+def _slope(loss, query, example, key):
+    (point,), (direction, span) = query.points, query.slope
+    ahead, behind = (
+        np.float64(
+            loss(
+                jax.tree.map(lambda p, u, s=s: p + s * u, point, direction),
+                example,
+                key,
+            )
+        )
+        for s in (span, -span)
+    )
+    return (ahead - behind) / (2 * span)
 
 
 def clip(vector, clip_norm, style):

@@ -65,6 +65,17 @@ def dice(**changes):
     return {"mechanism": mechanism | changes}
 
 
+ZERO = {
+    "name": "dpjax.mechanisms.dp_zero:DpZero",
+    "clip_norm": 1.0,
+    "smoothing": 1e-3,
+    "direction_seed": 0,
+    "noise_multiplier": 4.0,
+    "sampling": {"name": "dpjax.sampling:Poisson", "rate": 0.1},
+    "steps": 12,
+    "delta": 1e-5,
+}
+
 WRONG_VALUES = {
     "clip norm zero": ({"mechanism.clip_norm": 0.0}, "clip_norm=0.0 must be positive"),
     "clip norm negative": ({"mechanism.clip_norm": -1.0}, "clip_norm=-1.0 must be"),
@@ -117,6 +128,18 @@ WRONG_VALUES = {
             sampling={"name": "dpjax.sampling:ShuffledFixed", "batch_size": 64},
         ),
         "sampling=ShuffledFixed has no analysis",
+    ),
+    "slopes over no distance": (
+        {"mechanism": ZERO | {"smoothing": 0.0}},
+        "config.mechanism: dpjax.mechanisms.dp_zero:DpZero: smoothing=0.0 must be positive",
+    ),
+    "secret directions": (
+        {"mechanism": ZERO | {"direction_seed": None}},
+        "direction_seed=None must be an integer; it is public",
+    ),
+    "memory budget without gradients": (
+        {"mechanism": ZERO, "compute.memory_budget": 2**30},
+        "DpZero takes none: use config.compute.microbatch_size",
     ),
     "delta one": ({"mechanism.delta": 1.0}, "delta=1.0 must be in (0, 1)"),
     "delta zero": ({"mechanism.delta": 0.0}, "delta=0.0 must be in (0, 1)"),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import dpjax
-from dpjax.clipping import Query, vmap
+from dpjax.clipping import Query, Slope, vmap
 from dpjax.noise import root_key
 from dpjax.sampling import Poisson
 from dpjax.sensitive import ClippedSum
@@ -152,6 +152,46 @@ def schedule_check(mechanism):
             for part in mechanism.event(steps).events
         }
         assert accounted == noise, (steps, accounted, noise)
+
+
+def slope_check(engine):
+    """The contract on slopes, of a loss with dropout."""
+
+    def loss(params, example, key):
+        kept = jax.random.bernoulli(key, 0.5, params.shape)
+        return jnp.square(jnp.dot(params * kept, example["x"]))
+
+    batch = batch_of({"x": jnp.arange(24.0).reshape(6, 4) / 24})
+    slope = Slope(jnp.array([1.0, -2.0, 0.5, 1.0]), 0.1)
+    query = Query((jnp.ones(4),), clip_norm=0.5, slope=slope)
+    check_engine_contract(engine, loss, query, batch, jax.random.key(0), rtol=1e-4)
+
+
+ZERO = dpjax.DpZero(
+    clip_norm=0.5,
+    smoothing=1e-3,
+    direction_seed=0,
+    noise_multiplier=1.2,
+    sampling=Poisson(rate=0.1),
+    steps=50,
+    num_examples=200,
+    delta=1e-5,
+)
+
+
+def direction_check(mechanism):
+    """A sum is released along the direction it was taken along, and along no other."""
+    params = {"w": jnp.ones(50)}
+    for step in range(3):
+        state = mechanism.init(params)._replace(step=jnp.int32(step))
+        query = mechanism.query("slope", params, state)
+        u = query.slope.direction["w"]
+        for at in range(3):
+            out, _ = mechanism.release(query.empty(), state, params, key=KEY, step=at)
+            if at != step:
+                assert np.isnan(out["w"]).all()
+            else:
+                assert abs(jnp.corrcoef(out["w"], u)[0, 1]) > 0.999
 
 
 def residual_check(engine):
@@ -369,6 +409,51 @@ def other_dropout_at_the_second_point(loss, query, batch, key):
     return dataclasses.replace(honest, total=total), statistics
 
 
+def other_dropout_behind(loss, query, batch, key):
+    """Differences of losses whose two halves drop other units."""
+    (point,), (direction, span) = query.points, query.slope
+    ahead, behind = (
+        jax.vmap(loss, (None, 0, 0))(
+            point + s * direction,
+            batch.examples,
+            jax.random.split(jax.random.fold_in(key, s > 0), len(batch.mask)),
+        )
+        for s in (span, -span)
+    )
+    honest, statistics = vmap(loss, query, batch, key)
+    slopes = jnp.clip((ahead - behind) / (2 * span), -0.5, 0.5)
+    return dataclasses.replace(honest, total=slopes.sum()), statistics
+
+
+def slope_of_the_batch_clipped(loss, query, batch, key):
+    free = dataclasses.replace(query, clip_norm=jnp.float32(jnp.inf))
+    honest, statistics = vmap(loss, query, batch, key)
+    total = jnp.clip(vmap(loss, free, batch, key)[0].total, -0.5, 0.5)
+    return dataclasses.replace(honest, total=total), statistics
+
+
+def slope_over_one_span(loss, query, batch, key):
+    """Divided by lambda where 2 lambda is due."""
+    direction, span = query.slope
+    wider = dataclasses.replace(query, slope=Slope(2 * direction, span / 2))
+    return vmap(loss, wider, batch, key)
+
+
+class DirectionOfTheStep(dpjax.DpZero):
+    """Drawn from the step of the release, whichever the sum was taken along."""
+
+    def release(self, clipped, state, params, *, key, step):
+        other = state._replace(step=jnp.asarray(step))
+        return super().release(clipped, other, params, key=key, step=step)
+
+
+class FreshDirection(dpjax.DpZero):
+    def release(self, clipped, state, params, *, key, step):
+        other = dataclasses.replace(self, direction_seed=self.direction_seed + 1)
+        honest = dpjax.DpZero(**vars(other))
+        return honest.release(clipped, state, params, key=key, step=step)
+
+
 def residual_not_scaled(loss, query, batch, key):
     """As the authors' code: the mean of gradients less the sum of clipped ones."""
     clipped, statistics = vmap(loss, query, batch, key)
@@ -549,6 +634,11 @@ MUTANTS = {
     ),
     "all steps accounted as restarts": (schedule_check, diff2_as(AllRestarts)),
     "no restarts accounted": (schedule_check, diff2_as(NoRestarts)),
+    "other dropout behind": (slope_check, other_dropout_behind),
+    "slope of the batch clipped": (slope_check, slope_of_the_batch_clipped),
+    "slope over one span": (slope_check, slope_over_one_span),
+    "direction of the step": (direction_check, DirectionOfTheStep(**vars(ZERO))),
+    "fresh direction": (direction_check, FreshDirection(**vars(ZERO))),
     "residual not scaled": (residual_check, residual_not_scaled),
     "outer norm forgotten": (residual_check, outer_norm_forgotten),
     "noise in the memory": (memory_check, noise_in_the_memory()),
@@ -587,6 +677,8 @@ def test_mutant_is_caught(name):
         (difference_check, vmap),
         (difference_noise_check, difference_release(DIFF2)),
         (schedule_check, DIFF2),
+        (slope_check, vmap),
+        (direction_check, ZERO),
         (residual_check, vmap),
         (memory_check, feedback_release(DICE)),
         (feedback_noise_check, DICE),

@@ -25,7 +25,7 @@ from dpjax.clipping.plan import Plan, Planner
 from dpjax.clipping.query import Query
 from dpjax.clipping.slots import Group, Slot
 from dpjax.clipping.values import Path
-from dpjax.clipping.vmap import per_example
+from dpjax.clipping.vmap import per_example, vmap
 from dpjax.sensitive import ClippedSum, PerExample, accumulation_dtype
 from dpjax.typing import Batch, Key, Loss
 
@@ -34,6 +34,8 @@ def execute(
     loss: Loss, query: Query, batch: Batch, key: Key, *, planner: Planner
 ) -> tuple[ClippedSum, PerExample]:
     """Return the clipped sum, computed as ``planner`` decides. See ``Engine``."""
+    if query.slope is not None:
+        return vmap(loss, query, batch, key)
     program = analyse(loss, query, batch, key)
     return run_plan(program, planner(program), query, batch, key)
 

@@ -7,6 +7,7 @@ from dpjax.mechanisms.base import Mechanism
 from dpjax.mechanisms.dice_sgd import DiceSgd
 from dpjax.mechanisms.diff2 import Diff2
 from dpjax.mechanisms.dp_sgd import DpSgd
+from dpjax.mechanisms.dp_zero import DpZero
 from dpjax.mechanisms.non_private import NonPrivate
 from dpjax.mechanisms.privatized_error_feedback import PrivatizedErrorFeedback
 from dpjax.mechanisms.spider_boost import SpiderBoost
@@ -15,6 +16,7 @@ __all__ = [
     "DiceSgd",
     "Diff2",
     "DpSgd",
+    "DpZero",
     "Mechanism",
     "NonPrivate",
     "PrivatizedErrorFeedback",

@@ -11,12 +11,14 @@ import pytest
 
 from dpjax.clipping import (
     Query,
+    Slope,
     auto,
     bookkeeping,
     clipped_grad,
     ghost,
     microbatched,
     plain,
+    planned,
     vmap,
 )
 from dpjax.sensitive import SEAL, ClippedSum, reveal
@@ -184,6 +186,46 @@ def test_difference_of_equal_points_with_zero_radius_is_zero(engine):
     query = Query((params, params), clip_norm=0.0, signs=(1.0, -1.0))
     clipped, _ = run(engine, loss, query, batch_of(examples))
     assert norm(clipped.total) == 0.0
+
+
+def slope_query(params, *, clip_norm, **options):
+    direction = jax.tree.map(lambda p: jnp.cos(3 * p), params)
+    slope = Slope(direction, 0.05)
+    return Query((params,), clip_norm=clip_norm, slope=slope, **options)
+
+
+@all_engines
+@pytest.mark.parametrize("clip_norm", [0.3, 1e6])
+def test_slopes_equal_the_reference(engine, clip_norm):
+    """The loss has dropout: both points must drop the same units."""
+    loss, params, examples = CASES["network"]
+    query = slope_query(params, clip_norm=clip_norm, residual=True)
+    batch = batch_of(examples, mask=MASK, index=[5, 9, 0, 2, 7, 1, 0, 4])
+    # Float32 losses are rounded before they are subtracted.
+    check_engine_contract(engine, loss, query, batch, KEY, rtol=1e-4)
+
+
+@all_engines
+def test_the_slope_of_one_example_counts_within_the_clip_norm_or_not_at_all(engine):
+    loss, params, examples = CASES["network"]
+    query = slope_query(params, clip_norm=0.1)
+    for scale in (1e-3, 1.0, 1e12, np.nan):
+        y = examples["y"] * scale
+        for i in range(8):
+            one = batch_of({"x": examples["x"], "y": y}, mask=np.arange(8) == i)
+            clipped, statistics = run(engine, loss, query, one)
+            assert norm(clipped.total) <= 0.1
+            found = reveal(statistics)["nonfinite"]
+            np.testing.assert_array_equal(found, (np.arange(8) == i) & np.isnan(scale))
+
+
+def test_slopes_are_refused_by_engines_that_would_not_answer_them():
+    loss, params, examples = CASES["network"]
+    query = slope_query(params, clip_norm=1.0)
+    with pytest.raises(ValueError, match="residual or slope"):
+        plain(loss, query, batch_of(examples), KEY)
+    with pytest.raises(ValueError, match="this query is of slopes; use micro"):
+        planned(memory_budget=1e9)(loss, query, batch_of(examples), KEY)
 
 
 @all_engines

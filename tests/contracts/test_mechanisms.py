@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 import dpjax
+from dpjax.directions import gaussian_direction
 from dpjax.mechanisms import (
     DiceSgd,
     Diff2,
     DpSgd,
+    DpZero,
     NonPrivate,
     PrivatizedErrorFeedback,
     SpiderBoost,
@@ -70,6 +72,18 @@ def spider_boost(**changes):
     return SpiderBoost(**(facts | changes))
 
 
+def dp_zero(**changes):
+    facts = {
+        "clip_norm": 0.5,
+        "smoothing": 1e-3,
+        "direction_seed": 7,
+        "noise_multiplier": 4.0,
+        "sampling": Poisson(rate=0.1),
+        **PLAN,
+    }
+    return DpZero(**(facts | changes))
+
+
 def dice_sgd(accounting, **changes):
     facts = {
         "clip_norm": 0.5,
@@ -110,6 +124,7 @@ MECHANISMS = {
         sampling=Poisson(rate=0.1),
         **PLAN,
     ),
+    "dp_zero": dp_zero(),
     "diff2": diff2(),
     "diff2 four workers": diff2(noisy_workers=4),
     "spider boost": spider_boost(),
@@ -136,6 +151,8 @@ def kinds(name):
     if isinstance(mechanism, DpSgd):
         size = mechanism.expected_batch_size
         return {"gradient": Kind(0, 0.5, 2.0, size)}
+    if isinstance(mechanism, DpZero):
+        return {"slope": Kind(0, 0.5, 2.0, mechanism.expected_batch_size)}
     return {
         "non-private": {"gradient": Kind(0, math.inf, 0.0, 100.0)},
         # 2 C2 + C1; G; sqrt(5) C1 + 5 (G - C1) in 5 epochs; sqrt(C1^2 + 2 C2^2).
@@ -180,6 +197,8 @@ def moved_by_one(mechanism, like):
 
 
 def release(mechanism, clipped, step):
+    if isinstance(mechanism, DpZero):
+        return slopes_released(mechanism, clipped, step)
     state, params = moved_by_one(mechanism, clipped.total)
     asked = mechanism.query(clipped.phase, params, state)
     if asked.residual:
@@ -190,6 +209,35 @@ def release(mechanism, clipped, step):
         )
     mean, _ = _compiled_release(mechanism)(clipped, state, params, root_key(0), step)
     return mean
+
+
+def slopes_released(mechanism, clipped, step):
+    """Each entry of the sum is a sum of slopes, released with a root key of its own."""
+    totals, treedef = jax.tree.flatten(clipped.total)
+    count = sum(t.size for t in totals)
+    words = jax.random.bits(jax.random.key(0), (count, 2, 2), jnp.uint32)
+    roots = jax.random.wrap_key_data(words)
+    flat = jnp.concatenate([jnp.ravel(t) for t in totals])
+    asked = dataclasses.replace(clipped, total=flat)
+    found = _compiled_slopes(mechanism)(asked, roots, step)
+    parts = np.split(found, np.cumsum([t.size for t in totals])[:-1])
+    shaped = [p.reshape(t.shape) for p, t in zip(parts, totals, strict=True)]
+    return treedef.unflatten(shaped)
+
+
+@functools.cache
+def _compiled_slopes(mechanism):
+    params = {"w": jnp.zeros(3)}
+
+    def one(total, asked, root, step):
+        asked = dataclasses.replace(asked, total=total)
+        state = mechanism.init(params)._replace(step=step)
+        out, _ = mechanism.release(asked, state, params, key=root, step=step)
+        u = gaussian_direction(params, seed=7, step=step)["w"]
+        return jnp.dot(out["w"], u) / jnp.dot(u, u)
+
+    each = jax.vmap(one, in_axes=(0, None, 0, None))
+    return compiled(lambda asked, roots, step: each(asked.total, asked, roots, step))
 
 
 @functools.cache
@@ -292,7 +340,7 @@ def test_replacing_a_fact_moves_everything_derived_from_it(name, fact):
         for kind in KINDS
         for harm in ("seal", "bound", "step")
         if harm == "seal" or kind[0] in PRIVATE
-        if harm != "step" or kind[1] != "gradient"
+        if harm != "step" or kind[1] not in ("gradient", "slope")
     ],
 )
 def test_a_sum_that_was_tampered_with_comes_out_as_nan(name, phase, harm):
@@ -344,6 +392,12 @@ def test_calibration_meets_the_target_from_below(name, target):
             lambda: dp_sgd(sampling=ShuffledFixed(batch_size=2000)),
             "batch_size=2000 exceeds num_examples=1000",
         ),
+        (lambda: dp_zero(smoothing=0.0), "smoothing=0.0 must be positive and finite"),
+        (
+            lambda: dp_zero(direction_seed=None),
+            "direction_seed=None must be an integer",
+        ),
+        (lambda: dp_zero(clip_norm=0.0), "clip_norm=0.0 must be positive"),
         (lambda: diff2(clip_norm=0.0), "clip_norm=0.0 must be positive"),
         (
             lambda: diff2(difference_clip_norm=0.0),
