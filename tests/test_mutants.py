@@ -139,6 +139,20 @@ def difference_noise_check(run):
     check_noise(run, stddev=3.6, divisor=200.0, clip_norm=1.0, steps=20)
 
 
+def message_check(mechanism):
+    """What one of four workers sends is private by itself: by hand, z1 C1."""
+
+    def run(clipped, step):
+        state = mechanism.init(clipped.total)
+        asked = dataclasses.replace(clipped, phase="restart")
+        at = 10 * step
+        return mechanism.message(
+            asked, state, clipped.total, key=KEY, step=at, worker=step % 4
+        )
+
+    check_noise(run, stddev=1.2 * 0.5, divisor=1.0, clip_norm=0.5, steps=20)
+
+
 def schedule_check(mechanism):
     """What is accounted is the noise of the phases that steps really have."""
     for steps in (1, 2, 10, 11, 50):
@@ -531,6 +545,15 @@ class NoiseMultiplierOfTheRestart(dpjax.Diff2):
         return super().noise_stddev("restart", radius)
 
 
+class NoiseSharedAmongWorkers(dpjax.Diff2):
+    """Enough for the total, if nobody sees the parts."""
+
+    def message(self, clipped, state, params, *, key, step, worker):
+        less = self.noise_multiplier / np.sqrt(self.noisy_workers)
+        honest = dpjax.Diff2(**vars(self) | {"noise_multiplier": less})
+        return honest.message(clipped, state, params, key=key, step=step, worker=worker)
+
+
 class AllRestarts(dpjax.Diff2):
     def event(self, steps=None):
         return dpjax.Diff2(**vars(self) | {"restart_every": 1}).event(steps)
@@ -632,6 +655,10 @@ MUTANTS = {
         schedule_check,
         diff2_as(NoiseMultiplierOfTheRestart),
     ),
+    "noise shared among workers": (
+        message_check,
+        NoiseSharedAmongWorkers(**vars(DIFF2) | {"noisy_workers": 4}),
+    ),
     "all steps accounted as restarts": (schedule_check, diff2_as(AllRestarts)),
     "no restarts accounted": (schedule_check, diff2_as(NoRestarts)),
     "other dropout behind": (slope_check, other_dropout_behind),
@@ -676,6 +703,7 @@ def test_mutant_is_caught(name):
         (contract_check, vmap),
         (difference_check, vmap),
         (difference_noise_check, difference_release(DIFF2)),
+        (message_check, dataclasses.replace(DIFF2, noisy_workers=4)),
         (schedule_check, DIFF2),
         (slope_check, vmap),
         (direction_check, ZERO),

@@ -145,7 +145,7 @@ def query(
     return Query(points, signs=(1.0, -1.0), clip_norm=radius, phase=phase)
 
 
-def release(
+def noisy_sum(
     mechanism: Recursive,
     clipped: "ClippedSum",
     state: "Diff2State",
@@ -153,16 +153,18 @@ def release(
     *,
     key: "Key",
     step: "int | Scalar",
-) -> "tuple[Params, Diff2State]":
-    """Return the next estimate and state.
+    workers: int = 1,
+    senders: range = range(1),
+) -> "Params":
+    """Return the sum with the noise of ``senders``, who are some of ``workers``.
 
-    All NaN if the seal is broken, the sum was clipped further out than the query's radius,
-    or it is of the other phase than ``step`` has.
+    All workers together add the mechanism's noise, each ``1 / sqrt(workers)`` of it. All
+    NaN if the seal is broken, the sum was clipped further out than the query's radius, or
+    it is of the other phase than ``step`` has.
     """
     import jax.numpy as jnp
 
-    from dpjax.differences import advance
-    from dpjax.noise import noisy_mean
+    from dpjax import noise
 
     phase, every = clipped.phase, mechanism.restart_every
     if phase not in PHASES:
@@ -173,22 +175,53 @@ def release(
     if params is None:
         raise ValueError("params are missing: differences are clipped by their change")
     radius = mechanism.radius(phase, params, state)
+    # The very float that the sum was clipped to: the norm of the step, computed anew here,
+    # may differ from it in the last digits.
+    stddev = mechanism.noise_stddev(phase, jnp.maximum(radius, clipped.l2_bound))
     # What is accounted at this step; a comparison with NaN is never true.
     due = (jnp.asarray(step) % every == 0) == (phase == "restart")
-    sampling = mechanism.sampling_of(phase)
-    mean = noisy_mean(
+    return noise.noisy_sum(
         clipped,
         l2_bound=jnp.where(due, radius * (1 + _ROUNDING), jnp.nan),
-        # The very float that the sum was clipped to: the norm of the step, computed anew
-        # here, may differ from it in the last digits.
-        stddev=mechanism.noise_stddev(phase, jnp.maximum(radius, clipped.l2_bound)),
-        divisor=sampling.expected_batch_size(mechanism.num_examples),
+        stddev=stddev / math.sqrt(workers),
         key=key,
         step=step,
+        streams=senders,
     )
+
+
+def release(
+    mechanism: Recursive,
+    clipped: "ClippedSum",
+    state: "Diff2State",
+    params: "Params",
+    *,
+    key: "Key",
+    step: "int | Scalar",
+    workers: int = 1,
+) -> "tuple[Params, Diff2State]":
+    """Return the next estimate and state; see ``noisy_sum`` for when they are NaN."""
+    import jax
+    import jax.numpy as jnp
+
+    from dpjax.differences import advance
+
+    total = noisy_sum(
+        mechanism,
+        clipped,
+        state,
+        params,
+        key=key,
+        step=step,
+        workers=workers,
+        senders=range(workers),
+    )
+    sampling = mechanism.sampling_of(clipped.phase)
+    size = sampling.expected_batch_size(mechanism.num_examples)
+    mean = jax.tree.map(lambda x: x / size, total)
     # The step that is accounted is the one that counts.
     state = state._replace(count=jnp.asarray(step, jnp.int32))
-    state = advance(state, mean, params, restart=phase == "restart")
+    state = advance(state, mean, params, restart=clipped.phase == "restart")
     return state.estimate, state
 
 
