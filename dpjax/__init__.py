@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dpjax.mechanisms import (
         DiceSgd,
         Diff2,
+        Diff2BvrLSgd,
         DpSgd,
         DpZero,
         Mechanism,
@@ -39,6 +40,7 @@ _HOMES = {
     "ClippedSum": "sensitive",
     "DiceSgd": "mechanisms",
     "Diff2": "mechanisms",
+    "Diff2BvrLSgd": "mechanisms",
     "DpSgd": "mechanisms",
     "DpZero": "mechanisms",
     "FullBatch": "sampling",

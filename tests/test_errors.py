@@ -129,6 +129,24 @@ WRONG_VALUES = {
         ),
         "sampling=ShuffledFixed has no analysis",
     ),
+    "local steps without rounds": (
+        {
+            "mechanism": {
+                "name": "dpjax.mechanisms.diff2_bvr_l_sgd:Diff2BvrLSgd",
+                "clip_norm": 1.0,
+                "difference_clip_norm": 1.0,
+                "local_clip_norm": 1.0,
+                "restart_every": 2,
+                "noise_multiplier": 4.0,
+                "noise_ratio": 1.0,
+                "local_noise_ratio": 1.0,
+                "sampling": {"name": "dpjax.sampling:FullBatch"},
+                "steps": 12,
+                "delta": 1e-5,
+            }
+        },
+        "sampling=FullBatch() must be PeriodicPoisson(period=K, first_rate=1.0",
+    ),
     "slopes over no distance": (
         {"mechanism": ZERO | {"smoothing": 0.0}},
         "config.mechanism: dpjax.mechanisms.dp_zero:DpZero: smoothing=0.0 must be positive",

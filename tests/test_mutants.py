@@ -6,6 +6,7 @@ Every mutant is a plausible bug, run through the same check that the honest code
 import collections
 import dataclasses
 
+import dp_accounting as dp
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,6 +121,21 @@ DIFF2 = dpjax.Diff2(
 )
 
 
+LOCAL = dpjax.Diff2BvrLSgd(
+    clip_norm=0.5,
+    difference_clip_norm=2.0,
+    local_clip_norm=1.0,
+    restart_every=2,
+    noise_multiplier=1.2,
+    noise_ratio=3.0,
+    local_noise_ratio=0.5,
+    sampling=dpjax.PeriodicPoisson(period=3, first_rate=1.0, rate=0.1),
+    steps=50,
+    num_examples=200,
+    delta=1e-5,
+)
+
+
 def difference_release(mechanism):
     """Releases of the step after a restart, whose length is 0.5."""
 
@@ -154,16 +170,25 @@ def message_check(mechanism):
 
 
 def schedule_check(mechanism):
-    """What is accounted is the noise of the phases that steps really have."""
+    """What is accounted is the noise and the rate that steps really have."""
+
+    def of_step(step):
+        # In units of the sensitivity, which is the radius.
+        noise = mechanism.noise_stddev(mechanism.phase(step), 1.0)
+        if isinstance(mechanism.sampling, dpjax.FullBatch):
+            return float(noise), None
+        sampling = mechanism.sampling
+        return float(noise), sampling.rate if step % sampling.period else 1.0
+
+    def of_event(event):
+        if isinstance(event, dp.PoissonSampledDpEvent):
+            return event.event.noise_multiplier, event.sampling_probability
+        return event.noise_multiplier, None
+
     for steps in (1, 2, 10, 11, 50):
-        noise = collections.Counter(
-            # In units of the sensitivity, which is the radius.
-            float(mechanism.noise_stddev(mechanism.phase(step), 1.0))
-            for step in range(steps)
-        )
+        noise = collections.Counter(map(of_step, range(steps)))
         accounted = {
-            part.event.noise_multiplier: part.count
-            for part in mechanism.event(steps).events
+            of_event(part.event): part.count for part in mechanism.event(steps).events
         }
         assert accounted == noise, (steps, accounted, noise)
 
@@ -564,6 +589,29 @@ class NoRestarts(dpjax.Diff2):
         return dpjax.Diff2(**vars(self) | {"restart_every": 10**6}).event(steps)
 
 
+class LocalStepsForFree(dpjax.Diff2BvrLSgd):
+    def event(self, steps=None):
+        parts = super().event(steps).events
+        rates = (part.event.sampling_probability for part in parts)
+        return dp.ComposedDpEvent(
+            [part for part, rate in zip(parts, rates, strict=True) if rate == 1.0]
+        )
+
+
+class LocalStepsAmplifiedTwice(dpjax.Diff2BvrLSgd):
+    """Accounted as of a tenth of the examples of the round, which takes all."""
+
+    def event(self, steps=None):
+        halved = dataclasses.replace(self.sampling, rate=self.sampling.rate / 10)
+        return dpjax.Diff2BvrLSgd(**vars(self) | {"sampling": halved}).event(steps)
+
+
+class RestartsCountedInSteps(dpjax.Diff2BvrLSgd):
+    def event(self, steps=None):
+        longer = self.restart_every * self.sampling.period
+        return dpjax.Diff2BvrLSgd(**vars(self) | {"restart_every": longer}).event(steps)
+
+
 def diff2_as(mutant):
     return mutant(**vars(DIFF2))
 
@@ -660,6 +708,15 @@ MUTANTS = {
         NoiseSharedAmongWorkers(**vars(DIFF2) | {"noisy_workers": 4}),
     ),
     "all steps accounted as restarts": (schedule_check, diff2_as(AllRestarts)),
+    "local steps for free": (schedule_check, LocalStepsForFree(**vars(LOCAL))),
+    "local steps amplified twice": (
+        schedule_check,
+        LocalStepsAmplifiedTwice(**vars(LOCAL)),
+    ),
+    "restarts counted in steps": (
+        schedule_check,
+        RestartsCountedInSteps(**vars(LOCAL)),
+    ),
     "no restarts accounted": (schedule_check, diff2_as(NoRestarts)),
     "other dropout behind": (slope_check, other_dropout_behind),
     "slope of the batch clipped": (slope_check, slope_of_the_batch_clipped),
@@ -705,6 +762,7 @@ def test_mutant_is_caught(name):
         (difference_noise_check, difference_release(DIFF2)),
         (message_check, dataclasses.replace(DIFF2, noisy_workers=4)),
         (schedule_check, DIFF2),
+        (schedule_check, LOCAL),
         (slope_check, vmap),
         (direction_check, ZERO),
         (residual_check, vmap),

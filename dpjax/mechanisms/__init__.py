@@ -6,6 +6,7 @@ Importing a mechanism does not import jax, so config errors are answered at once
 from dpjax.mechanisms.base import Mechanism
 from dpjax.mechanisms.dice_sgd import DiceSgd
 from dpjax.mechanisms.diff2 import Diff2
+from dpjax.mechanisms.diff2_bvr_l_sgd import Diff2BvrLSgd
 from dpjax.mechanisms.dp_sgd import DpSgd
 from dpjax.mechanisms.dp_zero import DpZero
 from dpjax.mechanisms.non_private import NonPrivate
@@ -15,6 +16,7 @@ from dpjax.mechanisms.spider_boost import SpiderBoost
 __all__ = [
     "DiceSgd",
     "Diff2",
+    "Diff2BvrLSgd",
     "DpSgd",
     "DpZero",
     "Mechanism",

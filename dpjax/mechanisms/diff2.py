@@ -107,15 +107,23 @@ class Diff2:
         """The public constant that divides each released sum."""
         return self.sampling.expected_batch_size(self.num_examples)
 
+    @property
+    def steps_per_round(self) -> int:
+        """Every step is a round: there are no local ones."""
+        return 1
+
     def sampling_of(self, phase: str) -> Sampling:
         """Return the full batch."""
         del phase
         return self.sampling
 
+    def multiplier(self, phase: str) -> float:
+        """Return the noise multiplier of a phase: what is accounted."""
+        return recursion.multiplier(self, phase)
+
     def noise_stddev(self, phase: str, radius: "float | Scalar") -> "float | Scalar":
         """Return the standard deviation of the noise on a sum clipped to ``radius``."""
-        multiplier = recursion.multiplier(self, phase)
-        return multiplier * math.sqrt(self.noisy_workers) * radius
+        return self.multiplier(phase) * math.sqrt(self.noisy_workers) * radius
 
     def event(self, steps: int | None = None) -> "DpEvent":
         """Return the Gaussians of ``steps`` (all, by default), restarts apart."""

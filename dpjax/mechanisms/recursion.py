@@ -1,4 +1,4 @@
-"""What the mechanisms of recursive gradient differences share: Diff2 and SpiderBoost."""
+"""What the mechanisms of recursive gradient differences share: Diff2 and its relatives."""
 
 import math
 from typing import TYPE_CHECKING, Protocol
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dpjax.sensitive import ClippedSum
     from dpjax.typing import Key, Params, Scalar
 
-PHASES = ("restart", "difference")
+PHASES = ("restart", "difference", "local")
 _ROUNDING = 1e-3
 """How far two compiled programs may disagree on one float32 norm, relatively."""
 
@@ -34,7 +34,12 @@ class Recursive(Protocol):
 
     @property
     def restart_every(self) -> int:
-        """T."""
+        """T, in rounds."""
+        ...
+
+    @property
+    def steps_per_round(self) -> int:
+        """K; 1 where there are no local steps."""
         ...
 
     @property
@@ -56,6 +61,10 @@ class Recursive(Protocol):
         """Return which examples take part in the steps of this phase."""
         ...
 
+    def multiplier(self, phase: str) -> float:
+        """Return the noise multiplier of a phase: what is accounted."""
+        ...
+
     def radius(
         self, phase: str, params: "Params", state: "Diff2State"
     ) -> "float | Scalar":
@@ -70,41 +79,61 @@ class Recursive(Protocol):
 def check(mechanism: Recursive) -> None:
     """Raise ValueError unless the facts shared by these mechanisms make sense."""
     check_clip(clip_norm=mechanism.clip_norm, style="flat")
-    bound, ratio = mechanism.difference_clip_norm, mechanism.noise_ratio
+    check_radius("difference_clip_norm", mechanism.difference_clip_norm)
+    check_noise(mechanism.noise_multiplier)
+    check_ratio("noise_ratio", mechanism.noise_ratio)
+
+
+def check_radius(name: str, bound: float) -> None:
+    """Raise ValueError unless ``bound`` clips differences."""
     if not (bound > 0 and math.isfinite(bound)):
         raise ValueError(
-            f"difference_clip_norm={bound} must be positive and finite; it bounds each "
+            f"{name}={bound} must be positive and finite; it bounds each "
             "example's gradient difference per unit of the step's length"
         )
-    check_noise(mechanism.noise_multiplier)
+
+
+def check_ratio(name: str, ratio: float) -> None:
+    """Raise ValueError unless ``ratio`` scales a noise multiplier."""
     if not (ratio > 0 and math.isfinite(ratio)):
         raise ValueError(
-            f"noise_ratio={ratio} must be positive and finite: the noise multiplier of "
+            f"{name}={ratio} must be positive and finite: the noise multiplier of "
             "differences over that of restarts"
         )
 
 
 def phase(mechanism: Recursive, step: int) -> str:
-    """Return "restart" at every T-th step from the first on, else "difference"."""
-    return "difference" if step % mechanism.restart_every else "restart"
+    """Return "restart" in every T-th round from the first on, else "difference".
+
+    That is the first step of a round; the others are "local".
+    """
+    number, position = divmod(step, mechanism.steps_per_round)
+    if position:
+        return "local"
+    return "difference" if number % mechanism.restart_every else "restart"
 
 
 def multiplier(mechanism: Recursive, phase: str) -> float:
-    """Return the noise multiplier z of a phase: what is accounted."""
+    """Return the noise multiplier of the steps that are not local."""
     ratio = {"restart": 1.0, "difference": mechanism.noise_ratio}[phase]
     return ratio * mechanism.noise_multiplier
 
 
 def event(mechanism: Recursive, steps: int) -> "DpEvent":
-    """Return the restarts and the differences among the first ``steps``, composed."""
+    """Return the releases of each phase among the first ``steps``, composed."""
     import dp_accounting as dp
 
-    restarts = math.ceil(steps / mechanism.restart_every)
-    counts = {"restart": restarts, "difference": steps - restarts}
+    rounds = math.ceil(steps / mechanism.steps_per_round)
+    restarts = math.ceil(rounds / mechanism.restart_every)
+    counts = {
+        "restart": restarts,
+        "difference": rounds - restarts,
+        "local": steps - rounds,
+    }
     return dp.ComposedDpEvent(
         [
             mechanism.sampling_of(phase).compose(
-                multiplier(mechanism, phase),
+                mechanism.multiplier(phase),
                 steps=count,
                 num_examples=mechanism.num_examples,
             )
@@ -112,6 +141,17 @@ def event(mechanism: Recursive, steps: int) -> "DpEvent":
             if count
         ]
     )
+
+
+def _is_due(mechanism: Recursive, phase: str, step: "int | Scalar") -> "bool | Scalar":
+    """Whether ``step``, which may be traced, is of this phase."""
+    import jax.numpy as jnp
+
+    number, position = jnp.divmod(jnp.asarray(step), mechanism.steps_per_round)
+    if phase == "local":
+        return position != 0
+    restart = number % mechanism.restart_every == 0
+    return (position == 0) & (restart == (phase == "restart"))
 
 
 def init(params: "Params") -> "Diff2State":
@@ -166,7 +206,7 @@ def noisy_sum(
 
     from dpjax import noise
 
-    phase, every = clipped.phase, mechanism.restart_every
+    phase = clipped.phase
     if phase not in PHASES:
         raise ValueError(
             f"phase={phase!r} of the sum must be one of {', '.join(PHASES)}: ask the engine "
@@ -179,7 +219,7 @@ def noisy_sum(
     # may differ from it in the last digits.
     stddev = mechanism.noise_stddev(phase, jnp.maximum(radius, clipped.l2_bound))
     # What is accounted at this step; a comparison with NaN is never true.
-    due = (jnp.asarray(step) % every == 0) == (phase == "restart")
+    due = _is_due(mechanism, phase, step)
     return noise.noisy_sum(
         clipped,
         l2_bound=jnp.where(due, radius * (1 + _ROUNDING), jnp.nan),

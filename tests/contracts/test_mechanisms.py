@@ -15,6 +15,7 @@ from dpjax.directions import gaussian_direction
 from dpjax.mechanisms import (
     DiceSgd,
     Diff2,
+    Diff2BvrLSgd,
     DpSgd,
     DpZero,
     NonPrivate,
@@ -58,6 +59,21 @@ def diff2(**changes):
         **PLAN,
     }
     return Diff2(**(facts | changes))
+
+
+def bvr_l_sgd(**changes):
+    facts = {
+        "clip_norm": 0.5,
+        "difference_clip_norm": 0.8,
+        "local_clip_norm": 0.6,
+        "restart_every": 2,
+        "noise_multiplier": 20.0,
+        "noise_ratio": 2.0,
+        "local_noise_ratio": 0.25,
+        "sampling": PeriodicPoisson(period=3, first_rate=1.0, rate=0.1),
+        **PLAN,
+    }
+    return Diff2BvrLSgd(**(facts | changes))
 
 
 def spider_boost(**changes):
@@ -127,6 +143,7 @@ MECHANISMS = {
     "dp_zero": dp_zero(),
     "diff2": diff2(),
     "diff2 four workers": diff2(noisy_workers=4),
+    "diff2 bvr-l-sgd": bvr_l_sgd(),
     "spider boost": spider_boost(),
     "spider boost capped": spider_boost(difference_clip_norm=50.0),
     "non-private": NonPrivate(sampling=ShuffledFixed(batch_size=100), **PLAN),
@@ -143,6 +160,7 @@ class Kind(NamedTuple):
     bound: float
     stddev: float
     divisor: float
+    every: int = 5  # steps from one of this phase to another
 
 
 def kinds(name):
@@ -170,6 +188,12 @@ def kinds(name):
         "diff2 four workers": {
             "restart": Kind(0, 0.5, 20.0, 1000.0),
             "difference": Kind(1, 0.8, 64.0, 1000.0),
+        },
+        # z2 C2 and z3 C3; all examples, but for local steps.
+        "diff2 bvr-l-sgd": {
+            "restart": Kind(0, 0.5, 10.0, 1000.0, every=6),
+            "difference": Kind(3, 0.8, 32.0, 1000.0, every=6),
+            "local": Kind(2, 0.6, 3.0, 100.0, every=6),
         },
         "spider boost": {
             "restart": Kind(0, 0.5, 2.0, 200.0),
@@ -254,9 +278,9 @@ def releases(name, phase):
     mechanism = MECHANISMS[name]
 
     def run(clipped, i):
-        first, period = kinds(name)[phase].step, 5
+        kind = kinds(name)[phase]
         asked = dataclasses.replace(clipped, phase=phase)
-        return release(mechanism, asked, first + period * i)
+        return release(mechanism, asked, kind.step + kind.every * i)
 
     return run
 
@@ -314,7 +338,8 @@ def test_the_query_asks_for_what_the_release_takes(name, phase):
         asked.points, (params, {"w": jnp.zeros(3)}), strict=False
     ):
         np.testing.assert_array_equal(point["w"], expected["w"])
-    assert asked.signs == ((1.0, -1.0) if phase == "difference" else (1.0,))
+    differs = phase in ("difference", "local")
+    assert asked.signs == ((1.0, -1.0) if differs else (1.0,))
 
 
 @pytest.mark.parametrize(
@@ -412,6 +437,23 @@ def test_calibration_meets_the_target_from_below(name, target):
             "noisy_workers=1001 exceeds num_examples=1000",
         ),
         (lambda: diff2(sampling=Poisson(rate=0.1)), "for Poisson batches use Spider"),
+        (
+            lambda: bvr_l_sgd(sampling=Poisson(rate=0.1)),
+            "must be PeriodicPoisson.*without local steps use Diff2",
+        ),
+        (
+            lambda: bvr_l_sgd(sampling=ShuffledFixed(batch_size=10)),
+            "must be PeriodicPoisson.*without local steps use Diff2",
+        ),
+        (
+            lambda: bvr_l_sgd(local_clip_norm=0.0),
+            "local_clip_norm=0.0 must be positive",
+        ),
+        (
+            lambda: bvr_l_sgd(local_noise_ratio=math.inf),
+            "local_noise_ratio=inf must be positive and finite",
+        ),
+        (lambda: bvr_l_sgd(restart_every=0), "restart_every=0 must be an integer"),
         (lambda: spider_boost(sampling=FullBatch()), "for full batches use Diff2"),
         (lambda: spider_boost(sampling=Poisson(rate=0.1)), "must be PeriodicPoisson"),
         (lambda: spider_boost(difference_clip_norm=-1.0), "difference_clip_norm=-1.0"),
