@@ -219,7 +219,7 @@ def test_workers_cost_noise_and_no_epsilon():
 
 @pytest.mark.parametrize("phase", ["restart", "difference"])
 def test_a_release_is_the_sum_of_what_the_workers_of_all_shards_send(phase):
-    loss, params, examples = engines.CASES["network"]
+    loss, params, examples = engines.CASES["linear"]
     mechanism = diff2(noisy_workers=3, num_examples=8)
     at = {"restart": 5, "difference": 6}[phase]
     state = mechanism.init(jax.tree.map(lambda p: 0.9 * p, params))
