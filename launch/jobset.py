@@ -124,7 +124,6 @@ def _pod_spec(job: Job, options: Options) -> dict[str, Any]:
         "env": [
             {"name": k, "value": v.replace("$", "$$")} for k, v in job.variables.items()
         ],
-        "ports": [{"containerPort": COORDINATOR_PORT}],
         "volumeMounts": [
             {"name": "runs", "mountPath": f"{job.directory.rstrip('/')}/runs"}
         ],

@@ -102,9 +102,14 @@ def render(job: Job, options: Options) -> Call:
 # not count that as a bad exit, or it kills the others while they save. So each process
 # leaves a mark and exits with 0, and the job goes back to the queue, unless Slurm has put
 # it there already, or it was cancelled: then it does not count as running any more.
+# In an array, one task has the number of the whole array, hence the longer name.
 # Both shells wait for their children when they get SIGTERM, as the children do.
 _BODY = """\
-saved=".saved-$SLURM_JOB_ID"
+job="$SLURM_JOB_ID"
+if [[ -n "${{SLURM_ARRAY_TASK_ID:-}}" ]]; then
+  job="${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
+fi
+saved=".saved-$job"
 rm -f "$saved"
 trap : TERM
 srun --kill-on-bad-exit=1 bash -c '
@@ -120,8 +125,8 @@ srun --kill-on-bad-exit=1 bash -c '
 status=$?
 if ((status == 0)) && [[ -e "$saved" ]]; then
   rm -f "$saved"
-  if [[ "$(squeue --noheader --job="$SLURM_JOB_ID" --format=%T)" == RUNNING ]]; then
-    scontrol requeue "$SLURM_JOB_ID"
+  if [[ "$(squeue --noheader --jobs="$job" --format=%T)" == RUNNING ]]; then
+    scontrol requeue "$job"
   fi
   exit {saved}
 fi

@@ -113,7 +113,7 @@ def _remote(job: Job) -> str:
     )
     words = " ".join([shlex.join(job.command), *(f'"{flag}"' for flag in flags)])
     find = _ATTRIBUTES if flags else ""
-    return f"cd {job.name}\n{exports(job.variables)}{find}{limited(job, words)}"
+    return f"cd {job.name} || exit\n{exports(job.variables)}{find}{limited(job, words)}"
 
 
 _ATTRIBUTES = """\
