@@ -28,8 +28,9 @@ class LaunchError(ValueError):
 class Job:
     """A command, run by ``hosts * processes_per_host`` processes that know of each other.
 
-    More than one process: under Slurm they find each other from its environment; elsewhere
-    the command gets ``--coordinator_address=HOST:PORT --num_processes=N --process_id=I``.
+    With more than one process, the command gets the flags by which ``experiments.train``
+    finds the others: ``--coordinator_address=HOST:PORT --num_processes=N --process_id=I``,
+    or under Slurm, which tells the processes itself, ``--distributed=auto``.
 
     Attributes:
         name: Lower-case letters, digits and hyphens.

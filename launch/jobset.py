@@ -93,12 +93,12 @@ def _job_spec(job: Job, options: Options) -> dict[str, Any]:
         "podFailurePolicy": {
             "rules": [
                 {
-                    # Statuses with which experiments.train says that it would fail again.
+                    # experiments.train: wrong config or input. 1 may mean a lost peer.
                     "action": "FailJob",
                     "onExitCodes": {
                         "containerName": _WORKER,
                         "operator": "In",
-                        "values": [1, 2],
+                        "values": [2],
                     },
                 }
             ]

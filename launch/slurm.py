@@ -86,13 +86,15 @@ def render(job: Job, options: Options) -> Call:
         LaunchError: The job does not fit.
     """
     _check(job, options)
+    # Slurm tells the processes of each other; experiments.train asks it when told to.
+    flags = ("--distributed=auto",) if job.processes > 1 else ()
     text = "".join(
         (
             "#!/usr/bin/env bash\n",
             *(f"#SBATCH {line}\n" for line in _directives(job, options)),
             "set -uo pipefail\n",
             exports(job.variables | _visible_devices(job)),
-            _BODY.format(command=_words(job.command), saved=SAVED),
+            _BODY.format(command=_words((*job.command, *flags)), saved=SAVED),
         )
     )
     return Call(f"{job.name}.sbatch", text, ("sbatch", "--parsable"), tool="sbatch")
@@ -103,7 +105,7 @@ def render(job: Job, options: Options) -> Call:
 # leaves a mark and exits with 0, and the job goes back to the queue, unless Slurm has put
 # it there already, or it was cancelled: then it does not count as running any more.
 # In an array, one task has the number of the whole array, hence the longer name.
-# Both shells wait for their children when they get SIGTERM, as the children do.
+# The shell around a process gets SIGTERM as well, and waits.
 _BODY = """\
 job="$SLURM_JOB_ID"
 if [[ -n "${{SLURM_ARRAY_TASK_ID:-}}" ]]; then
@@ -111,7 +113,6 @@ if [[ -n "${{SLURM_ARRAY_TASK_ID:-}}" ]]; then
 fi
 saved=".saved-$job"
 rm -f "$saved"
-trap : TERM
 srun --kill-on-bad-exit=1 bash -c '
   trap : TERM
   "$@"

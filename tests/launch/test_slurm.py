@@ -21,10 +21,11 @@ ENVIRONMENT = {
 }
 TRAINING = {"mechanism.steps": 40, "run.log_every": 1, "run.checkpoint_every": 1000}
 
-# Run 2 fails; run 1 is told to stop, and has saved, the first time.
+# Run 2 fails; runs 1 and 5 are told to stop, and have saved, the first time. The number of
+# the job of run 5, the last one, is that of the whole array.
 SWEEP = """
 echo "start $1"
-case "$1,${SLURM_RESTART_COUNT:-0}" in 2,*) exit 3 ;; 1,0) exit 75 ;; esac
+case "$1,${SLURM_RESTART_COUNT:-0}" in 2,*) exit 3 ;; 1,0 | 5,0) exit 75 ;; esac
 echo done > "result-$1"
 """
 GATHER = "for i in 0 1 2 5; do [[ -e result-$i ]] || echo failed: $i; done"
@@ -152,11 +153,11 @@ def test_one_failing_run_of_a_sweep_stops_no_other_and_is_listed(jobs):
     assert log.read_text() == "failed: 2\n"
 
 
-def test_of_a_sweep_only_the_run_that_was_preempted_runs_again(jobs):
+def test_of_a_sweep_only_the_runs_that_were_preempted_run_again(jobs):
     jobs["gather"].ended()
     lines = jobs["sweep"].log.splitlines()
     starts = sorted(line for line in lines if line.startswith("start"))
-    assert starts == ["start 0", "start 1", "start 1", "start 2", "start 5"]
+    assert starts == [f"start {index}" for index in (0, 1, 1, 2, 5, 5)]
 
 
 def test_every_process_may_finish_saving_before_the_job_runs_again(jobs):
