@@ -3,6 +3,8 @@
 Flax is imported only in ``dpjax.models``; the rest of dpjax sees pure functions.
 """
 
+from collections.abc import Sequence
+
 from flax import linen as nn
 from jaxtyping import Array
 
@@ -30,5 +32,34 @@ def image_model(module: nn.Module) -> Model:
     def apply(params: Params, example: Example, key: Key) -> Array:
         del key
         return module.apply({"params": params}, example["image"][None])[0]
+
+    return Model(init, apply)
+
+
+def token_model(module: nn.Module, *, reads: Sequence[str]) -> Model:
+    """Turn a linen module of the tokens of one example into a model.
+
+    Args:
+        module: Called with ``example[reads[0]]`` and, as keywords, what the example has
+            of the rest of ``reads``. Its only variables are parameters and it draws no
+            randomness, so the key given to ``apply`` is not used.
+        reads: Keys of the example.
+
+    Returns:
+        The model.
+    """
+
+    def inputs(example: Example) -> tuple[Array, dict[str, Array]]:
+        first, *rest = reads
+        return example[first], {key: example[key] for key in rest if key in example}
+
+    def init(key: Key, example: Example) -> Params:
+        first, rest = inputs(example)
+        return module.init(key, first, **rest)["params"]
+
+    def apply(params: Params, example: Example, key: Key) -> Array:
+        del key
+        first, rest = inputs(example)
+        return module.apply({"params": params}, first, **rest)
 
     return Model(init, apply)
