@@ -81,11 +81,13 @@ class Encoder:
         )
 
 
-def bert_base(*, dtype: str, scan: bool, remat: bool) -> Encoder:
-    """Return BERT-base (uncased): 12 layers of width 768, 110M parameters."""
+def bert_base(
+    *, vocab_size: int, length: int, dtype: str, scan: bool, remat: bool
+) -> Encoder:
+    """Return BERT-base's sizes; with 30,522 tokens and 512 positions 110M parameters."""
     return Encoder(
-        vocab_size=30522,
-        length=512,
+        vocab_size=vocab_size,
+        length=length,
         first_position=0,
         segments=2,
         layers=12,
@@ -99,11 +101,13 @@ def bert_base(*, dtype: str, scan: bool, remat: bool) -> Encoder:
     )
 
 
-def roberta_base(*, dtype: str, scan: bool, remat: bool) -> Encoder:
-    """Return RoBERTa-base: 12 layers of width 768, 125M parameters."""
+def roberta_base(
+    *, vocab_size: int, length: int, dtype: str, scan: bool, remat: bool
+) -> Encoder:
+    """Return RoBERTa-base's sizes; with 50,265 tokens and 512 positions 125M parameters."""
     return Encoder(
-        vocab_size=50265,
-        length=512,
+        vocab_size=vocab_size,
+        length=length,
         first_position=2,
         segments=1,
         layers=12,
@@ -117,15 +121,14 @@ def roberta_base(*, dtype: str, scan: bool, remat: bool) -> Encoder:
     )
 
 
-def roberta_large(*, dtype: str, scan: bool, remat: bool) -> Encoder:
-    """Return RoBERTa-large: 24 layers of width 1024, 355M parameters."""
-    return dataclasses.replace(
-        roberta_base(dtype=dtype, scan=scan, remat=remat),
-        layers=24,
-        width=1024,
-        heads=16,
-        hidden=4096,
+def roberta_large(
+    *, vocab_size: int, length: int, dtype: str, scan: bool, remat: bool
+) -> Encoder:
+    """Return RoBERTa-large's sizes; with 50,265 tokens and 512 positions 355M parameters."""
+    base = roberta_base(
+        vocab_size=vocab_size, length=length, dtype=dtype, scan=scan, remat=remat
     )
+    return dataclasses.replace(base, layers=24, width=1024, heads=16, hidden=4096)
 
 
 class _Bert(nn.Module):

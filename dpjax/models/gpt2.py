@@ -89,30 +89,48 @@ def gpt2(
     return token_model(_Gpt2(vocab_size, length, spec), reads=("tokens",))
 
 
-def gpt2_small(*, dtype: str, scan: bool, remat: bool) -> Model:
-    """Build the 124M-parameter GPT-2: 12 layers of width 768, 50,257 tokens."""
-    return _published(12, 768, 12, dtype=dtype, scan=scan, remat=remat)
-
-
-def gpt2_medium(*, dtype: str, scan: bool, remat: bool) -> Model:
-    """Build the 355M-parameter GPT-2: 24 layers of width 1024, 50,257 tokens."""
-    return _published(24, 1024, 16, dtype=dtype, scan=scan, remat=remat)
-
-
-def gpt2_large(*, dtype: str, scan: bool, remat: bool) -> Model:
-    """Build the 774M-parameter GPT-2: 36 layers of width 1280, 50,257 tokens."""
-    return _published(36, 1280, 20, dtype=dtype, scan=scan, remat=remat)
-
-
-def _published(
-    layers: int, width: int, heads: int, *, dtype: str, scan: bool, remat: bool
+def gpt2_small(
+    *, vocab_size: int, length: int, dtype: str, scan: bool, remat: bool
 ) -> Model:
+    """Build GPT-2 with 12 layers of width 768; 50,257 tokens, 1024 positions: 124M."""
     return gpt2(
-        vocab_size=50257,
-        length=1024,
-        layers=layers,
-        width=width,
-        heads=heads,
+        vocab_size=vocab_size,
+        length=length,
+        layers=12,
+        width=768,
+        heads=12,
+        dtype=dtype,
+        scan=scan,
+        remat=remat,
+    )
+
+
+def gpt2_medium(
+    *, vocab_size: int, length: int, dtype: str, scan: bool, remat: bool
+) -> Model:
+    """Build GPT-2 with 24 layers of width 1024; 50,257 tokens, 1024 positions: 355M."""
+    return gpt2(
+        vocab_size=vocab_size,
+        length=length,
+        layers=24,
+        width=1024,
+        heads=16,
+        dtype=dtype,
+        scan=scan,
+        remat=remat,
+    )
+
+
+def gpt2_large(
+    *, vocab_size: int, length: int, dtype: str, scan: bool, remat: bool
+) -> Model:
+    """Build GPT-2 with 36 layers of width 1280; 50,257 tokens, 1024 positions: 774M."""
+    return gpt2(
+        vocab_size=vocab_size,
+        length=length,
+        layers=36,
+        width=1280,
+        heads=20,
         dtype=dtype,
         scan=scan,
         remat=remat,

@@ -342,7 +342,6 @@ def _fetch(path: str) -> Path:
         raise FileNotFoundError(f"path={path!r} does not exist")
     try:
         import huggingface_hub
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError:
         raise FileNotFoundError(
             f"path={path!r} does not exist; to fetch it from the Hugging Face hub, "
@@ -355,7 +354,7 @@ def _fetch(path: str) -> Path:
             revision=revision or None,
             allow_patterns=["model*.safetensors", "model.safetensors.index.json"],
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except OSError as error:  # whatever goes wrong: no network, no such model, no access
         raise FileNotFoundError(
             f"path={path!r} does not exist, and the Hugging Face hub does not give it "
             f"({type(error).__name__}). Without network, download the folder elsewhere "
