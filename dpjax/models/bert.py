@@ -141,9 +141,8 @@ class _Bert(nn.Module):
     def __call__(
         self,
         tokens: Int[Array, "T"],
-        *,
-        mask: Bool[Array, "T"] | None = None,
-        segments: Int[Array, "T"] | None = None,
+        mask: Bool[Array, "T"] | None,
+        segments: Int[Array, "T"] | None,
     ) -> Array:
         encoder, spec = self.encoder, self.encoder.spec()
         check_length(len(tokens), positions=encoder.length)

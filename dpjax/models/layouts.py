@@ -125,7 +125,9 @@ _LLAMA = Layout(
                 ("mlp.down_proj", "mlp/down"),
             )
         ),
-        Rule("model.layers.{}.input_layernorm.weight", ("layers_{}/norm_0/scale",), SAME),
+        Rule(
+            "model.layers.{}.input_layernorm.weight", ("layers_{}/norm_0/scale",), SAME
+        ),
         Rule(
             "model.layers.{}.post_attention_layernorm.weight",
             ("layers_{}/norm_1/scale",),

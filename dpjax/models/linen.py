@@ -4,6 +4,7 @@ Flax is imported only in ``dpjax.models``; the rest of dpjax sees pure functions
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from flax import linen as nn
 from jaxtyping import Array
@@ -40,26 +41,25 @@ def token_model(module: nn.Module, *, reads: Sequence[str]) -> Model:
     """Turn a linen module of the tokens of one example into a model.
 
     Args:
-        module: Called with ``example[reads[0]]`` and, as keywords, what the example has
-            of the rest of ``reads``. Its only variables are parameters and it draws no
-            randomness, so the key given to ``apply`` is not used.
-        reads: Keys of the example.
+        module: Called with what the example has under the keys ``reads``, None where it
+            has nothing. Its only variables are parameters and it draws no randomness, so
+            the key given to ``apply`` is not used.
+        reads: "tokens", which every example has, and what else the module reads.
 
     Returns:
         The model.
     """
 
-    def inputs(example: Example) -> tuple[Array, dict[str, Array]]:
-        first, *rest = reads
-        return example[first], {key: example[key] for key in rest if key in example}
-
     def init(key: Key, example: Example) -> Params:
-        first, rest = inputs(example)
-        return module.init(key, first, **rest)["params"]
+        return module.init(key, *_inputs(example, reads))["params"]
 
-    def apply(params: Params, example: Example, key: Key) -> Array:
+    def apply(params: Params, example: Example, key: Key) -> Any:
         del key
-        first, rest = inputs(example)
-        return module.apply({"params": params}, first, **rest)
+        return module.apply({"params": params}, *_inputs(example, reads))
 
     return Model(init, apply)
+
+
+def _inputs(example: Example, reads: Sequence[str]) -> list[Array | None]:
+    first, *rest = reads
+    return [example[first], *(example.get(key) for key in rest)]

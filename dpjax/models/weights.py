@@ -106,7 +106,9 @@ def to_hf(params: Params, *, family: str) -> dict[str, np.ndarray]:
     Raises:
         ValueError: If a parameter is not of the family.
     """
-    flat = {name: np.asarray(leaf) for name, leaf in _separate(_flatten(params)).items()}
+    flat = {
+        name: np.asarray(leaf) for name, leaf in _separate(_flatten(params)).items()
+    }
     rules = _rules(_layout(family), flat)
     left = sorted(set(flat) - {name for rule in rules for name in rule.ours})
     if left:
@@ -141,9 +143,7 @@ def _named(layout: Layout, tensors: Tensors, *, skip: Sequence[str]) -> Tensors:
     for pattern in skip:
         if not any(re.fullmatch(pattern, name) for name in tensors):
             raise ValueError(f"skip={pattern!r} matches none of {sorted(tensors)}")
-    known = [
-        re.escape(rule.theirs).replace(r"\{\}", r"\d+") for rule in layout.rules
-    ]
+    known = [re.escape(rule.theirs).replace(r"\{\}", r"\d+") for rule in layout.rules]
     named = {}
     for name, tensor in tensors.items():
         if _matches(name, (*skip, *NOT_PARAMETERS)):
@@ -314,7 +314,9 @@ def _read(files: Sequence[Path], *, data: bool) -> Tensors:
                         else np.broadcast_to(np.float32(0), shape)
                     )
         except SafetensorError as error:
-            raise ValueError(f"{str(file)!r} is no safetensors file: {error}") from error
+            raise ValueError(
+                f"{str(file)!r} is no safetensors file: {error}"
+            ) from error
     return tensors
 
 
@@ -354,7 +356,9 @@ def _fetch(path: str) -> Path:
             revision=revision or None,
             allow_patterns=["model*.safetensors", "model.safetensors.index.json"],
         )
-    except OSError as error:  # whatever goes wrong: no network, no such model, no access
+    except (
+        OSError
+    ) as error:  # whatever goes wrong: no network, no such model, no access
         raise FileNotFoundError(
             f"path={path!r} does not exist, and the Hugging Face hub does not give it "
             f"({type(error).__name__}). Without network, download the folder elsewhere "

@@ -151,7 +151,9 @@ def signed_gradients(loss, points, signs, examples):
         return jax.vmap(jax.grad(loss), (None, 0, 0))(params, examples, keys)
 
     vectors = [
-        jax.tree.map(lambda g, s=s: s * np.asarray(g, np.float64), run(p, examples, KEY))
+        jax.tree.map(
+            lambda g, s=s: s * np.asarray(g, np.float64), run(p, examples, KEY)
+        )
         for p, s in zip(points, signs, strict=True)
     ]
     whole = jax.tree.map(lambda *parts: sum(parts), *vectors)
@@ -159,7 +161,9 @@ def signed_gradients(loss, points, signs, examples):
     return rows, np.array([norm(row) for row in rows])
 
 
-@pytest.mark.parametrize("run", [PLAIN, LOW_REMAT], ids=["plain", "bfloat16 scan remat"])
+@pytest.mark.parametrize(
+    "run", [PLAIN, LOW_REMAT], ids=["plain", "bfloat16 scan remat"]
+)
 @pytest.mark.parametrize(
     "build",
     [
