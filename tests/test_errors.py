@@ -449,3 +449,89 @@ def test_dry_run_prints_plan_and_card_and_trains_nothing(capsys, monkeypatch, tm
     assert "610 parameters" in printed
     assert "# Privacy card" in printed
     assert not (tmp_path / "run").exists()
+
+
+def language_model(folder, **changes):
+    """A byte-level GPT-2 on a file of text, with changes as of ``tiny``."""
+    (folder / "text.txt").write_text("the quick brown fox " * 40)
+    source = {
+        "name": "dpjax.data.text:text_blocks",
+        "path": str(folder / "text.txt"),
+        "length": 8,
+        "tokenizer": {
+            "name": "dpjax.data.tokenizers:byte_level",
+            "specials": ("<eos>",),
+        },
+    }
+    model = {
+        "name": "dpjax.models.gpt2:gpt2",
+        "vocab_size": 257,
+        "length": 8,
+        "layers": 1,
+        "width": 8,
+        "heads": 2,
+        "dtype": "float32",
+        "scan": False,
+        "remat": False,
+    }
+    text = {
+        "data.source": {**source, "start": 0.0, "stop": 0.8},
+        "evaluation.source": {**source, "start": 0.8, "stop": 1.0},
+        "evaluation.provenance": "private",
+        "evaluation.metric": {"name": "dpjax.losses:token_nats"},
+        "loss": {"name": "dpjax.losses:causal_lm"},
+        "model": model,
+    }
+    return tiny(**text | changes)
+
+
+def pretrained(config, **changes):
+    model = {
+        "name": "dpjax.models.weights:pretrained",
+        "model": config["model"],
+        "path": str(ROOT / "tests/golden/hf/gpt2_a.safetensors"),
+        "family": "gpt2",
+        "fresh": (),
+        "skip": (),
+    }
+    return {**config, "model": model | changes}
+
+
+WRONG_TEXT = {
+    "vocabulary": (
+        lambda folder: language_model(folder, **{"model.vocab_size": 100}),
+        "config.data.source: token 116 of example 0 is outside [0, 100); use the tokenizer",
+    ),
+    "positions": (
+        lambda folder: language_model(folder, **{"model.length": 7}),
+        "an example has 8 tokens, and the model length=7 positions",
+    ),
+    "heads": (
+        lambda folder: language_model(folder, **{"model.heads": 3}),
+        "dpjax.models.gpt2:gpt2: heads=3 must divide width=8",
+    ),
+    "weights of another model": (
+        lambda folder: pretrained(language_model(folder)),
+        "the weights do not fit the model: 12 tensors left over: transformer.h.1",
+    ),
+    "no such weights": (
+        lambda folder: pretrained(language_model(folder), path="no/such/file/here"),
+        "path='no/such/file/here' does not exist",
+    ),
+    "loss of labels": (
+        lambda folder: language_model(
+            folder,
+            loss={"name": "dpjax.losses:classification", "label_smoothing": 0.0},
+        ),
+        "model, loss and metric do not fit the data: KeyError: 'label'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TEXT)
+def test_text_that_does_not_fit_its_model_is_one_line(
+    name, capsys, monkeypatch, tmp_path
+):
+    make, message = WRONG_TEXT[name]
+    assert message in stderr_with(make(tmp_path), capsys, monkeypatch, tmp_path)
+    assert not (tmp_path / "run").exists()
