@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from dpjax.clipping import ClippedGrad, Query, clipped_grad, explain
     from dpjax.data.batches import batches
     from dpjax.mechanisms import (
+        BandMf,
         DiceSgd,
         Diff2,
         DpSgd,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     )
     from dpjax.noise import root_key
     from dpjax.sampling import (
+        CyclicPoisson,
         FullBatch,
         PeriodicPoisson,
         Poisson,
@@ -33,9 +35,11 @@ if TYPE_CHECKING:
     from dpjax.typing import Batch, Model
 
 _HOMES = {
+    "BandMf": "mechanisms",
     "Batch": "typing",
     "ClippedGrad": "clipping",
     "ClippedSum": "sensitive",
+    "CyclicPoisson": "sampling",
     "DiceSgd": "mechanisms",
     "Diff2": "mechanisms",
     "DpSgd": "mechanisms",

@@ -12,10 +12,12 @@ import dp_accounting as dp
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 import scipy.stats
 
 from dpjax.clipping import Query
 from dpjax.sensitive import SEAL, ClippedSum, reveal
+from dpjax.toeplitz import strategy_column
 from dpjax.typing import Batch
 
 # Compiling is most of the cost: this makes slow machine code, six times faster.
@@ -179,16 +181,23 @@ def check_poisson(sampling, *, num_examples, steps=400):
         draw = sampling.draw(step, num_examples=num_examples, seed=7)
         assert len(np.unique(draw)) == len(draw), "an example twice in one batch"
         seen[step, draw] = True
+    _check_coins(seen, rate=rate)
+
+
+def _check_coins(seen, *, rate):
+    """``seen``, bool[steps, examples], are independent coins of this rate."""
     count = seen.size
     error = math.sqrt(rate * (1 - rate) / count)
     assert abs(seen.mean() - rate) < 5 * error, (seen.mean(), rate)
     # Sizes vary as coins do: a fixed size, or a wrong one, has another variance.
-    variance = num_examples * rate * (1 - rate)
+    variance = seen.shape[1] * rate * (1 - rate)
     sizes = seen.sum(axis=1)
-    assert abs(sizes.var() / variance - 1) < 5 * math.sqrt(2 / steps), sizes.var()
+    assert abs(sizes.var() / variance - 1) < 5 * math.sqrt(2 / len(seen)), sizes.var()
     # Each example, each pair of examples and each pair of steps are independent coins.
     per_example = seen.mean(axis=0)
-    assert np.abs(per_example - rate).max() < 6 * math.sqrt(rate * (1 - rate) / steps)
+    assert np.abs(per_example - rate).max() < 6 * math.sqrt(
+        rate * (1 - rate) / len(seen)
+    )
     both = rate**2
     for coins in (seen, seen.T):
         trials = coins.shape[0]
@@ -196,3 +205,48 @@ def check_poisson(sampling, *, num_examples, steps=400):
         error = math.sqrt(trials * both * (1 - both))
         # Skewed when few are expected: 8 errors, and 10 counts, of room.
         assert np.abs(together - trials * both).max() < 8 * error + 10
+
+
+def check_cyclic(sampling, *, num_examples, turns=300):
+    """An example is drawn at turns of its own only, by coins of the accounted rate."""
+    cycle = sampling.cycle
+    seen = np.zeros((turns, cycle, num_examples), bool)
+    for step in range(turns * cycle):
+        draw = sampling.draw(step, num_examples=num_examples, seed=7)
+        assert len(np.unique(draw)) == len(draw), "an example twice in one batch"
+        seen[step // cycle, step % cycle, draw] = True
+    drawn = seen.any(axis=0)
+    assert (drawn.sum(axis=0) == 1).all(), "an example at two turns of a cycle"
+    for part in range(cycle):
+        _check_coins(seen[:, part, drawn[part]], rate=sampling.rate)
+    for steps in (1, cycle, cycle + 1, 5 * cycle):
+        event = sampling.compose(1.0, steps=steps, num_examples=num_examples)
+        gaussian = dp.PoissonSampledDpEvent(sampling.rate, dp.GaussianDpEvent(1.0))
+        most = max(len(range(part, steps, cycle)) for part in range(cycle))
+        assert event == dp.SelfComposedDpEvent(gaussian, most), steps
+
+
+def check_correlated(released, mechanism):
+    """``C y / sigma`` is white and standard normal for the C whose columns have norm 1.
+
+    Args:
+        released: ``[steps, coordinates]``, releases of sums of nothing.
+        mechanism: A ``BandMf``.
+    """
+    steps, size = released.shape
+    column = strategy_column(
+        mechanism.strategy, bands=mechanism.bands, steps=mechanism.steps
+    )
+    np.testing.assert_allclose(np.linalg.norm(column), 1.0, rtol=1e-12)
+    first = np.concatenate([column, np.zeros(steps)])[:steps]
+    strategy = scipy.linalg.toeplitz(first, np.zeros(steps))
+    # By hand, from primary facts: what a Gaussian of this multiplier needs.
+    unit = mechanism.noise_multiplier * mechanism.clip_norm
+    noise = released.astype(np.float64) * mechanism.expected_batch_size
+    white = strategy @ noise / unit
+    covariance = white @ white.T / size
+    # Six standard errors of a variance and of a covariance.
+    assert np.abs(np.diag(covariance) - 1).max() < 6 * math.sqrt(2 / size), "variance"
+    apart = covariance[np.triu_indices(steps, 1)]
+    assert np.abs(apart).max() < 6 / math.sqrt(size), "steps correlate"
+    assert scipy.stats.kstest(white.ravel(), "norm").pvalue > 1e-6, "shape"

@@ -65,6 +65,25 @@ def dice(**changes):
     return {"mechanism": mechanism | changes}
 
 
+def banded(**changes):
+    mechanism = {
+        "name": "dpjax.mechanisms.band_mf:BandMf",
+        "clip_norm": 1.0,
+        "clip_style": "flat",
+        "noise_multiplier": 4.0,
+        "bands": 4,
+        "strategy": "mean_error",
+        "sampling": {
+            "name": "dpjax.sampling:CyclicPoisson",
+            "cycle": 4,
+            "rate": 0.4,
+        },
+        "steps": 12,
+        "delta": 1e-5,
+    }
+    return {"mechanism": mechanism | changes}
+
+
 WRONG_VALUES = {
     "clip norm zero": ({"mechanism.clip_norm": 0.0}, "clip_norm=0.0 must be positive"),
     "clip norm negative": ({"mechanism.clip_norm": -1.0}, "clip_norm=-1.0 must be"),
@@ -117,6 +136,24 @@ WRONG_VALUES = {
             sampling={"name": "dpjax.sampling:ShuffledFixed", "batch_size": 64},
         ),
         "sampling=ShuffledFixed has no analysis",
+    ),
+    "correlated noise on batches without a rest": (
+        banded(sampling={"name": "dpjax.sampling:Poisson", "rate": 0.1}),
+        "use CyclicPoisson(cycle=4, rate=...)",
+    ),
+    "correlated noise on fresh shuffles": (
+        banded(sampling={"name": "dpjax.sampling:ShuffledFixed", "batch_size": 64}),
+        "with rate=1.0 for batches in a fixed order",
+    ),
+    "more bands than the cycle": (banded(bands=5), "or lower bands"),
+    "more bands than steps": (banded(steps=3), "bands=4 exceeds steps=3"),
+    "unknown strategy": (
+        banded(strategy="sqrt"),
+        "strategy='sqrt' is unknown; use one of mean_error, square_root",
+    ),
+    "cycle zero": (
+        banded(sampling=banded()["mechanism"]["sampling"] | {"cycle": 0}),
+        "cycle=0 must be an integer of at least 1",
     ),
     "delta one": ({"mechanism.delta": 1.0}, "delta=1.0 must be in (0, 1)"),
     "delta zero": ({"mechanism.delta": 0.0}, "delta=0.0 must be in (0, 1)"),
@@ -366,6 +403,11 @@ def test_none_on_the_command_line_unsets_a_key(capsys, monkeypatch):
             "--config=configs/digits_mlp_dicesgd.py",
             "--workdir=x",
             "--config.mechanism.accounting=paper",
+        ],
+        [
+            "--config=configs/digits_mlp_bandmf.py",
+            "--workdir=x",
+            "--config.mechanism.bands=5",
         ],
         [TINY, "--workdir=x", "--config.optimizer.name=optax:sdg"],
         [TINY, "--workdir=x", "--config.model.name=dpjax.models.mlp:mpl"],

@@ -3,6 +3,7 @@
 Importing a mechanism does not import jax, so config errors are answered at once.
 """
 
+from dpjax.mechanisms.band_mf import BandMf
 from dpjax.mechanisms.base import Mechanism
 from dpjax.mechanisms.dice_sgd import DiceSgd
 from dpjax.mechanisms.diff2 import Diff2
@@ -12,6 +13,7 @@ from dpjax.mechanisms.privatized_error_feedback import PrivatizedErrorFeedback
 from dpjax.mechanisms.spider_boost import SpiderBoost
 
 __all__ = [
+    "BandMf",
     "DiceSgd",
     "Diff2",
     "DpSgd",
