@@ -31,16 +31,15 @@ class BandMf:
     adds up over steps has less noise than with independent noise of the same epsilon;
     see ``rms_prefix_error``. ``bands=1`` is DP-SGD.
 
-    Sensitivity: the releases x + C^{-1} z are a function of ``C x + z``. One example moves
-    the row of x of each step it takes part in by at most ``clip_norm``, hence C x by the
-    columns of C of those steps. Steps ``bands`` or more apart have columns without a
-    common row, so each turn of an example is a Gaussian release of its own with
-    sensitivity ``clip_norm``, on rows of its own. Given all other coins and the rows before
-    these, they tell of the example by its one coin of this turn alone, and z hides the
-    others' gradients no more and no less when these depend on earlier rows. So ``steps``
-    releases cost one Poisson-sampled Gaussian for each cycle begun (their Theorem 4;
-    ``CyclicPoisson.compose``), or with ``rate=1`` one Gaussian: DP-FTRL of several epochs
-    without amplification, in which no batch has to be secret.
+    Sensitivity: releases x + C^{-1} z are a function of ``C x + z``. An example moves C x by
+    the columns of C of the steps it takes part in, each times a vector of norm ``clip_norm``
+    at most. Columns ``bands`` or more apart have no row in common, and norm 1. So each turn
+    of an example is a Gaussian release of its own, of sensitivity ``clip_norm``, in rows of
+    its own. Given the coins of all others, what these add to a row follows from the rows
+    before, and the row tells of the example by its coin of this turn alone. Hence ``steps``
+    releases cost one Poisson-sampled Gaussian for each cycle begun (the paper's theorem on
+    amplification; ``CyclicPoisson.compose``). With ``rate=1`` that is one Gaussian for each
+    epoch: DP-FTRL without amplification, in which no batch has to be secret.
 
     State: the last ``bands - 1`` noises, as many times the memory of the parameters.
     Secret like the noise key: in checkpoints and nowhere else.
