@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from dpjax.clipping import ClippedGrad, Query, clipped_grad, explain
     from dpjax.data.batches import batches
     from dpjax.mechanisms import (
+        AdaptiveDpSgd,
         BandMf,
         DiceSgd,
         Diff2,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from dpjax.typing import Batch, Model
 
 _HOMES = {
+    "AdaptiveDpSgd": "mechanisms",
     "BandMf": "mechanisms",
     "Batch": "typing",
     "ClippedGrad": "clipping",

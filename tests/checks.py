@@ -15,7 +15,8 @@ import numpy as np
 import scipy.linalg
 import scipy.stats
 
-from dpjax.clipping import Query
+import dpjax
+from dpjax.clipping import Query, vmap
 from dpjax.sensitive import SEAL, ClippedSum, reveal
 from dpjax.toeplitz import strategy_column
 from dpjax.typing import Batch
@@ -39,9 +40,9 @@ def batch_of(examples, *, mask=None, index=None):
 
 
 def reference(loss, query, batch, key):
-    """The contract, example by example in float64 numpy: (total, residual, norms)."""
+    """The contract, one by one in float64 numpy: (total, residual, count, norms)."""
     zeros = jax.tree.map(lambda p: np.zeros(p.shape), query.points[0])
-    total, residual, norms = zeros, zeros, []
+    total, residual, count, norms = zeros, zeros, 0.0, []
     for i in range(len(batch.mask)):
         if not batch.mask[i]:
             norms.append(0.0)
@@ -55,13 +56,14 @@ def reference(loss, query, batch, key):
                 lambda v, g, s=sign: v + s * np.asarray(g, np.float64), vector, gradient
             )
         norms.append(norm(vector))
+        count += 0.5 if norms[-1] <= query.clip_norm else -0.5
         if not math.isfinite(norms[-1]):
             continue
         vector = clip(vector, float(query.outer_norm), "flat")
         clipped = clip(vector, float(query.clip_norm), query.style)
         total = jax.tree.map(np.add, total, clipped)
         residual = jax.tree.map(lambda r, v, c: r + v - c, residual, vector, clipped)
-    return total, residual, np.array(norms)
+    return total, residual, count, np.array(norms)
 
 
 def clip(vector, clip_norm, style):
@@ -92,8 +94,8 @@ def norm(tree):
 
 
 def check_engine_contract(engine, loss, query, batch, key, *, rtol=1e-5):
-    """``engine`` returns the sum, residual and norms of the reference."""
-    total, residual, norms = reference(loss, query, batch, key)
+    """``engine`` returns the sum, residual, count and norms of the reference."""
+    total, residual, count, norms = reference(loss, query, batch, key)
     clipped, statistics = compiled(engine, static_argnums=0)(loss, query, batch, key)
     assert_close(clipped.total, total, rtol=rtol, scale=norm(total) + query.clip_norm)
     if query.residual:
@@ -101,6 +103,7 @@ def check_engine_contract(engine, loss, query, batch, key, *, rtol=1e-5):
         assert_close(clipped.residual, residual, rtol=rtol, scale=scale)
     else:
         assert clipped.residual is None
+    assert clipped.count == (count if query.count else None)
     finite = np.isfinite(norms)
     opened = reveal(statistics)
     np.testing.assert_allclose(opened["norms"][finite], norms[finite], rtol, 1e-6)
@@ -120,8 +123,8 @@ def assert_close(actual, expected, *, rtol, scale):
 
 
 def check_sensitivity(engine, loss, params, batch, key, *, clip_norm, style):
-    """Removing any one example moves the clipped sum by at most ``clip_norm``."""
-    query = Query((params,), clip_norm=clip_norm, style=style)
+    """Removing any one example moves the sum by at most ``clip_norm``, the count by 1/2."""
+    query = Query((params,), clip_norm=clip_norm, style=style, count=True)
     run = compiled(engine, static_argnums=0)
     whole, _ = run(loss, query, batch, key)
     # Float32 sums over B examples of norm at most C round by about B * C * 2**-24.
@@ -132,6 +135,7 @@ def check_sensitivity(engine, loss, params, batch, key, *, clip_norm, style):
         without, _ = run(loss, query, batch._replace(mask=mask), key)
         moved = norm(jax.tree.map(np.subtract, whole.total, without.total))
         assert moved <= clip_norm + slack, (i, moved)
+        assert abs(whole.count - without.count) == 0.5, i
 
 
 def check_noise(release, *, stddev, divisor, clip_norm, steps=40):
@@ -250,3 +254,60 @@ def check_correlated(released, mechanism):
     apart = covariance[np.triu_indices(steps, 1)]
     assert np.abs(apart).max() < 6 / math.sqrt(size), "steps correlate"
     assert scipy.stats.kstest(white.ravel(), "norm").pvalue > 1e-6, "shape"
+
+
+def check_joint_release(mechanism, *, steps=20_000):
+    """Sum and count, with the noise they really carry, cost one Gaussian of z.
+
+    Args:
+        mechanism: An ``AdaptiveDpSgd``, the noise of whose count moves its clip norm.
+        steps: Releases that are looked at.
+    """
+    bound = mechanism.initial_clip_norm
+    empty = ClippedSum.zeros({"w": jnp.zeros(4)}, l2_bound=bound, count=True)
+    state = mechanism.init(empty.total)
+
+    def release(step):
+        mean, after = mechanism.release(
+            empty, state, None, key=dpjax.root_key(3), step=step
+        )
+        return mean["w"], after.clip_norm
+
+    means, clip_norms = jax.jit(jax.vmap(release))(jnp.arange(steps))
+    size = mechanism.expected_batch_size
+    # By hand: log C' - log C = -rate (1/2 + b/m - target).
+    moved = -np.log(np.asarray(clip_norms, np.float64) / bound)
+    moved = moved / mechanism.clip_learning_rate - 0.5 + mechanism.target_quantile
+    sums, counts = np.asarray(means, np.float64) * size, moved * size
+    for noise in (sums, counts):
+        assert abs(noise.mean()) < 5 * noise.std() / math.sqrt(noise.size), "mean"
+    for column in sums.T:
+        correlation = np.corrcoef(column, counts)[0, 1]
+        assert abs(correlation) < 5 / math.sqrt(steps), "sum and count correlate"
+    with np.errstate(divide="ignore"):
+        spent = (bound / sums.std()) ** 2
+        spent += (_count_sensitivity(mechanism) / counts.std()) ** 2
+    claimed = 1 / mechanism.noise_multiplier**2
+    # Four standard errors of the two variances.
+    assert abs(spent / claimed - 1) < 4 * 2 / math.sqrt(steps), (spent, claimed)
+
+
+def _count_sensitivity(mechanism):
+    """How far one example moves the count: by brute force, over short and long ones."""
+    query = mechanism.query("gradient", jnp.zeros(2), mechanism.init(jnp.zeros(2)))
+
+    @compiled
+    def count(lengths, mask):
+        batch = batch_of({"x": jnp.stack([lengths, 0 * lengths], axis=1)})
+        batch, key = batch._replace(mask=mask), jax.random.key(0)
+        return vmap(lambda p, e, k: p @ e["x"], query, batch, key)[0].count
+
+    bound = mechanism.initial_clip_norm
+    others = [0.1 * bound, 3 * bound, 0.5 * bound]
+    moved = []
+    for length in (0.0, 0.5 * bound, 2 * bound):
+        present = count(jnp.array([*others, length]), jnp.ones(4, bool))
+        zeroed = mechanism.sampling.adjacency == "zero_out_one"
+        absent = count(jnp.array([*others, 0.0]), jnp.array([True] * 3 + [zeroed]))
+        moved.append(abs(float(present) - float(absent)))
+    return max(moved)

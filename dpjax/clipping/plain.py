@@ -26,11 +26,13 @@ def plain(
         TypeError: See ``vmap``.
         ValueError: The query asks for anything but one point, unclipped.
     """
-    if len(query.points) != 1 or query.residual or query.style != "flat":
+    extra = query.residual or query.count
+    if len(query.points) != 1 or extra or query.style != "flat":
         raise ValueError(
-            f"the plain engine answers one flat query point without residual, not "
+            f"the plain engine answers one flat query point without residual and "
+            f"count, not "
             f"{len(query.points)} points, style={query.style!r}, "
-            f"residual={query.residual}"
+            f"residual={query.residual}, count={query.count}"
         )
     check_loss(loss, query.points[0], batch, key)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, batch.index)

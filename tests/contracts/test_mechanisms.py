@@ -12,6 +12,7 @@ import pytest
 
 import dpjax
 from dpjax.mechanisms import (
+    AdaptiveDpSgd,
     BandMf,
     DiceSgd,
     Diff2,
@@ -101,6 +102,21 @@ def band_mf(**changes):
     return BandMf(**(facts | changes))
 
 
+def adaptive(**changes):
+    facts = {
+        "initial_clip_norm": 0.5,
+        "min_clip_norm": 1e-3,
+        "max_clip_norm": 10.0,
+        "target_quantile": 0.7,
+        "clip_learning_rate": 0.2,
+        "count_share": 0.36,
+        "noise_multiplier": 4.0,
+        "sampling": Poisson(rate=0.1),
+        **PLAN,
+    }
+    return AdaptiveDpSgd(**(facts | changes))
+
+
 MECHANISMS = {
     "dp_sgd poisson": dp_sgd(),
     "dp_sgd per layer": dp_sgd(clip_style="per_layer"),
@@ -108,6 +124,7 @@ MECHANISMS = {
     "dp_sgd full batch": dp_sgd(sampling=FullBatch()),
     "dp_sgd shuffled": dp_sgd(sampling=ShuffledFixed(batch_size=100)),
     "dp_sgd cyclic": dp_sgd(sampling=CyclicPoisson(cycle=5, rate=0.5)),
+    "adaptive": adaptive(),
     "band_mf": band_mf(),
     "band_mf fixed order": band_mf(sampling=CyclicPoisson(cycle=5, rate=1.0)),
     "dice_sgd": dice_sgd("conservative", clip_style="automatic", outer_norm=None),
@@ -156,6 +173,7 @@ def kinds(name):
         return {"gradient": Kind(0, 0.5, 2.0, size)}
     return {
         "non-private": {"gradient": Kind(0, math.inf, 0.0, 100.0)},
+        "adaptive": {"gradient": Kind(0, 0.5, 4 * 0.5 / 0.8, 100.0)},
         # The norm of 1, 1/2, 3/8 is 1.179248.
         "band_mf": {"gradient": Kind(0, 0.5, 4 * 0.5 * 1.179248, 100.0)},
         "band_mf fixed order": {"gradient": Kind(0, 0.5, 4 * 0.5 * 1.179248, 200.0)},
@@ -209,6 +227,8 @@ def release(mechanism, clipped, step):
             residual=jax.tree.map(jnp.zeros_like, clipped.total),
             outer_norm=jnp.float32(asked.outer_norm),
         )
+    if asked.count:
+        clipped = dataclasses.replace(clipped, count=jnp.float32(0))
     if "count" in getattr(state, "_fields", ()):
         state = state._replace(count=jnp.int32(step))
     mean, _ = _compiled_release(mechanism)(clipped, state, params, root_key(0), step)
@@ -367,6 +387,20 @@ def test_calibration_meets_the_target_from_below(name, target):
             lambda: dp_sgd(sampling=ShuffledFixed(batch_size=2000)),
             "batch_size=2000 exceeds num_examples=1000",
         ),
+        (
+            lambda: adaptive(initial_clip_norm=20.0),
+            "initial_clip_norm=20.0 must be between min_clip_norm=0.001 and "
+            "max_clip_norm=10.0",
+        ),
+        (lambda: adaptive(min_clip_norm=0.0), "clip_norm=0.0 must be positive"),
+        (lambda: adaptive(max_clip_norm=math.inf), "clip_norm=inf must be positive"),
+        (lambda: adaptive(target_quantile=1.0), r"target_quantile=1.0 must be in \(0"),
+        (lambda: adaptive(count_share=0.0), r"count_share=0.0 must be in \(0, 1\)"),
+        (
+            lambda: adaptive(clip_learning_rate=0.0),
+            "clip_learning_rate=0.0 must be positive",
+        ),
+        (lambda: adaptive(noise_multiplier=-1.0), "noise_multiplier=-1.0 must be"),
         (lambda: band_mf(bands=0), "bands=0 must be an integer of at least 1"),
         (lambda: band_mf(bands=51), "bands=51 exceeds steps=50"),
         (lambda: band_mf(strategy="optimal"), "strategy='optimal' is unknown"),
