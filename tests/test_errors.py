@@ -84,6 +84,23 @@ def banded(**changes):
     return {"mechanism": mechanism | changes}
 
 
+def adaptive(**changes):
+    mechanism = {
+        "name": "dpjax.mechanisms.adaptive_dp_sgd:AdaptiveDpSgd",
+        "initial_clip_norm": 1.0,
+        "min_clip_norm": 0.01,
+        "max_clip_norm": 10.0,
+        "target_quantile": 0.5,
+        "clip_learning_rate": 0.2,
+        "count_share": 0.1,
+        "noise_multiplier": 4.0,
+        "sampling": {"name": "dpjax.sampling:Poisson", "rate": 0.1},
+        "steps": 12,
+        "delta": 1e-5,
+    }
+    return {"mechanism": mechanism | changes}
+
+
 WRONG_VALUES = {
     "clip norm zero": ({"mechanism.clip_norm": 0.0}, "clip_norm=0.0 must be positive"),
     "clip norm negative": ({"mechanism.clip_norm": -1.0}, "clip_norm=-1.0 must be"),
@@ -154,6 +171,18 @@ WRONG_VALUES = {
     "cycle zero": (
         banded(sampling=banded()["mechanism"]["sampling"] | {"cycle": 0}),
         "cycle=0 must be an integer of at least 1",
+    ),
+    "first clip norm out of bounds": (
+        adaptive(initial_clip_norm=20.0),
+        "initial_clip_norm=20.0 must be between min_clip_norm=0.01 and max_clip_norm=10",
+    ),
+    "no budget for the count": (
+        adaptive(count_share=0.0),
+        "count_share=0.0 must be in (0, 1); for a constant clip norm use DpSgd",
+    ),
+    "all examples within the clip norm": (
+        adaptive(target_quantile=1.0),
+        "target_quantile=1.0 must be in (0, 1)",
     ),
     "delta one": ({"mechanism.delta": 1.0}, "delta=1.0 must be in (0, 1)"),
     "delta zero": ({"mechanism.delta": 0.0}, "delta=0.0 must be in (0, 1)"),

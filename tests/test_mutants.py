@@ -22,6 +22,7 @@ from tests.checks import (
     check_correlated,
     check_cyclic,
     check_engine_contract,
+    check_joint_release,
     check_noise,
     check_poisson,
     check_sensitivity,
@@ -230,6 +231,21 @@ CONSERVATIVE = dataclasses.replace(
 def attack_check(mechanism):
     """No attack gets further than what is claimed."""
     assert mechanism.attacked_epsilon() <= dpjax.epsilon(mechanism)
+
+
+ADAPTIVE = dpjax.AdaptiveDpSgd(
+    initial_clip_norm=0.5,
+    min_clip_norm=1e-6,
+    max_clip_norm=1e6,
+    target_quantile=0.5,
+    clip_learning_rate=0.2,
+    count_share=0.3,
+    noise_multiplier=1.2,
+    sampling=Poisson(rate=0.1),
+    steps=50,
+    num_examples=200,
+    delta=1e-5,
+)
 
 
 BAND_MF = dpjax.BandMf(
@@ -484,6 +500,10 @@ class NoRestarts(dpjax.Diff2):
         return dpjax.Diff2(**vars(self) | {"restart_every": 10**6}).event(steps)
 
 
+def adaptive_as(mutant, **changes):
+    return mutant(**vars(ADAPTIVE) | changes)
+
+
 def banded_as(mutant):
     return mutant(**vars(BAND_MF))
 
@@ -555,6 +575,44 @@ class RateOfAllExamplesAccounted(CyclicPoisson):
         return CyclicPoisson.compose(
             sampled, noise_multiplier, steps=steps, num_examples=num_examples
         )
+
+
+class NoisyBySumAlone(dpjax.AdaptiveDpSgd):
+    """As if the count cost nothing."""
+
+    def noise_stddev(self, clip_norm):
+        return self.noise_multiplier * clip_norm
+
+
+class CountWithoutNoise(dpjax.AdaptiveDpSgd):
+    @property
+    def count_stddev(self):
+        return 0.0
+
+
+class HalfAlsoIfZeroedOut(dpjax.AdaptiveDpSgd):
+    @property
+    def count_sensitivity(self):
+        return 0.5
+
+
+class NoiseOfTheCountOnTheMean(dpjax.AdaptiveDpSgd):
+    @property
+    def count_stddev(self):
+        return super().count_stddev / self.expected_batch_size
+
+
+def counts_one_and_zero(loss, query, batch, key):
+    """Not centred: one example moves it by 1."""
+    clipped, statistics = vmap(loss, query, batch, key)
+    count = clipped.count + 0.5 * jnp.asarray(batch.mask).sum()
+    return dataclasses.replace(clipped, count=count), statistics
+
+
+def counts_padding(loss, query, batch, key):
+    clipped, statistics = vmap(loss, query, batch, key)
+    padding = (~jnp.asarray(batch.mask)).sum()
+    return dataclasses.replace(clipped, count=clipped.count + 0.5 * padding), statistics
 
 
 class TwiceTheRate(Poisson):
@@ -667,6 +725,18 @@ MUTANTS = {
         cyclic_check,
         RateOfAllExamplesAccounted(cycle=3, rate=0.3),
     ),
+    "count costs nothing": (check_joint_release, adaptive_as(NoisyBySumAlone)),
+    "count without noise": (check_joint_release, adaptive_as(CountWithoutNoise)),
+    "noise of the count on the mean": (
+        check_joint_release,
+        adaptive_as(NoiseOfTheCountOnTheMean),
+    ),
+    "half also if zeroed out": (
+        check_joint_release,
+        adaptive_as(HalfAlsoIfZeroedOut, sampling=dpjax.ShuffledFixed(batch_size=20)),
+    ),
+    "count not centred": (sensitivity_check, counts_one_and_zero),
+    "count of padding": (sensitivity_check, counts_padding),
     "rate x2": (sampling_check, TwiceTheRate(rate=0.1)),
     "fixed size": (sampling_check, FixedSize(rate=0.1)),
     "shuffled epochs": (sampling_check, ShuffledEpochs(rate=0.1)),
@@ -699,6 +769,7 @@ def test_mutant_is_caught(name):
         (memory_check, feedback_release(DICE)),
         (feedback_noise_check, DICE),
         (attack_check, CONSERVATIVE),
+        (check_joint_release, ADAPTIVE),
         (correlation_check, BAND_MF),
         (cyclic_check, BAND_MF.sampling),
         (sampling_check, Poisson(rate=0.1)),
