@@ -76,6 +76,43 @@ ZERO = {
     "delta": 1e-5,
 }
 
+
+def banded(**changes):
+    mechanism = {
+        "name": "dpjax.mechanisms.band_mf:BandMf",
+        "clip_norm": 1.0,
+        "clip_style": "flat",
+        "noise_multiplier": 4.0,
+        "bands": 4,
+        "strategy": "mean_error",
+        "sampling": {
+            "name": "dpjax.sampling:CyclicPoisson",
+            "cycle": 4,
+            "rate": 0.4,
+        },
+        "steps": 12,
+        "delta": 1e-5,
+    }
+    return {"mechanism": mechanism | changes}
+
+
+def adaptive(**changes):
+    mechanism = {
+        "name": "dpjax.mechanisms.adaptive_dp_sgd:AdaptiveDpSgd",
+        "initial_clip_norm": 1.0,
+        "min_clip_norm": 0.01,
+        "max_clip_norm": 10.0,
+        "target_quantile": 0.5,
+        "clip_learning_rate": 0.2,
+        "count_share": 0.1,
+        "noise_multiplier": 4.0,
+        "sampling": {"name": "dpjax.sampling:Poisson", "rate": 0.1},
+        "steps": 12,
+        "delta": 1e-5,
+    }
+    return {"mechanism": mechanism | changes}
+
+
 WRONG_VALUES = {
     "clip norm zero": ({"mechanism.clip_norm": 0.0}, "clip_norm=0.0 must be positive"),
     "clip norm negative": ({"mechanism.clip_norm": -1.0}, "clip_norm=-1.0 must be"),
@@ -159,6 +196,36 @@ WRONG_VALUES = {
         {"mechanism": ZERO, "compute.memory_budget": 2**30},
         "DpZero takes none: use config.compute.microbatch_size",
     ),
+    "correlated noise on batches without a rest": (
+        banded(sampling={"name": "dpjax.sampling:Poisson", "rate": 0.1}),
+        "use CyclicPoisson(cycle=4, rate=...)",
+    ),
+    "correlated noise on fresh shuffles": (
+        banded(sampling={"name": "dpjax.sampling:ShuffledFixed", "batch_size": 64}),
+        "with rate=1.0 for batches in a fixed order",
+    ),
+    "more bands than the cycle": (banded(bands=5), "or lower bands"),
+    "more bands than steps": (banded(steps=3), "bands=4 exceeds steps=3"),
+    "unknown strategy": (
+        banded(strategy="sqrt"),
+        "strategy='sqrt' is unknown; use one of mean_error, square_root",
+    ),
+    "cycle zero": (
+        banded(sampling=banded()["mechanism"]["sampling"] | {"cycle": 0}),
+        "cycle=0 must be an integer of at least 1",
+    ),
+    "first clip norm out of bounds": (
+        adaptive(initial_clip_norm=20.0),
+        "initial_clip_norm=20.0 must be between min_clip_norm=0.01 and max_clip_norm=10",
+    ),
+    "no budget for the count": (
+        adaptive(count_share=0.0),
+        "count_share=0.0 must be in (0, 1); for a constant clip norm use DpSgd",
+    ),
+    "all examples within the clip norm": (
+        adaptive(target_quantile=1.0),
+        "target_quantile=1.0 must be in (0, 1)",
+    ),
     "delta one": ({"mechanism.delta": 1.0}, "delta=1.0 must be in (0, 1)"),
     "delta zero": ({"mechanism.delta": 0.0}, "delta=0.0 must be in (0, 1)"),
     "rate above one": ({"mechanism.sampling.rate": 1.5}, "rate=1.5 must be in (0, 1]"),
@@ -200,8 +267,8 @@ WRONG_VALUES = {
         "config.optimizer.learning_rate is missing",
     ),
     "unknown model module": (
-        {"model.name": "dpjax.models.transformer:gpt"},
-        "there is no module 'dpjax.models.transformer'",
+        {"model.name": "dpjax.models.mamba:lm"},
+        "there is no module 'dpjax.models.mamba'",
     ),
     "name without a colon": ({"model.name": "mlp"}, "must be 'module:attribute'"),
     "unknown activation": (
@@ -407,6 +474,11 @@ def test_none_on_the_command_line_unsets_a_key(capsys, monkeypatch):
             "--config=configs/digits_mlp_dicesgd.py",
             "--workdir=x",
             "--config.mechanism.accounting=paper",
+        ],
+        [
+            "--config=configs/digits_mlp_bandmf.py",
+            "--workdir=x",
+            "--config.mechanism.bands=5",
         ],
         [TINY, "--workdir=x", "--config.optimizer.name=optax:sdg"],
         [TINY, "--workdir=x", "--config.model.name=dpjax.models.mlp:mpl"],

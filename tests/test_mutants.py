@@ -15,12 +15,15 @@ import pytest
 import dpjax
 from dpjax.clipping import Query, Slope, vmap
 from dpjax.noise import root_key
-from dpjax.sampling import Poisson
+from dpjax.sampling import CyclicPoisson, Poisson
 from dpjax.sensitive import ClippedSum
 from tests.checks import (
     batch_of,
     check_adds_to_sum,
+    check_correlated,
+    check_cyclic,
     check_engine_contract,
+    check_joint_release,
     check_noise,
     check_poisson,
     check_sensitivity,
@@ -307,6 +310,47 @@ CONSERVATIVE = dataclasses.replace(
 def attack_check(mechanism):
     """No attack gets further than what is claimed."""
     assert mechanism.attacked_epsilon() <= dpjax.epsilon(mechanism)
+
+
+ADAPTIVE = dpjax.AdaptiveDpSgd(
+    initial_clip_norm=0.5,
+    min_clip_norm=1e-6,
+    max_clip_norm=1e6,
+    target_quantile=0.5,
+    clip_learning_rate=0.2,
+    count_share=0.3,
+    noise_multiplier=1.2,
+    sampling=Poisson(rate=0.1),
+    steps=50,
+    num_examples=200,
+    delta=1e-5,
+)
+
+
+BAND_MF = dpjax.BandMf(
+    clip_norm=0.5,
+    clip_style="flat",
+    noise_multiplier=1.2,
+    bands=3,
+    strategy="square_root",
+    sampling=CyclicPoisson(cycle=3, rate=0.3),
+    steps=12,
+    num_examples=200,
+    delta=1e-5,
+)
+
+
+def correlation_check(mechanism):
+    clipped = ClippedSum.zeros({"w": jnp.zeros(8000)}, l2_bound=0.5)
+    state, rows = mechanism.init(clipped.total), []
+    for step in range(mechanism.steps):
+        mean, state = mechanism.release(clipped, state, None, key=KEY, step=step)
+        rows.append(np.asarray(mean["w"]))
+    check_correlated(np.stack(rows), mechanism)
+
+
+def cyclic_check(sampling):
+    check_cyclic(sampling, num_examples=200, turns=150)
 
 
 def sampling_check(sampling):
@@ -612,8 +656,119 @@ class RestartsCountedInSteps(dpjax.Diff2BvrLSgd):
         return dpjax.Diff2BvrLSgd(**vars(self) | {"restart_every": longer}).event(steps)
 
 
+def adaptive_as(mutant, **changes):
+    return mutant(**vars(ADAPTIVE) | changes)
+
+
+def banded_as(mutant):
+    return mutant(**vars(BAND_MF))
+
+
 def diff2_as(mutant):
     return mutant(**vars(DIFF2))
+
+
+class NoiseOfTheMultiplier(dpjax.BandMf):
+    """As if no noise were taken back: its first step has too little."""
+
+    def release(self, clipped, state, params, *, key, step):
+        plain = dpjax.DpSgd(
+            clip_norm=self.clip_norm,
+            clip_style=self.clip_style,
+            noise_multiplier=self.noise_multiplier,
+            sampling=self.sampling,
+            steps=self.steps,
+            num_examples=self.num_examples,
+            delta=self.delta,
+        )
+        return plain.release(clipped, (), params, key=key, step=step)[0], state
+
+
+class NoisesForgotten(dpjax.BandMf):
+    """After each resume, say."""
+
+    def release(self, clipped, state, params, *, key, step):
+        fresh = self.init(clipped.total)._replace(count=state.count)
+        return super().release(clipped, fresh, params, key=key, step=step)
+
+
+class NoisesOutOfOrder(dpjax.BandMf):
+    def release(self, clipped, state, params, *, key, step):
+        recent = jax.tree.map(lambda x: x[::-1], state.recent)
+        mixed = state._replace(recent=recent)
+        return super().release(clipped, mixed, params, key=key, step=step)
+
+
+class ColumnNotNormalised(dpjax.BandMf):
+    @property
+    def noise_stddev(self):
+        return super().noise_stddev / 1.179248  # the norm of 1, 1/2, 3/8
+
+
+class PartsAnewInEachCycle(CyclicPoisson):
+    def draw(self, step, *, num_examples, seed):
+        turn = step // self.cycle
+        return super().draw(step, num_examples=num_examples, seed=seed + turn)
+
+
+class PlainPoisson(CyclicPoisson):
+    def draw(self, step, *, num_examples, seed):
+        honest = Poisson(rate=self.rate / self.cycle)
+        return honest.draw(step, num_examples=num_examples, seed=seed)
+
+
+class CyclesEndedAccounted(CyclicPoisson):
+    def compose(self, noise_multiplier, *, steps, num_examples):
+        turns = max(1, steps // self.cycle)
+        return Poisson(rate=self.rate).compose(
+            noise_multiplier, steps=turns, num_examples=num_examples
+        )
+
+
+class RateOfAllExamplesAccounted(CyclicPoisson):
+    def compose(self, noise_multiplier, *, steps, num_examples):
+        sampled = dataclasses.replace(self, rate=self.rate / self.cycle)
+        return CyclicPoisson.compose(
+            sampled, noise_multiplier, steps=steps, num_examples=num_examples
+        )
+
+
+class NoisyBySumAlone(dpjax.AdaptiveDpSgd):
+    """As if the count cost nothing."""
+
+    def noise_stddev(self, clip_norm):
+        return self.noise_multiplier * clip_norm
+
+
+class CountWithoutNoise(dpjax.AdaptiveDpSgd):
+    @property
+    def count_stddev(self):
+        return 0.0
+
+
+class HalfAlsoIfZeroedOut(dpjax.AdaptiveDpSgd):
+    @property
+    def count_sensitivity(self):
+        return 0.5
+
+
+class NoiseOfTheCountOnTheMean(dpjax.AdaptiveDpSgd):
+    @property
+    def count_stddev(self):
+        return super().count_stddev / self.expected_batch_size
+
+
+def counts_one_and_zero(loss, query, batch, key):
+    """Not centred: one example moves it by 1."""
+    clipped, statistics = vmap(loss, query, batch, key)
+    count = clipped.count + 0.5 * jnp.asarray(batch.mask).sum()
+    return dataclasses.replace(clipped, count=count), statistics
+
+
+def counts_padding(loss, query, batch, key):
+    clipped, statistics = vmap(loss, query, batch, key)
+    padding = (~jnp.asarray(batch.mask)).sum()
+    return dataclasses.replace(clipped, count=clipped.count + 0.5 * padding), statistics
 
 
 class TwiceTheRate(Poisson):
@@ -733,6 +888,29 @@ MUTANTS = {
         AmplifiedMemory(**vars(CONSERVATIVE) | {"noise_multiplier": 1.2}),
     ),
     "noise of the paper": (attack_check, DICE),
+    "noise not correlated": (correlation_check, banded_as(NoiseOfTheMultiplier)),
+    "noises forgotten": (correlation_check, banded_as(NoisesForgotten)),
+    "noises out of order": (correlation_check, banded_as(NoisesOutOfOrder)),
+    "column not normalised": (correlation_check, banded_as(ColumnNotNormalised)),
+    "parts anew in each cycle": (cyclic_check, PartsAnewInEachCycle(cycle=3, rate=0.3)),
+    "poisson for cyclic": (cyclic_check, PlainPoisson(cycle=3, rate=0.3)),
+    "cycles ended accounted": (cyclic_check, CyclesEndedAccounted(cycle=3, rate=0.3)),
+    "rate of all examples accounted": (
+        cyclic_check,
+        RateOfAllExamplesAccounted(cycle=3, rate=0.3),
+    ),
+    "count costs nothing": (check_joint_release, adaptive_as(NoisyBySumAlone)),
+    "count without noise": (check_joint_release, adaptive_as(CountWithoutNoise)),
+    "noise of the count on the mean": (
+        check_joint_release,
+        adaptive_as(NoiseOfTheCountOnTheMean),
+    ),
+    "half also if zeroed out": (
+        check_joint_release,
+        adaptive_as(HalfAlsoIfZeroedOut, sampling=dpjax.ShuffledFixed(batch_size=20)),
+    ),
+    "count not centred": (sensitivity_check, counts_one_and_zero),
+    "count of padding": (sensitivity_check, counts_padding),
     "rate x2": (sampling_check, TwiceTheRate(rate=0.1)),
     "fixed size": (sampling_check, FixedSize(rate=0.1)),
     "shuffled epochs": (sampling_check, ShuffledEpochs(rate=0.1)),
@@ -769,6 +947,9 @@ def test_mutant_is_caught(name):
         (memory_check, feedback_release(DICE)),
         (feedback_noise_check, DICE),
         (attack_check, CONSERVATIVE),
+        (check_joint_release, ADAPTIVE),
+        (correlation_check, BAND_MF),
+        (cyclic_check, BAND_MF.sampling),
         (sampling_check, Poisson(rate=0.1)),
     ],
 )

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from dpjax.clipping import kernels, layouts
 from dpjax.clipping.analysis import Program, analyse
-from dpjax.clipping.factors import clip_factors
+from dpjax.clipping.factors import centred_count, clip_factors
 from dpjax.clipping.kernels import Factors, Norms, Patches
 from dpjax.clipping.passes import (
     Backward,
@@ -74,7 +74,12 @@ def run_plan(
         total, residual = (tree([leaf[i] for leaf in both]) for i in (0, 1))
     else:
         total, residual = tree(sums(weights)), None
-    clipped = dataclasses.replace(query.empty(), total=total, residual=residual)
+    count = None
+    if query.count:
+        count = centred_count(factors.norms, mask=mask, clip_norm=query.clip_norm)
+    clipped = dataclasses.replace(
+        query.empty(), total=total, residual=residual, count=count
+    )
     losses = known.backward.losses
     return clipped, per_example(losses, factors.norms, factors.finite, mask)
 

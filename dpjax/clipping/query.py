@@ -43,6 +43,7 @@ class Query:
             layers (leaves with the same parent) clipped flat to ``C/sqrt(G)``. In
             each style one example contributes at most C.
         residual: Static; whether to sum ``d_i - clip(d_i)`` too.
+        count: Static; whether to count the examples with ``|d_i| <= clip_norm``, too.
         outer_norm: G; each ``d_i`` is first replaced by ``d_i min(1, G/|d_i|)``, so that
             no residual is longer than G. May be traced; inf (no such limit) by default.
         phase: Static; the kind of query, which the mechanism's release must know.
@@ -56,6 +57,7 @@ class Query:
     )
     style: ClipStyle = dataclasses.field(default="flat", metadata={"static": True})
     residual: bool = dataclasses.field(default=False, metadata={"static": True})
+    count: bool = dataclasses.field(default=False, metadata={"static": True})
     outer_norm: float | Scalar = math.inf
     phase: str = dataclasses.field(default="gradient", metadata={"static": True})
     slope: Slope | None = None
@@ -67,6 +69,7 @@ class Query:
             l2_bound=self.l2_bound,
             outer_norm=self.outer_norm,
             residual=self.residual,
+            count=self.count,
             phase=self.phase,
         )
 

@@ -16,6 +16,7 @@ class Engine(Protocol):
 
         total    = sum_i f_i d_i
         residual = sum_i (1 - f_i) d_i over the unmasked, finite examples, if asked
+        count    = sum_i (1[|d_i| <= clip_norm] - 1/2) over the unmasked examples, if asked
     """
 
     def __call__(

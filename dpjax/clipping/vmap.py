@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dpjax.clipping.factors import clip_factors
+from dpjax.clipping.factors import centred_count, clip_factors
 from dpjax.clipping.query import Query, Slope
 from dpjax.clipping.tracing import check_loss
 from dpjax.sensitive import ClippedSum, PerExample, accumulation_dtype
@@ -58,10 +58,14 @@ def vmap(
     residual = None
     if query.residual:
         residual = jax.tree.map(_weighted_sum, factors.rest, vectors)
+    count = None
+    if query.count:
+        count = centred_count(factors.norms, mask=mask, clip_norm=query.clip_norm)
     clipped = dataclasses.replace(
         query.empty(),
         total=jax.tree.map(_weighted_sum, factors.leaves, vectors),
         residual=residual,
+        count=count,
     )
     return clipped, per_example(losses, factors.norms, factors.finite, mask)
 

@@ -3,6 +3,8 @@
 Importing a mechanism does not import jax, so config errors are answered at once.
 """
 
+from dpjax.mechanisms.adaptive_dp_sgd import AdaptiveDpSgd
+from dpjax.mechanisms.band_mf import BandMf
 from dpjax.mechanisms.base import Mechanism
 from dpjax.mechanisms.dice_sgd import DiceSgd
 from dpjax.mechanisms.diff2 import Diff2
@@ -14,6 +16,8 @@ from dpjax.mechanisms.privatized_error_feedback import PrivatizedErrorFeedback
 from dpjax.mechanisms.spider_boost import SpiderBoost
 
 __all__ = [
+    "AdaptiveDpSgd",
+    "BandMf",
     "DiceSgd",
     "Diff2",
     "Diff2BvrLSgd",

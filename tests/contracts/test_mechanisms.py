@@ -13,6 +13,8 @@ import pytest
 import dpjax
 from dpjax.directions import gaussian_direction
 from dpjax.mechanisms import (
+    AdaptiveDpSgd,
+    BandMf,
     DiceSgd,
     Diff2,
     Diff2BvrLSgd,
@@ -24,6 +26,7 @@ from dpjax.mechanisms import (
 )
 from dpjax.noise import root_key
 from dpjax.sampling import (
+    CyclicPoisson,
     FullBatch,
     PeriodicPoisson,
     Poisson,
@@ -116,12 +119,44 @@ def dice_sgd(accounting, **changes):
     return DiceSgd(**(facts | changes))
 
 
+def band_mf(**changes):
+    facts = {
+        "clip_norm": 0.5,
+        "clip_style": "flat",
+        "noise_multiplier": 4.0,
+        "bands": 3,
+        "strategy": "square_root",
+        "sampling": CyclicPoisson(cycle=4, rate=0.4),
+        **PLAN,
+    }
+    return BandMf(**(facts | changes))
+
+
+def adaptive(**changes):
+    facts = {
+        "initial_clip_norm": 0.5,
+        "min_clip_norm": 1e-3,
+        "max_clip_norm": 10.0,
+        "target_quantile": 0.7,
+        "clip_learning_rate": 0.2,
+        "count_share": 0.36,
+        "noise_multiplier": 4.0,
+        "sampling": Poisson(rate=0.1),
+        **PLAN,
+    }
+    return AdaptiveDpSgd(**(facts | changes))
+
+
 MECHANISMS = {
     "dp_sgd poisson": dp_sgd(),
     "dp_sgd per layer": dp_sgd(clip_style="per_layer"),
     "dp_sgd truncated": dp_sgd(sampling=TruncatedPoisson(rate=0.1, capacity=130)),
     "dp_sgd full batch": dp_sgd(sampling=FullBatch()),
     "dp_sgd shuffled": dp_sgd(sampling=ShuffledFixed(batch_size=100)),
+    "dp_sgd cyclic": dp_sgd(sampling=CyclicPoisson(cycle=5, rate=0.5)),
+    "adaptive": adaptive(),
+    "band_mf": band_mf(),
+    "band_mf fixed order": band_mf(sampling=CyclicPoisson(cycle=5, rate=1.0)),
     "dice_sgd": dice_sgd("conservative", clip_style="automatic", outer_norm=None),
     "dice_sgd full batch": dice_sgd("conservative", sampling=FullBatch()),
     "dice_sgd outer clip": dice_sgd("outer_clip", error_clip_norm=None),
@@ -173,6 +208,10 @@ def kinds(name):
         return {"slope": Kind(0, 0.5, 2.0, mechanism.expected_batch_size)}
     return {
         "non-private": {"gradient": Kind(0, math.inf, 0.0, 100.0)},
+        "adaptive": {"gradient": Kind(0, 0.5, 4 * 0.5 / 0.8, 100.0)},
+        # The norm of 1, 1/2, 3/8 is 1.179248.
+        "band_mf": {"gradient": Kind(0, 0.5, 4 * 0.5 * 1.179248, 100.0)},
+        "band_mf fixed order": {"gradient": Kind(0, 0.5, 4 * 0.5 * 1.179248, 200.0)},
         # 2 C2 + C1; G; sqrt(5) C1 + 5 (G - C1) in 5 epochs; sqrt(C1^2 + 2 C2^2).
         "dice_sgd": {"gradient": Kind(0, 0.5, 20 * 2.0, 100.0)},
         "dice_sgd full batch": {"gradient": Kind(0, 0.5, 20 * 2.0, 1000.0)},
@@ -231,6 +270,10 @@ def release(mechanism, clipped, step):
             residual=jax.tree.map(jnp.zeros_like, clipped.total),
             outer_norm=jnp.float32(asked.outer_norm),
         )
+    if asked.count:
+        clipped = dataclasses.replace(clipped, count=jnp.float32(0))
+    if "count" in getattr(state, "_fields", ()):
+        state = state._replace(count=jnp.int32(step))
     mean, _ = _compiled_release(mechanism)(clipped, state, params, root_key(0), step)
     return mean
 
@@ -423,6 +466,36 @@ def test_calibration_meets_the_target_from_below(name, target):
             "direction_seed=None must be an integer",
         ),
         (lambda: dp_zero(clip_norm=0.0), "clip_norm=0.0 must be positive"),
+        (
+            lambda: adaptive(initial_clip_norm=20.0),
+            "initial_clip_norm=20.0 must be between min_clip_norm=0.001 and "
+            "max_clip_norm=10.0",
+        ),
+        (lambda: adaptive(min_clip_norm=0.0), "clip_norm=0.0 must be positive"),
+        (lambda: adaptive(max_clip_norm=math.inf), "clip_norm=inf must be positive"),
+        (lambda: adaptive(target_quantile=1.0), r"target_quantile=1.0 must be in \(0"),
+        (lambda: adaptive(count_share=0.0), r"count_share=0.0 must be in \(0, 1\)"),
+        (
+            lambda: adaptive(clip_learning_rate=0.0),
+            "clip_learning_rate=0.0 must be positive",
+        ),
+        (lambda: adaptive(noise_multiplier=-1.0), "noise_multiplier=-1.0 must be"),
+        (lambda: band_mf(bands=0), "bands=0 must be an integer of at least 1"),
+        (lambda: band_mf(bands=51), "bands=51 exceeds steps=50"),
+        (lambda: band_mf(strategy="optimal"), "strategy='optimal' is unknown"),
+        (lambda: band_mf(clip_norm=0.0), "clip_norm=0.0 must be positive"),
+        (lambda: band_mf(noise_multiplier=-1.0), "noise_multiplier=-1.0 must be"),
+        (
+            lambda: band_mf(bands=5),
+            r"CyclicPoisson\(cycle=4, rate=0.4\) .* twice within bands=5 steps, .* use "
+            r"CyclicPoisson\(cycle=5",
+        ),
+        (
+            lambda: band_mf(sampling=ShuffledFixed(batch_size=100)),
+            "with rate=1.0 for batches in a fixed order",
+        ),
+        (lambda: band_mf(sampling=Poisson(rate=0.1)), "which has no analysis"),
+        (lambda: band_mf(sampling=FullBatch()), "which has no analysis"),
         (lambda: diff2(clip_norm=0.0), "clip_norm=0.0 must be positive"),
         (
             lambda: diff2(difference_clip_norm=0.0),
