@@ -45,6 +45,23 @@ def classification(model: Model, *, label_smoothing: float = 0.0) -> Loss:
     return loss
 
 
+def regression(model: Model) -> Loss:
+    """Build the squared error of one example with a number as its target.
+
+    Args:
+        model: A model with one output, ``[]``.
+
+    Returns:
+        A loss that reads ``example["y"]``, ``float32[]``, and computes in float32.
+    """
+
+    def loss(params: Params, example: Example, key: Key) -> Scalar:
+        prediction = model.apply(params, example, key).astype(jnp.float32)
+        return jnp.square(prediction - example["y"])
+
+    return loss
+
+
 def augmented(
     loss: Loss, *, augment: Callable[[Key, Example], Example], views: int
 ) -> Loss:
@@ -109,3 +126,20 @@ def accuracy(model: Model) -> Callable[[Params, Example], Array]:
         return (jnp.argmax(outputs) == example["label"]).astype(jnp.float32)
 
     return correct
+
+
+def squared_error(model: Model) -> Callable[[Params, Example], Array]:
+    """Build the squared error as a metric, whose mean is the mean squared error.
+
+    Args:
+        model: A model with one output, ``[]``, that does not depend on the key.
+
+    Returns:
+        A function of ``(params, example)``; it reads ``example["y"]``; ``float32[]``.
+    """
+    loss = regression(model)
+
+    def error(params: Params, example: Example) -> Array:
+        return loss(params, example, jax.random.key(0))
+
+    return error
