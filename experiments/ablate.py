@@ -28,7 +28,6 @@ from dpjax.config import ConfigError
 from experiments import options, sweep, timing
 from experiments.sweep import Run, Sweep
 
-_log = logging.getLogger(__name__)
 _OPTIONS = ("out", "workers", "only")
 
 
@@ -120,7 +119,7 @@ def _result(run: Run, folder: Path) -> dict[str, Any]:
         raise
     except Exception as error:
         # One cell that diverges, or needs too much memory, must not stop the others.
-        _log.exception("cell %d failed", run.index)
+        logging.exception("cell %d failed", run.index)
         result |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
     return {**result, "seconds": time.perf_counter() - start, "config": run.config}
 
