@@ -128,6 +128,16 @@ def accuracy(model: Model) -> Callable[[Params, Example], Array]:
     return correct
 
 
+def error_rate(model: Model) -> Callable[[Params, Example], Array]:
+    """Build the opposite of ``accuracy``: 1.0 where the top class is wrong."""
+    correct = accuracy(model)
+
+    def wrong(params: Params, example: Example) -> Array:
+        return 1.0 - correct(params, example)
+
+    return wrong
+
+
 def squared_error(model: Model) -> Callable[[Params, Example], Array]:
     """Build the squared error as a metric, whose mean is the mean squared error.
 
