@@ -64,9 +64,10 @@ def calibrate(make: Callable[[float], MechanismT], *, epsilon: float) -> Mechani
     from dp_accounting import mechanism_calibration as calibration
 
     plan: Any = make(1.0)
+    accountant: Any = _Remembering
     try:
         noise_multiplier = calibration.calibrate_dp_mechanism(
-            _Remembering,
+            accountant,
             lambda z: _event(make(z)),
             target_epsilon=epsilon,
             target_delta=plan.delta,

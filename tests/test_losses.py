@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from dpjax.augment import flip_and_crop
-from dpjax.losses import accuracy, augmented, classification
+from dpjax.losses import (
+    accuracy,
+    augmented,
+    classification,
+    error_rate,
+    regression,
+    squared_error,
+)
 from dpjax.models.mlp import mlp
 from dpjax.typing import Model
 
@@ -101,3 +108,19 @@ def test_accuracy_is_one_where_the_top_class_is_the_label():
     outputs = np.array([[0, 1, 2], [3, 1, 2], [-3, -2, -1]], np.float32)
     np.testing.assert_array_equal(correct(outputs, EXAMPLE), [1.0, 0.0, 1.0])
     assert correct(outputs, EXAMPLE).dtype == jnp.float32
+
+
+def test_regression_is_the_squared_error_and_its_metric():
+    model = Model(lambda key, example: jnp.zeros(()), lambda p, example, key: p * 2)
+    example = {"y": np.float32(1.0)}
+    loss = regression(model)(jnp.float32(2.0), example, KEY)
+    assert loss == squared_error(model)(jnp.float32(2.0), example) == 9.0
+    half = regression(model)(jnp.bfloat16(2.0), example, KEY)
+    assert half.dtype == jnp.float32
+
+
+def test_error_rate_is_the_rest_of_accuracy():
+    for logits in ([0.0, 0.0, 1.0], [0.0, 1.0, 0.0]):
+        params = np.array(logits, np.float32)
+        total = error_rate(TABLE)(params, EXAMPLE) + accuracy(TABLE)(params, EXAMPLE)
+        assert total == 1.0

@@ -130,7 +130,7 @@ def diabetes(*, split: str, test_fraction: float) -> ArraySource:
     """
     from sklearn.datasets import load_diabetes
 
-    x, y = load_diabetes(return_X_y=True)
+    x, y = (np.asarray(part) for part in load_diabetes(return_X_y=True))
     x = x * np.sqrt(len(x))  # columns of norm 1 are what is shipped
     return _regression(x, (y - 185.5) / 160.5, split=split, test_fraction=test_fraction)
 

@@ -80,7 +80,7 @@ def cells(variant: str) -> Iterator[Cell]:
     """Yield the runs of a variant."""
     task = _task(variant)
     if variant.endswith("_tuning"):
-        labels = [
+        labels: list[dict[str, Any]] = [
             {"method": method, **values}
             for method, steps in STEPS.items()
             for values in grid(clip=task.clips, step=steps)
