@@ -3,8 +3,8 @@
     python -m experiments.ablate experiments/sweeps/error_feedback.py:digits_tuning --out=DIR
 
 Variants: ``digits_tuning`` and ``mnist_tuning`` try step sizes, with seeds of their own;
-``digits`` and ``mnist`` repeat, with other seeds, what ``gather --choose=step`` kept of them
-in ``results/error_feedback/``. MNIST is read from ``mnist.npz`` (Keras' layout) in the
+``digits`` repeats, with other seeds, what ``gather --choose=step`` kept in
+``results/error_feedback/``, ``mnist`` what ``--choose=clip,step`` kept. MNIST is read from ``mnist.npz`` (Keras' layout) in the
 working directory.
 
 A ``step`` is the learning rate times the clip norm, as the gradient of a clipped example is
@@ -50,14 +50,13 @@ TASKS = {
     "digits": Task(0.25, 200, 359, 1.0, 14.7533, (0.0625, 0.25, 1.0)),
     "mnist": Task(1024 / 60_000, 150, 1024, 1024.0, 11.4518, (0.25, 1.0)),
 }
-_COARSE, _FINE = (0.06, 0.25, 1.0), (0.5, 1.0, 2.0)
 STEPS = {
-    "DP-SGD": _FINE,
-    "DiceSGD outer_clip": _FINE,
-    "two channels": _FINE,
-    "DiceSGD k_participation": _COARSE,
-    "DiceSGD conservative": _COARSE,
-    "DiceSGD paper, claimed": _FINE,
+    "DP-SGD": (1.0, 2.0, 4.0),
+    "DiceSGD outer_clip": (0.25, 0.5, 1.0),
+    "two channels": (0.25, 0.5, 1.0),
+    "DiceSGD k_participation": (0.06, 0.25, 1.0),
+    "DiceSGD conservative": (0.06, 0.25, 1.0),
+    "DiceSGD paper, claimed": (0.5, 1.0, 2.0),
 }
 
 
