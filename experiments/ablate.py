@@ -17,11 +17,13 @@ by a signal (run the same command again to go on).
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 from dpjax.config import ConfigError
@@ -133,11 +135,19 @@ def _share(plan: Plan, pending: Sequence[Run]) -> int:
         share = ",".join(str(run.index) for run in pending[i::workers])
         arguments = [f"--out={plan.out}", f"--only={share}"]
         processes.append(subprocess.Popen([*command, *arguments]))
-    try:
-        codes = [process.wait() for process in processes]
-    finally:
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        del number, frame
         for process in processes:
             process.terminate()  # nothing to those that have ended
+
+    old = signal.signal(signal.SIGTERM, stop)
+    try:
+        codes = [process.wait() for process in processes]
+    except KeyboardInterrupt:  # which the terminal sent to all of them
+        codes = [process.wait() for process in processes]
+    finally:
+        signal.signal(signal.SIGTERM, old)
     return max(code if code >= 0 else 1 for code in codes)
 
 

@@ -4,8 +4,8 @@
 
 Variants: ``digits_tuning`` and ``mnist_tuning`` try step sizes, with seeds of their own;
 ``digits`` repeats, with other seeds, what ``gather --choose=step`` kept in
-``results/error_feedback/``, ``mnist`` what ``--choose=clip,step`` kept. MNIST is read from ``mnist.npz`` (Keras' layout) in the
-working directory.
+``results/error_feedback/``, ``mnist`` what ``--choose=clip,step`` kept. MNIST is read from
+``mnist.npz`` (Keras' layout) in the working directory.
 
 A ``step`` is the learning rate times the clip norm, as the gradient of a clipped example is
 about as long as that.
