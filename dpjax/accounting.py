@@ -7,9 +7,11 @@ the same distance as add/remove, so plain Gaussians are accounted alike under bo
 This module may not import jax or, at the top, dp_accounting (0.9 s).
 """
 
+import collections
+import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from dpjax.checks import check_epsilon
@@ -62,9 +64,10 @@ def calibrate(make: Callable[[float], MechanismT], *, epsilon: float) -> Mechani
     from dp_accounting import mechanism_calibration as calibration
 
     plan: Any = make(1.0)
+    accountant: Any = _Remembering
     try:
         noise_multiplier = calibration.calibrate_dp_mechanism(
-            functools.partial(_accountant, "pld"),
+            accountant,
             lambda z: _event(make(z)),
             target_epsilon=epsilon,
             target_delta=plan.delta,
@@ -79,16 +82,131 @@ def calibrate(make: Callable[[float], MechanismT], *, epsilon: float) -> Mechani
     return make(float(noise_multiplier))
 
 
-@functools.lru_cache(maxsize=1024)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TuningCost:
+    """What several runs on the same data cost together.
+
+    Attributes:
+        runs: How many.
+        delta: At which every epsilon is stated.
+        dearest: Epsilon of the dearest run, had it been the only one.
+        composed: Epsilon of all of them, everything published: it holds whatever was
+            chosen by looking at them.
+        selected: Epsilon of publishing the best run of each plan only, had the number of
+            runs been random; by the name of its distribution.
+        analysed: How many runs ``selected`` is about: RDP has no analysis of others.
+    """
+
+    runs: int
+    delta: float
+    dearest: float
+    composed: float
+    selected: Mapping[str, float]
+    analysed: int
+
+
+def tuning_cost(mechanisms: Sequence[Any]) -> TuningCost:
+    """Return what a search over runs of these mechanisms cost.
+
+    ``composed`` composes the events of all runs, each at its planned steps, and is the
+    lesser of the PLD and the RDP bound. For ``selected``, runs of equal events are one
+    plan: a number of trials is drawn from the distribution (its mean is how many runs
+    there were), the best trial is published, the others never seen; the bests of several
+    plans are composed. That is Papernot and Steinke 2022 (arXiv 2110.03620, theorems 2 and
+    6), by dp_accounting's ``RepeatAndSelectDpEvent``. It is the price of that protocol:
+    with a number of trials that is fixed, only ``composed`` holds.
+
+    Args:
+        mechanisms: One for each run, all on the same data; at least one.
+
+    Raises:
+        ValueError: There are none, or their delta differs.
+    """
+    import dp_accounting as dp
+
+    deltas = {mechanism.delta for mechanism in mechanisms}
+    if len(deltas) != 1:
+        raise ValueError(f"delta={sorted(deltas)} must be the same for all runs")
+    (delta,) = deltas
+    counts = collections.Counter(_named(_event(m)) for m in mechanisms)
+    together = _named(
+        dp.ComposedDpEvent(
+            [dp.SelfComposedDpEvent(plan.event, n) for plan, n in counts.items()]
+        )
+    )
+    bounds = [_spent(together, delta, name) for name in ("pld", "rdp")]
+    known = {p: n for p, n in counts.items() if not math.isnan(_spent(p, delta, "rdp"))}
+    return TuningCost(
+        runs=len(mechanisms),
+        delta=delta,
+        dearest=max(_spent(plan, delta, "pld") for plan in counts),
+        composed=min(bound for bound in bounds if not math.isnan(bound)),
+        selected={
+            name: _spent(_best_of(known, shape), delta, "rdp")
+            for name, shape in (("geometric", 1.0), ("Poisson", math.inf))
+            if known
+        },
+        analysed=sum(known.values()),
+    )
+
+
+def _best_of(plans: "Mapping[_Named, int]", shape: float) -> "_Named":
+    from dp_accounting import dp_event
+
+    return _named(
+        dp_event.ComposedDpEvent(
+            [
+                dp_event.RepeatAndSelectDpEvent(
+                    event=plan.event, mean=runs, shape=shape
+                )
+                for plan, runs in plans.items()
+            ]
+        )
+    )
+
+
 def _epsilon(mechanism: Any, steps: int, accountant: Accountant) -> float:
+    return _spent(_named(mechanism.event(steps)), mechanism.delta, accountant)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Named:
+    """An event known by its text, which has all digits: events may hold lists."""
+
+    text: str
+    event: Any = dataclasses.field(compare=False)
+
+
+def _named(event: "DpEvent") -> _Named:
+    return _Named(str(event), event)
+
+
+@functools.lru_cache(maxsize=1024)
+def _spent(named: _Named, delta: float, accountant: Accountant) -> float:
     from dp_accounting.privacy_accountant import UnsupportedEventError
 
     ledger = _accountant(accountant)
     try:
-        ledger.compose(mechanism.event(steps))
+        ledger.compose(named.event)
     except UnsupportedEventError:
         return math.nan
-    return float(ledger.get_epsilon(mechanism.delta))
+    return float(ledger.get_epsilon(delta))
+
+
+class _Remembering:
+    """What calibration asks of a PLD accountant, which is slow, computed once an event."""
+
+    def __init__(self) -> None:
+        import dp_accounting as dp
+
+        self.ledger: DpEvent = dp.NoOpDpEvent()
+
+    def compose(self, event: "DpEvent") -> "_Remembering":
+        self.ledger = event
+        return self
+
+    def get_epsilon(self, delta: float) -> float:
+        return _spent(_named(self.ledger), delta, "pld")
 
 
 def _event(mechanism: Any) -> "DpEvent":

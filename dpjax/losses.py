@@ -45,6 +45,23 @@ def classification(model: Model, *, label_smoothing: float = 0.0) -> Loss:
     return loss
 
 
+def regression(model: Model) -> Loss:
+    """Build the squared error of one example with a number as its target.
+
+    Args:
+        model: A model with one output, ``[]``.
+
+    Returns:
+        A loss that reads ``example["y"]``, ``float32[]``, and computes in float32.
+    """
+
+    def loss(params: Params, example: Example, key: Key) -> Scalar:
+        prediction = model.apply(params, example, key).astype(jnp.float32)
+        return jnp.square(prediction - example["y"])
+
+    return loss
+
+
 def causal_lm(model: Model) -> Loss:
     """Build the cross-entropy of the next tokens of one example, averaged inside it.
 
@@ -207,3 +224,30 @@ def token_nats(model: Model) -> Callable[[Params, Example], Array]:
         return loss(params, example, jax.random.key(0))
 
     return nats
+
+
+def error_rate(model: Model) -> Callable[[Params, Example], Array]:
+    """Build the opposite of ``accuracy``: 1.0 where the top class is wrong."""
+    correct = accuracy(model)
+
+    def wrong(params: Params, example: Example) -> Array:
+        return 1.0 - correct(params, example)
+
+    return wrong
+
+
+def squared_error(model: Model) -> Callable[[Params, Example], Array]:
+    """Build the squared error as a metric, whose mean is the mean squared error.
+
+    Args:
+        model: A model with one output, ``[]``, that does not depend on the key.
+
+    Returns:
+        A function of ``(params, example)``; it reads ``example["y"]``; ``float32[]``.
+    """
+    loss = regression(model)
+
+    def error(params: Params, example: Example) -> Array:
+        return loss(params, example, jax.random.key(0))
+
+    return error

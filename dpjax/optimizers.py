@@ -26,3 +26,15 @@ def sgdw(
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+
+def tunable_sgd(*, learning_rate: float) -> optax.GradientTransformation:
+    """Build plain SGD that keeps its learning rate in its state.
+
+    Programs do not depend on the number then: runs of a sweep that differ in it share
+    what is compiled.
+
+    Args:
+        learning_rate: Constant.
+    """
+    return optax.inject_hyperparams(optax.sgd)(learning_rate=learning_rate)

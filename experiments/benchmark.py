@@ -1,16 +1,18 @@
 """Measure what clipping costs, against the fastest gradient without privacy.
 
-    python -m experiments.benchmark --suite=clipping --out=FILE.json
+    python -m experiments.benchmark --suite=clipping|mechanisms --out=FILE.json
         [--workloads=A,B] [--engines=A,B] [--device=cpu|gpu] [--rounds=N]
         [--plot=FILE.png]
 
---suite=clipping  clipped gradient sums of every engine (the only suite so far)
+--suite=clipping  clipped gradient sums of every engine
+--suite=mechanisms  clipped sums of a step of DP-SGD, DiceSGD and DIFF2, relative to DP-SGD
+                    by the same engine
 --out=FILE.json   receives the rows and how they were measured
 --workloads=A,B   all that suit the device if not given
---engines=A,B     all if not given; vmap is always measured, as the reference
+--engines=A,B     all if not given; in clipping, vmap is always measured as the reference
 --device=cpu|gpu  what JAX prefers if not given
 --rounds=N        rounds of alternating measurements; 7 if not given
---plot=FILE.png   a bar chart of the times
+--plot=FILE.png   a bar chart of the times, of clipping
 
 Times are medians of the ratios, round by round, to the fastest of several programs for the
 gradient without privacy; temporary memory, FLOPs and compile time are relative to plain
@@ -28,12 +30,14 @@ from typing import Any, NamedTuple
 from experiments import options
 
 _OPTIONS = ("suite", "out", "workloads", "engines", "device", "rounds", "plot")
+_SUITES = ("clipping", "mechanisms")
 _PLATFORMS = {"cpu": "cpu", "gpu": "cuda"}
 
 
 class Plan(NamedTuple):
     """What was asked for, checked."""
 
+    suite: str
     workloads: list[str]
     engines: list[str]
     rounds: int
@@ -66,9 +70,10 @@ def _run(plan: Plan, argv: list[str]) -> None:
         packages=("jax", "jaxlib", "dpjax"),
         device=jax.devices()[0].device_kind,
     )
-    results |= {"suite": "clipping", "rounds": plan.rounds, "baselines": {}, "rows": []}
+    results |= {"suite": plan.suite, "rounds": plan.rounds, "baselines": {}, "rows": []}
+    measure = {"clipping": suite.measure, "mechanisms": suite.mechanisms}[plan.suite]
     for name in plan.workloads:
-        rows, baseline = suite.measure(name, engines=plan.engines, rounds=plan.rounds)
+        rows, baseline = measure(name, engines=plan.engines, rounds=plan.rounds)
         results["rows"] += rows
         results["baselines"][name] = baseline
         # After each, for a later one may run out of memory or patience.
@@ -85,8 +90,12 @@ def _plan(argv: list[str]) -> Plan:
     given = options.read(argv, _OPTIONS)
     if "suite" not in given:
         raise ValueError("--suite=clipping is missing; see --help")
-    options.choices("suite", given["suite"], ("clipping",))
-    rounds = options.rounds(given.get("rounds", "7"))
+    name = options.choices("suite", given["suite"], _SUITES)[0]
+    if name != given["suite"]:
+        raise ValueError(f"--suite={given['suite']} must be one suite")
+    if name != "clipping" and "plot" in given:
+        raise ValueError(f"--plot is for --suite=clipping, not {name}")
+    rounds = options.positive("rounds", given.get("rounds", "7"))
     out = options.file("out", given.get("out"), ".json")
     plot = options.file("plot", given["plot"], ".png") if "plot" in given else None
     device = given.get("device")
@@ -100,8 +109,8 @@ def _plan(argv: list[str]) -> Plan:
     if _backend(device) == "cpu":
         if "workloads" in given and (heavy := set(GPU_ONLY) & set(workloads)):
             raise ValueError(f"--workloads={heavy.pop()} needs a GPU")
-        workloads = [name for name in workloads if name not in GPU_ONLY]
-    return Plan(workloads, engines, rounds, out, plot)
+        workloads = [w for w in workloads if w not in GPU_ONLY]
+    return Plan(name, workloads, engines, rounds, out, plot)
 
 
 def _prepare_jax(device: str | None) -> None:

@@ -37,14 +37,14 @@ def choices(option: str, value: str | None, known: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def rounds(value: str) -> int:
-    """Return the number of rounds.
+def positive(option: str, value: str) -> int:
+    """Return the number that the option asks for.
 
     Raises:
         ValueError: It is not a positive integer.
     """
     if not value.isdecimal() or int(value) < 1:
-        raise ValueError(f"--rounds={value} must be an integer of at least 1")
+        raise ValueError(f"--{option}={value} must be an integer of at least 1")
     return int(value)
 
 

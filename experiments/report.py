@@ -10,7 +10,7 @@ from experiments.timing import COLUMNS
 Rows = Sequence[dict[str, Any]]
 
 # Okabe and Ito's palette, which the colour-blind can tell apart, without yellow.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def write(results: dict[str, Any], path: Path) -> None:
@@ -52,7 +52,7 @@ def draw(rows: Rows) -> Any:
             [ratio - 1 for ratio in ratios],
             width=width,
             bottom=1,
-            color=_COLOURS[i % len(_COLOURS)],
+            color=COLOURS[i % len(COLOURS)],
             label=kind,
         )
         axes.bar_label(drawn, [f"{r:.3g}" for r in ratios], fontsize=7)

@@ -1,4 +1,4 @@
-"""The suite "clipping": one workload, every engine, measured in one process."""
+"""The suites: what is compared on one workload, measured in one process."""
 
 import functools
 import statistics
@@ -13,6 +13,7 @@ from experiments.programs import Compiled, Program
 from experiments.timing import alternate, fastest, ratio, row
 from experiments.workloads import Workload, build
 
+MECHANISMS = ("dp_sgd", "dice_sgd", "diff2")
 REFERENCE = "vmap"
 _SCREENING_ROUNDS = 2
 _PLAUSIBLE = 1.5  # slower than the fastest by this factor: cannot be the baseline
@@ -45,6 +46,57 @@ def measure(
         for size in slice_sizes(workload)
     }
     return compare(workload, whole, sliced, rounds=rounds)
+
+
+def mechanisms(
+    name: str, *, engines: Sequence[str], rounds: int
+) -> tuple[Rows, str | None]:
+    """Measure the clipped sums of a step of each mechanism, relative to DP-SGD's.
+
+    Args:
+        name: Of the workload.
+        engines: Names.
+        rounds: How often all programs take their turn.
+
+    Returns:
+        The rows, their engine named engine/mechanism, and None: each engine has a baseline
+        of its own.
+    """
+    workload = build(name)
+    previous = jax.tree.map(lambda leaf: 0.99 * leaf, workload.params)
+    arguments = (
+        (workload.params, previous),
+        *_arguments(workload, jnp.float32(1.0))[1:],
+    )
+    ready = {
+        (engine, mechanism): programs.compiled(
+            programs.step_sum(workload.loss, engine, mechanism), arguments
+        )
+        for engine in engines
+        for mechanism in MECHANISMS
+    }
+    calls = {
+        "/".join(names): functools.partial(_wait, compiled, arguments)
+        for names, compiled in ready.items()
+    }
+    times = alternate(calls, rounds=rounds)
+    rows = []
+    for (engine, mechanism), compiled in ready.items():
+        unit, own = f"{engine}/{MECHANISMS[0]}", f"{engine}/{mechanism}"
+        plain = ready[engine, MECHANISMS[0]]
+        rows.append(
+            row(
+                name,
+                own,
+                time_ratio=ratio(times[own], times[unit]),
+                time_ms=1e3 * statistics.median(times[own]),
+                temp_bytes_ratio=compiled.temp_bytes / plain.temp_bytes,
+                flops_ratio=_quotient(compiled.flops, plain.flops),
+                compile_s=compiled.seconds,
+                compile_ratio=compiled.seconds / plain.seconds,
+            )
+        )
+    return rows, None
 
 
 def compare(
@@ -114,8 +166,11 @@ def _compile(candidates: dict[str, Program], workload: Workload) -> dict[str, Co
 def _call(
     compiled: Compiled, workload: Workload, clip_norm: jax.Array
 ) -> Callable[[], Any]:
-    arguments = _arguments(workload, clip_norm)
-    return lambda: jax.block_until_ready(compiled.run(*arguments))
+    return functools.partial(_wait, compiled, _arguments(workload, clip_norm))
+
+
+def _wait(compiled: Compiled, arguments: tuple[Any, ...]) -> Any:
+    return jax.block_until_ready(compiled.run(*arguments))
 
 
 def _arguments(workload: Workload, clip_norm: jax.Array) -> tuple[Any, ...]:

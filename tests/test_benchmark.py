@@ -74,6 +74,50 @@ def test_measures_engines_against_the_fastest_without_privacy(tmp_path, capsys):
     assert results["hardware"]["device"] == "cpu"
 
 
+def test_measures_mechanisms_against_dp_sgd_by_the_same_engine(tmp_path):
+    out = tmp_path / "out.json"
+    command = ["--suite=mechanisms", "--workloads=tiny", "--engines=bookkeeping"]
+    assert main([*command, f"--out={out}", "--rounds=1"]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    names = [f"bookkeeping/{m}" for m in ("dp_sgd", "dice_sgd", "diff2")]
+    assert [row["engine"] for row in rows] == names
+    plain, dice, diff2 = rows
+    assert plain["time_ratio"] == plain["flops_ratio"] == 1
+    for row in (dice, diff2):
+        ratio = row["time_ms"] / plain["time_ms"]
+        np.testing.assert_allclose(row["time_ratio"], ratio)
+    assert 1 < dice["flops_ratio"] < 2 < diff2["flops_ratio"] < 4
+
+
+def test_sums_of_the_mechanisms_are_what_they_are_called():
+    workload = workloads.build("tiny")
+    previous = jax.tree.map(lambda leaf: 0.9 * leaf, workload.params)
+    arguments = (workload.batch, jax.random.key(0), jnp.float32(1e9))
+    points = (workload.params, previous)
+
+    def total(points, mechanism):
+        program = programs.step_sum(workload.loss, "vmap", mechanism)
+        return jax.jit(program)(points, *arguments)
+
+    now, nothing = total(points, "dp_sgd")
+    assert nothing is None
+    before, _ = total(points[::-1], "dp_sgd")
+    difference, _ = total(points, "diff2")
+    same, residual = total(points, "dice_sgd")
+    jax.tree.map(
+        lambda a, b, c, d, e: (
+            np.testing.assert_allclose(a - b, c, atol=1e-5),
+            np.testing.assert_allclose(a, d, atol=1e-6),
+            np.testing.assert_allclose(e, 0, atol=1e-6),
+        ),
+        now,
+        before,
+        difference,
+        same,
+        residual,
+    )
+
+
 def test_compiles_only_what_is_too_large_to_run(tmp_path, monkeypatch):
     monkeypatch.setattr(workloads, "COMPILE_ONLY", ("tiny",))
     workload = workloads.build("tiny")
@@ -244,6 +288,11 @@ def test_draws_the_ratios_of_the_engines():
         (["--out=a.json"], "--suite=clipping is missing"),
         (["--suite=cliping", "--out=a.json"], "did you mean 'clipping'?"),
         (["--suite=clipping"], "--out=FILE.json is missing"),
+        (["--suite=clipping,mechanisms", "--out=a.json"], "must be one suite"),
+        (
+            ["--suite=mechanisms", "--out=a.json", "--plot=a.png"],
+            "--plot is for --suite=clipping, not mechanisms",
+        ),
         (["--suite=clipping", "--out=a.txt"], "--out=a.txt must end with .json"),
         (["--suite=clipping", "--out=no/a.json"], "is in a directory that is absent"),
         (["--round=3"], "--round=3 is unknown; did you mean 'rounds'?"),

@@ -9,7 +9,10 @@ from dpjax.losses import (
     augmented,
     causal_lm,
     classification,
+    error_rate,
     masked_lm,
+    regression,
+    squared_error,
     token_nats,
 )
 from dpjax.models.mlp import mlp
@@ -187,3 +190,19 @@ def test_masked_lm_hides_tokens_that_count_and_scores_those_alone():
 def test_a_rate_of_hiding_out_of_range_raises(rate):
     with pytest.raises(ValueError, match=r"rate=.* must be in \(0, 1\]"):
         masked_lm(TABLE, mask_token=5, rate=rate)
+
+
+def test_regression_is_the_squared_error_and_its_metric():
+    model = Model(lambda key, example: jnp.zeros(()), lambda p, example, key: p * 2)
+    example = {"y": np.float32(1.0)}
+    loss = regression(model)(jnp.float32(2.0), example, KEY)
+    assert loss == squared_error(model)(jnp.float32(2.0), example) == 9.0
+    half = regression(model)(jnp.bfloat16(2.0), example, KEY)
+    assert half.dtype == jnp.float32
+
+
+def test_error_rate_is_the_rest_of_accuracy():
+    for logits in ([0.0, 0.0, 1.0], [0.0, 1.0, 0.0]):
+        params = np.array(logits, np.float32)
+        total = error_rate(TABLE)(params, EXAMPLE) + accuracy(TABLE)(params, EXAMPLE)
+        assert total == 1.0

@@ -1,9 +1,10 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from dpjax.optimizers import sgdw
+from dpjax.optimizers import sgdw, tunable_sgd
 
 
 def test_sgdw_follows_its_formula():
@@ -24,3 +25,15 @@ def test_decay_alone_shrinks_the_parameters():
     params = jnp.full(3, 2.0)
     updates, _ = optimizer.update(jnp.zeros(3), optimizer.init(params), params)
     np.testing.assert_allclose(optax.apply_updates(params, updates), 1.8, rtol=1e-6)
+
+
+def test_tunable_sgd_has_one_program_for_all_rates():
+    params, gradients = jnp.ones(3), jnp.full(3, 2.0)
+    texts = []
+    for rate in (0.5, 0.25):
+        optimizer = tunable_sgd(learning_rate=rate)
+        state = optimizer.init(params)
+        updates, _ = optimizer.update(gradients, state)
+        np.testing.assert_allclose(updates, -rate * gradients)
+        texts.append(jax.jit(optimizer.update).lower(gradients, state).as_text())
+    assert texts[0] == texts[1]

@@ -95,8 +95,7 @@ def digits(*, split: str, test_fraction: float) -> ArraySource:
     from sklearn.model_selection import train_test_split
 
     check_split(split)
-    if not 0 < test_fraction < 1:
-        raise ValueError(f"test_fraction={test_fraction} must be in (0, 1)")
+    _check_fraction(test_fraction)
     images, labels = load_digits(return_X_y=True)
     train, test = train_test_split(
         np.arange(len(labels)),
@@ -111,6 +110,61 @@ def digits(*, split: str, test_fraction: float) -> ArraySource:
             "label": labels[rows].astype(np.int32),
         }
     )
+
+
+def diabetes(*, split: str, test_fraction: float) -> ArraySource:
+    """Return scikit-learn's diabetes data: 442 patients, no download.
+
+    The features are standardised as published, with means and deviations of all patients:
+    they are taken for public. The target, 25 to 346, is mapped to [-1, 1].
+
+    Args:
+        split: "train" or "test"; the same on every machine and in every run.
+        test_fraction: Fraction of the examples in the test split, in (0, 1).
+
+    Returns:
+        A source of ``x`` float32 [10] and ``y`` float32 [].
+
+    Raises:
+        ValueError: If ``split`` or ``test_fraction`` is not one of the above.
+    """
+    from sklearn.datasets import load_diabetes
+
+    x, y = (np.asarray(part) for part in load_diabetes(return_X_y=True))
+    x = x * np.sqrt(len(x))  # columns of norm 1 are what is shipped
+    return _regression(x, (y - 185.5) / 160.5, split=split, test_fraction=test_fraction)
+
+
+def friedman(
+    *, split: str, test_fraction: float, num_examples: int, noise: float, seed: int
+) -> ArraySource:
+    """Return a synthetic regression problem, the first of Friedman 1991.
+
+    With x uniform in [0, 1]^10, the target is ``10 sin(pi x_1 x_2) + 20 (x_3 - 1/2)^2 +
+    10 x_4 + 5 x_5`` plus normal noise; five features are useless. Features are shifted and
+    scaled to mean 0 and variance 1, the target by its mean 14.4 and deviation 5.
+
+    Args:
+        split: "train" or "test".
+        test_fraction: Fraction of the examples in the test split, in (0, 1).
+        num_examples: Of both splits together.
+        noise: Standard deviation of the noise, before the scaling.
+        seed: Of the data; they are not secret.
+
+    Returns:
+        A source of ``x`` float32 [10] and ``y`` float32 [].
+
+    Raises:
+        ValueError: If ``split`` or ``test_fraction`` is not one of the above.
+
+    References:
+        Friedman, Multivariate Adaptive Regression Splines, Annals of Statistics 19, 1991
+    """
+    from sklearn.datasets import make_friedman1
+
+    x, y = make_friedman1(num_examples, noise=noise, random_state=seed)
+    x = (x - 0.5) * np.sqrt(12)
+    return _regression(x, (y - 14.4) / 5, split=split, test_fraction=test_fraction)
 
 
 def npz(*, path: str, split: str) -> ArraySource:
@@ -155,3 +209,23 @@ def check_split(split: str) -> None:
     """Raise ValueError unless ``split`` is "train" or "test"."""
     if split not in ("train", "test"):
         raise ValueError(f"split={split!r} must be 'train' or 'test'")
+
+
+def _check_fraction(test_fraction: float) -> None:
+    if not 0 < test_fraction < 1:
+        raise ValueError(f"test_fraction={test_fraction} must be in (0, 1)")
+
+
+def _regression(
+    x: np.ndarray, y: np.ndarray, *, split: str, test_fraction: float
+) -> ArraySource:
+    from sklearn.model_selection import train_test_split
+
+    check_split(split)
+    _check_fraction(test_fraction)
+    rows = train_test_split(np.arange(len(y)), test_size=test_fraction, random_state=0)[
+        split == "test"
+    ]
+    return ArraySource(
+        {"x": x[rows].astype(np.float32), "y": y[rows].astype(np.float32)}
+    )

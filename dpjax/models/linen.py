@@ -15,24 +15,33 @@ from dpjax.typing import Example, Key, Model, Params
 def image_model(module: nn.Module) -> Model:
     """Turn a linen module of image batches into a model of one example.
 
+    As ``array_model``; it reads ``example["image"]``, ``float32[H, W, C]``.
+    """
+    return array_model(module, field="image")
+
+
+def array_model(module: nn.Module, *, field: str) -> Model:
+    """Turn a linen module of batches into a model of one example.
+
     The module sees a leading axis of 1: linen's GroupNorm takes the first axis for the
     batch, so an unbatched ``[H, W, C]`` image would be normalised along H alone.
 
     Args:
-        module: Maps images ``float32[1, H, W, C]`` to outputs ``[1, ...]``. Its only
+        module: Maps inputs ``float32[1, ...]`` to outputs ``[1, ...]``. Its only
             variables are parameters (no BatchNorm) and it draws no randomness, so the
-            key given to ``apply`` is not used.
+            random key given to ``apply`` is not used.
+        field: Key of the example under which the inputs ``float32[...]`` are.
 
     Returns:
-        The model; it reads ``example["image"]``, ``float32[H, W, C]``.
+        The model.
     """
 
     def init(key: Key, example: Example) -> Params:
-        return module.init(key, example["image"][None])["params"]
+        return module.init(key, example[field][None])["params"]
 
     def apply(params: Params, example: Example, key: Key) -> Array:
         del key
-        return module.apply({"params": params}, example["image"][None])[0]
+        return module.apply({"params": params}, example[field][None])[0]
 
     return Model(init, apply)
 

@@ -5,15 +5,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array
 
-from dpjax.models.linen import image_model
-from dpjax.typing import Model
+from dpjax.models.linen import array_model, image_model
+from dpjax.typing import Example, Key, Model, Params
 
-_ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh}
+_ACTIVATIONS = {"relu": jax.nn.relu, "softplus": jax.nn.softplus, "tanh": jnp.tanh}
 
 
 class _Mlp(nn.Module):
     features: tuple[int, ...]
-    num_classes: int
+    outputs: int
     activation: str
 
     @nn.compact
@@ -22,7 +22,7 @@ class _Mlp(nn.Module):
         for i, width in enumerate(self.features):
             x = nn.Dense(width, name=f"dense_{i}")(x)
             x = _ACTIVATIONS[self.activation](x)
-        return nn.Dense(self.num_classes, name="head")(x)
+        return nn.Dense(self.outputs, name="head")(x)
 
 
 def mlp(*, features: tuple[int, ...], num_classes: int, activation: str) -> Model:
@@ -34,7 +34,7 @@ def mlp(*, features: tuple[int, ...], num_classes: int, activation: str) -> Mode
     Args:
         features: Widths of the hidden layers, from the input up.
         num_classes: Number of classes.
-        activation: "relu" or "tanh", after each hidden layer.
+        activation: "relu", "softplus" or "tanh", after each hidden layer.
 
     Returns:
         A model from ``example["image"]``, ``float32[H, W, C]``, to logits
@@ -43,6 +43,31 @@ def mlp(*, features: tuple[int, ...], num_classes: int, activation: str) -> Mode
     Raises:
         ValueError: If the activation is unknown.
     """
+    return image_model(_module(features, num_classes, activation))
+
+
+def regression_mlp(*, features: tuple[int, ...], activation: str) -> Model:
+    """Build a fully connected predictor of one number.
+
+    Args:
+        features: Widths of the hidden layers, from the input up.
+        activation: As of ``mlp``.
+
+    Returns:
+        A model from ``example["x"]``, ``float32[D]``, to a prediction ``float32[]``.
+
+    Raises:
+        ValueError: If the activation is unknown.
+    """
+    vector = array_model(_module(features, 1, activation), field="x")
+
+    def apply(params: Params, example: Example, key: Key) -> Array:
+        return vector.apply(params, example, key)[0]
+
+    return Model(vector.init, apply)
+
+
+def _module(features: tuple[int, ...], outputs: int, activation: str) -> _Mlp:
     if activation not in _ACTIVATIONS:
         raise ValueError(f"{activation=} is unknown; choose from {[*_ACTIVATIONS]}")
-    return image_model(_Mlp(tuple(features), num_classes, activation))
+    return _Mlp(tuple(features), outputs, activation)

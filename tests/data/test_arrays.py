@@ -4,7 +4,7 @@ import sys
 import numpy as np
 import pytest
 
-from dpjax.data.arrays import ArraySource, digits, npz
+from dpjax.data.arrays import ArraySource, diabetes, digits, friedman, npz
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,43 @@ def test_digits_split_is_a_fixed_stratified_partition():
     counts = np.bincount(test.arrays["label"])
     assert counts.min() >= 43
     assert counts.max() <= 46
+
+
+def test_diabetes_is_a_fixed_partition_in_a_known_range():
+    parts = [diabetes(split=split, test_fraction=0.2) for split in ("train", "test")]
+    assert [len(part) for part in parts] == [353, 89]
+    x, y = (np.concatenate([p.arrays[key] for p in parts]) for key in ("x", "y"))
+    assert len(np.unique(x, axis=0)) == 442
+    assert (y.min(), y.max()) == (-1, 1)
+    np.testing.assert_allclose(x.std(axis=0), 1, rtol=1e-5)
+    # Recorded once: a resumed or repeated run must see the same split.
+    np.testing.assert_allclose(
+        parts[0].arrays["y"][:2], [-0.626168, -0.302181], rtol=1e-5
+    )
+
+
+def test_friedman_is_its_formula():
+    kwargs = {"test_fraction": 0.25, "num_examples": 400, "seed": 3}
+    train, test = (
+        friedman(split=split, noise=0.0, **kwargs) for split in ("train", "test")
+    )
+    assert (len(train), len(test)) == (300, 100)
+    x = train.arrays["x"] / np.sqrt(12) + 0.5
+    target = 10 * np.sin(np.pi * x[:, 0] * x[:, 1]) + 20 * (x[:, 2] - 0.5) ** 2
+    target += 10 * x[:, 3] + 5 * x[:, 4]
+    np.testing.assert_allclose(train.arrays["y"], (target - 14.4) / 5, atol=1e-5)
+    assert train[[0]]["x"].dtype == train[[0]]["y"].dtype == np.float32
+    noisy = friedman(split="train", noise=5.0, **kwargs).arrays["y"]
+    assert 0.9 < np.std(noisy - train.arrays["y"]) < 1.1
+    assert not set(map(bytes, train.arrays["x"])) & set(map(bytes, test.arrays["x"]))
+
+
+@pytest.mark.parametrize("source", [digits, diabetes])
+def test_splits_are_checked(source):
+    with pytest.raises(ValueError, match="split='validation'"):
+        source(split="validation", test_fraction=0.2)
+    with pytest.raises(ValueError, match=r"test_fraction=1\.0"):
+        source(split="train", test_fraction=1.0)
 
 
 def test_digits_refuses_bad_arguments():

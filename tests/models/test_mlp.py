@@ -1,8 +1,9 @@
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from dpjax.models.mlp import mlp
+from dpjax.models.mlp import mlp, regression_mlp
 
 
 def test_parameters_are_dense_layers_from_the_flat_image():
@@ -23,5 +24,19 @@ def test_no_hidden_layer_is_logistic_regression():
 
 
 def test_unknown_activation_raises():
-    with pytest.raises(ValueError, match=r"activation='gelu'.*'relu', 'tanh'"):
+    with pytest.raises(
+        ValueError, match=r"activation='gelu'.*'relu', 'softplus', 'tanh'"
+    ):
         mlp(features=(4,), num_classes=2, activation="gelu")
+    with pytest.raises(ValueError, match=r"activation='gelu' is unknown"):
+        regression_mlp(features=(4,), activation="gelu")
+
+
+def test_regression_is_one_number_of_a_vector():
+    model = regression_mlp(features=(3,), activation="softplus")
+    x = np.array([1.0, -2.0], np.float32)
+    params = model.init(jax.random.key(0), {"x": x})
+    found = model.apply(params, {"x": x}, jax.random.key(0))
+    hidden = np.log1p(np.exp(x @ params["dense_0"]["kernel"]))  # biases start at zero
+    np.testing.assert_allclose(found, (hidden @ params["head"]["kernel"])[0], rtol=1e-5)
+    assert found.shape == ()

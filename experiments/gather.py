@@ -1,0 +1,150 @@
+"""Gather a sweep: its table, what failed or is missing, its plot and what it cost.
+
+    python -m experiments.gather DIR [--out=FILE.json] [--with=DIR,...] [--resubmit]
+        [--workers=N] [--choose=LABEL,...] [--chosen=FILE.json]
+        [--plot=FILE.png --x=LABEL --lines=LABEL]
+
+DIR                the folder of a sweep that experiments.ablate wrote
+--out=FILE.json    receives rows and cost
+--with=DIR,...     further sweeps on the same data: their runs count in the cost
+--resubmit         run what failed or is missing, and that only, before anything else
+--workers=N        processes for that; 1 if not given
+--choose=LABEL,... keep, of rows that differ in these labels only, the best
+--chosen=FILE.json receives these choices: what a sweep of other seeds reads
+--plot=FILE.png    scores against --x, a line for each value of --lines, a panel for each
+                   value of the label that is left
+
+Scores are means over seeds, with the half-width of a 95% confidence interval (Student's t).
+Every run that began counts in the cost, at its planned steps: failed ones, and runs that the
+sweep no longer lists. Runs on data declared public cost nothing.
+
+Exit status: 0 all runs are finished, 1 some failed or are missing, 2 wrong arguments.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dpjax.config import ConfigError
+from experiments import ablate, options, summary, sweep, timing
+
+_OPTIONS = (
+    "out",
+    "with",
+    "workers",
+    "choose",
+    "chosen",
+    "plot",
+    "x",
+    "lines",
+)
+
+
+class Plan(NamedTuple):
+    """What was asked for, checked."""
+
+    directory: Path
+    others: tuple[Path, ...]
+    resubmit: bool
+    workers: str
+    given: dict[str, str]
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; return its exit status."""
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
+    try:
+        plan = _plan(argv)
+        if plan.resubmit:
+            _resubmit(plan)
+        return _report(plan, argv)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _report(plan: Plan, argv: list[str]) -> int:
+    manifest = sweep.read_json(plan.directory / sweep.MANIFEST)
+    results = summary.results(manifest, plan.directory)
+    rows = summary.rows(results)
+    choices: list[dict[str, Any]] = []
+    if "choose" in plan.given:
+        tuned = plan.given["choose"].split(",")
+        rows, choices = summary.choose(rows, tuned, best=manifest["best"])
+    print(summary.table(rows))
+    unfinished = [r for r in results if r["status"] != "finished"]
+    for result in unfinished:
+        print(f"cell {result['index']} {result['status']}: {result['error'] or ''}")
+    for choice in choices:
+        if choice["edges"]:
+            print(f"at the edge of its grid, {choice['edges']}: {choice['labels']}")
+    cost = summary.cost([plan.directory, *plan.others])
+    print(summary.cost_text(cost))
+    if "chosen" in plan.given:
+        sweep.write_json(Path(plan.given["chosen"]), {"choices": choices})
+    if "plot" in plan.given:
+        figure = summary.draw(rows, x=plan.given["x"], lines=plan.given["lines"])
+        figure.savefig(plan.given["plot"], dpi=110)
+        print(plan.given["plot"])
+    if "out" in plan.given:
+        facts = timing.provenance(
+            module="experiments.gather", argv=argv, packages=("dpjax",), device=""
+        )
+        kept = {name: facts[name] for name in ("command", "date", "git")}
+        found = {**kept, "sweep": manifest["sweep"], **summary.provenance(results)}
+        found |= {"rows": rows, "cost": summary.cost_facts(cost)}
+        found["unfinished"] = len(unfinished)
+        sweep.write_json(Path(plan.given["out"]), found)
+        print(plan.given["out"])
+    return 1 if unfinished else 0
+
+
+def _resubmit(plan: Plan) -> None:
+    manifest = sweep.read_json(plan.directory / sweep.MANIFEST)
+    ablate.main(
+        [manifest["sweep"], f"--out={plan.directory}", f"--workers={plan.workers}"]
+    )
+
+
+def _plan(argv: list[str]) -> Plan:
+    directories = [argument for argument in argv if not argument.startswith("--")]
+    flags = [a for a in argv if a not in directories and a != "--resubmit"]
+    if len(directories) != 1:
+        raise ConfigError("name one folder of a sweep; see --help")
+    given = options.read(flags, _OPTIONS)
+    others = tuple(Path(name) for name in given.get("with", "").split(",") if name)
+    for directory in (Path(directories[0]), *others):
+        if not (directory / sweep.MANIFEST).is_file():
+            raise ConfigError(
+                f"{directory} has no {sweep.MANIFEST}: no sweep ran there"
+            )
+    for option, suffix in (("out", ".json"), ("chosen", ".json"), ("plot", ".png")):
+        if option in given:
+            options.file(option, given[option], suffix)
+    _check_labels(Path(directories[0]), given)
+    return Plan(
+        Path(directories[0]),
+        others,
+        "--resubmit" in argv,
+        str(options.positive("workers", given.get("workers", "1"))),
+        given,
+    )
+
+
+def _check_labels(directory: Path, given: dict[str, str]) -> None:
+    if ("chosen" in given) and ("choose" not in given):
+        raise ConfigError("--chosen needs --choose=LABEL")
+    if "plot" in given and not {"x", "lines"} <= given.keys():
+        raise ConfigError("--plot needs --x=LABEL and --lines=LABEL")
+    cells = json.loads((directory / sweep.MANIFEST).read_text())["cells"]
+    labels = list(dict.fromkeys(name for cell in cells for name in cell["labels"]))
+    for option in ("choose", "x", "lines"):
+        if option in given:
+            options.choices(option, given[option], labels)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

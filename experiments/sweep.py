@@ -1,0 +1,236 @@
+"""Sweeps: a Python file that yields changes of one config, and the folder of its runs.
+
+A sweep file defines ``config()``, the ``ConfigDict`` that its cells change; ``cells()``,
+which yields a ``Cell`` for each run; and ``BEST``, "highest" or "lowest": which score is
+the better one. Of a file with variants, both functions take its name. A folder holds one
+sweep: ``sweep.json`` lists its cells, and each run has a folder of its own, named by a
+hash of its resolved config, with ``result.json`` once it has ended. Does not import jax.
+"""
+
+import dataclasses
+import inspect
+import itertools
+import json
+import os
+import runpy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dpjax.config import ConfigError, check, digest, nearest
+
+Labels = Mapping[str, str | float | None]
+BESTS = ("highest", "lowest")
+MANIFEST, RESULT = "sweep.json", "result.json"
+
+
+class Cell(NamedTuple):
+    """One run of a sweep.
+
+    Attributes:
+        labels: What tells the run from others in a table; runs with the same labels are
+            repetitions, told apart by ``run.seed``.
+        overrides: ``{"group.key": value}``; a value replaces what stood there, a whole
+            group if it is a dict. The path must exist in the config.
+    """
+
+    labels: Labels
+    overrides: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A cell with its resolved config.
+
+    Attributes:
+        index: Position in the sweep.
+        name: Of its folder, a hash of the config.
+        labels: See ``Cell``.
+        config: Plain dicts, checked.
+    """
+
+    index: int
+    name: str
+    labels: Labels
+    config: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """A sweep file, read and checked.
+
+    Attributes:
+        source: ``FILE[:VARIANT]``, as it was given.
+        best: "highest" or "lowest".
+        runs: In order.
+    """
+
+    source: str
+    best: str
+    runs: tuple[Run, ...]
+
+
+def grid(**axes: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    """Yield every combination of the values of the axes, the last one fastest.
+
+    >>> list(grid(clip=(1, 2), lr=(0.1,)))
+    [{'clip': 1, 'lr': 0.1}, {'clip': 2, 'lr': 0.1}]
+    """
+    for values in itertools.product(*axes.values()):
+        yield dict(zip(axes, values, strict=True))
+
+
+def zipped(**axes: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    """Yield the first value of each axis, then the second, and so on.
+
+    >>> list(zipped(clip=(1, 2), lr=(0.2, 0.1)))
+    [{'clip': 1, 'lr': 0.2}, {'clip': 2, 'lr': 0.1}]
+
+    Raises:
+        ValueError: The axes have different lengths.
+    """
+    for values in zip(*axes.values(), strict=True):
+        yield dict(zip(axes, values, strict=True))
+
+
+def seeded(cells: Iterable[Cell], seeds: Sequence[int]) -> Iterator[Cell]:
+    """Yield each cell once for every seed, which becomes ``run.seed``."""
+    for cell in cells:
+        for seed in seeds:
+            yield cell._replace(overrides={**cell.overrides, "run.seed": seed})
+
+
+def load(source: str) -> Sweep:
+    """Read ``FILE[:VARIANT]`` and check each config of it.
+
+    Raises:
+        ConfigError: Something is wrong, told with the cell it is in.
+    """
+    path, colon, variant = source.partition(":")
+    if not Path(path).is_file():
+        raise ConfigError(
+            f"{path} is not a file; name a sweep such as those of sweeps/"
+        )
+    module = runpy.run_path(path)
+    missing = [name for name in ("config", "cells", "BEST") if name not in module]
+    if missing:
+        raise ConfigError(
+            f"{path} does not define {missing[0]}; see experiments/sweep.py"
+        )
+    if module["BEST"] not in BESTS:
+        raise ConfigError(f"{path}: BEST={module['BEST']!r}; {nearest('', BESTS)}")
+    named = bool(inspect.signature(module["cells"]).parameters)
+    if named != bool(colon):
+        fault = (
+            "needs a variant, FILE:VARIANT" if named else f"has no variant {variant}"
+        )
+        raise ConfigError(f"{path} {fault}")
+    arguments = [variant] if named else []
+    try:
+        base = module["config"](*arguments).to_dict()
+        cells = list(module["cells"](*arguments))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{source}: {error}") from error
+    if not cells:
+        raise ConfigError(f"{source} yields no cells")
+    runs = tuple(_resolved(base, cell, index) for index, cell in enumerate(cells))
+    _check_distinct(runs)
+    return Sweep(source=source, best=module["BEST"], runs=runs)
+
+
+def changed(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of ``config`` with the values of ``overrides`` in their places.
+
+    Raises:
+        ConfigError: A path does not exist.
+    """
+    result = json.loads(json.dumps(config))
+    for path, value in overrides.items():
+        *groups, last = path.split(".")
+        node = result
+        for group in groups:
+            node = node.get(group) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or last not in node:
+            hint = nearest(last, node) if isinstance(node, dict) else ""
+            raise ConfigError(
+                f"config.{path} is unknown (to add keys, override the group); {hint}"
+            )
+        node[last] = json.loads(json.dumps(value))
+    return result
+
+
+def chosen(path: Path) -> list[dict[str, Any]]:
+    """Return the labels that ``experiments.gather --choose`` kept in a file.
+
+    Raises:
+        ConfigError: There is no such file.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path} is not there: run the tuning, then gather --chosen")
+    return [choice["labels"] for choice in read_json(path)["choices"]]
+
+
+def begin(sweep: Sweep, directory: Path, *, partly: bool) -> None:
+    """Write the manifest of ``sweep`` into its folder.
+
+    Args:
+        sweep: What will run.
+        directory: Made if it is absent.
+        partly: Only some cells will run: a manifest of other cells is then refused.
+
+    Raises:
+        ConfigError: The folder lists other cells.
+    """
+    manifest = {
+        "sweep": sweep.source,
+        "best": sweep.best,
+        "cells": [
+            {"run": r.name, "labels": dict(r.labels), "seed": r.config["run"]["seed"]}
+            for r in sweep.runs
+        ],
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / MANIFEST
+    if partly and path.exists() and read_json(path)["cells"] != manifest["cells"]:
+        raise ConfigError(
+            f"{path} lists other cells than {sweep.source} does now; run it without --only"
+        )
+    write_json(path, manifest)
+
+
+def is_finished(directory: Path, name: str) -> bool:
+    """Whether the run of this name has a result of a whole training."""
+    path = directory / name / RESULT
+    return path.exists() and read_json(path)["status"] == "finished"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what a JSON file holds."""
+    return json.loads(path.read_text())
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a file that is either whole or absent, whoever else writes it."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps(value, indent=1) + "\n")
+    unfinished.replace(path)
+
+
+def _resolved(base: Mapping[str, Any], cell: Cell, index: int) -> Run:
+    try:
+        config = changed(base, cell.overrides)
+        check(config)
+    except ConfigError as error:
+        raise ConfigError(f"cell {index} {dict(cell.labels)}: {error}") from error
+    return Run(index=index, name=digest(config), labels=cell.labels, config=config)
+
+
+def _check_distinct(runs: Sequence[Run]) -> None:
+    seen: dict[str, Run] = {}
+    for run in runs:
+        twin = seen.setdefault(run.name, run)
+        if twin is not run:
+            raise ConfigError(
+                f"cells {twin.index} and {run.index} {dict(run.labels)} have one config; "
+                "repetitions differ in run.seed"
+            )

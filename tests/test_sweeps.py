@@ -1,0 +1,334 @@
+"""Sweeps: run once, told apart, gathered with intervals, and paid for."""
+
+import json
+import runpy
+import subprocess
+import textwrap
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import scipy.stats
+
+from dpjax import train as loop
+from dpjax.config import ConfigError, digest
+from experiments import ablate, gather, summary, sweep
+from tests.runs import tiny
+
+SWEEP = """
+from experiments.sweep import Cell, grid, seeded
+from tests import tiny_config
+
+BEST = "highest"
+
+def config():
+    config = tiny_config.get_config()
+    config.mechanism.steps = 2
+    config.optimizer.name = "dpjax.optimizers:tunable_sgd"
+    return config
+
+def cells():
+    for values in grid(lr={rates}):
+        overrides = {{"optimizer.learning_rate": values["lr"]}}
+        yield from seeded([Cell(values, overrides)], {seeds})
+"""
+
+
+def sweep_file(directory, *, rates=(1.0, 2.0), seeds=(1, 2)):
+    path = directory / "sweep.py"
+    path.write_text(SWEEP.format(rates=rates, seeds=seeds))
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    # Both are for a process of their own: these tests share theirs.
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)
+    monkeypatch.setattr(ablate, "_cache_programs", lambda: None)
+
+
+class Trainer:
+    """Stands in for training: leaves what a run leaves, with scores of our choice."""
+
+    def __init__(self, monkeypatch, *, fail=()):
+        self.fail, self.seen = set(fail), []
+        monkeypatch.setattr(loop, "train", self)
+
+    def __call__(self, config, folder):
+        label = config["optimizer"]["learning_rate"], config["run"]["seed"]
+        self.seen.append(label)
+        facts = {"noise_multiplier": 4.0, "num_examples": 1437}
+        resolved = {"resolved": {"mechanism": facts}}
+        (folder / "config.json").write_text(json.dumps(config | resolved))
+        if label in self.fail:
+            raise FloatingPointError("diverged")
+        card = {"epsilon": 0.5, "delta": 1e-5, "proven": True, "flags": []}
+        (folder / "privacy_card.json").write_text(json.dumps(card))
+        score = {"step": 2, "test/accuracy": label[0] / 10 + label[1] / 100}
+        (folder / "metrics.jsonl").write_text(json.dumps(score) + "\n")
+
+
+def results(directory):
+    manifest = sweep.read_json(directory / "sweep.json")
+    return summary.results(manifest, directory)
+
+
+def test_one_cell_that_diverges_does_not_stop_the_others(tmp_path, capsys):
+    source = sweep_file(tmp_path, rates=(1e38, 1.0), seeds=(1,))
+    out = tmp_path / "runs"
+    assert ablate.main([source, f"--out={out}"]) == 1
+    diverged, good = results(out)
+    assert diverged["status"] == "failed"
+    assert diverged["error"].startswith(
+        "FloatingPointError: the update of step 0 is not"
+    )
+    assert good["status"] == "finished"
+    assert 0 < good["score"] < 1
+    assert 0 < good["epsilon"] < 1
+    assert good["metric"] == "test/accuracy"
+    assert "reproducible" in good["flags"][0]
+    assert len(good["git"]["commit"]) == 40
+    assert good["versions"]["jax"] == jax.__version__
+    assert digest(good["config"]) in {path.name for path in out.iterdir()}
+    # The run that diverged had begun: it counts.
+    assert summary.cost([out]).runs == 2
+    assert gather.main([str(out)]) == 1
+    assert "cell 0 failed: FloatingPointError" in capsys.readouterr().out
+
+
+def test_what_is_finished_is_not_run_again(tmp_path, monkeypatch, capsys):
+    source, out = sweep_file(tmp_path), tmp_path / "runs"
+    trainer = Trainer(monkeypatch, fail=[(2.0, 1)])
+    assert ablate.main([source, f"--out={out}"]) == 1
+    assert trainer.seen == [(1.0, 1), (1.0, 2), (2.0, 1), (2.0, 2)]
+    trainer.seen, trainer.fail = [], set()
+    assert gather.main([str(out), "--resubmit"]) == 0
+    assert trainer.seen == [(2.0, 1)]
+    assert {result["status"] for result in results(out)} == {"finished"}
+    assert ablate.main([source, f"--out={out}"]) == 0
+    assert trainer.seen == [(2.0, 1)]
+    assert "0 of 4 cells to run" in capsys.readouterr().out
+
+
+def test_only_runs_one_cell(tmp_path, monkeypatch, capsys):
+    source, out = sweep_file(tmp_path), tmp_path / "runs"
+    trainer = Trainer(monkeypatch)
+    assert ablate.main([source, f"--out={out}", "--only=2"]) == 0
+    assert trainer.seen == [(2.0, 1)]
+    statuses = [result["status"] for result in results(out)]
+    assert statuses == ["missing", "missing", "finished", "missing"]
+    assert gather.main([str(out)]) == 1
+    output = capsys.readouterr().out
+    assert "cell 0 missing" in output
+    assert "| 2 | 0.2100 | 1 of 2 | 0.5 |" in output
+    # A task of an array must not run cells of another sweep.
+    sweep_file(tmp_path, rates=(3.0,))
+    assert ablate.main([source, f"--out={out}", "--only=0"]) == 2
+    assert "lists other cells" in capsys.readouterr().err
+
+
+def test_an_interrupted_cell_is_missing_not_failed(tmp_path, monkeypatch):
+    source, out = sweep_file(tmp_path), tmp_path / "runs"
+
+    def stopped(config, folder):
+        raise loop.Interrupted("saved step 1 of 2")
+
+    monkeypatch.setattr(loop, "train", stopped)
+    assert ablate.main([source, f"--out={out}"]) == 75
+    assert {result["status"] for result in results(out)} == {"missing"}
+
+
+def test_a_result_is_whole_or_absent(tmp_path, monkeypatch):
+    path = tmp_path / "result.json"
+    sweep.write_json(path, {"status": "failed"})
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            sweep.write_json(path, {"status": "finished"})
+    assert sweep.read_json(path) == {"status": "failed"}
+    sweep.write_json(path, {"status": "finished"})
+    assert sweep.read_json(path) == {"status": "finished"}
+
+
+def test_workers_share_the_cells(tmp_path, monkeypatch):
+    commands = []
+
+    class Process:
+        def __init__(self, command):
+            commands.append(command)
+
+        def wait(self):
+            return 0 if len(commands) == 1 else 1
+
+        def terminate(self):
+            pass
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    out = tmp_path / "runs"
+    assert ablate.main([sweep_file(tmp_path), f"--out={out}", "--workers=3"]) == 1
+    shares = [command[-1].removeprefix("--only=").split(",") for command in commands]
+    assert sorted(i for share in shares for i in share) == list("0123")
+    assert len(shares) == 3
+    assert all(f"--out={out}" in command for command in commands)
+
+
+def test_rows_are_means_with_the_interval_of_student(tmp_path, monkeypatch):
+    out = tmp_path / "runs"
+    Trainer(monkeypatch, fail=[(2.0, 3)])
+    ablate.main([sweep_file(tmp_path, seeds=(1, 2, 3)), f"--out={out}"])
+    first, second = summary.rows(results(out))
+    scores = [0.11, 0.12, 0.13]
+    low, high = scipy.stats.t.interval(
+        0.95, 2, np.mean(scores), scipy.stats.sem(scores)
+    )
+    np.testing.assert_allclose(first["mean"], (low + high) / 2)
+    np.testing.assert_allclose(first["half_width"], (high - low) / 2)
+    assert (first["n"], second["n"], second["runs"]) == (3, 2, 3)
+    assert summary.interval([]) == (None, None)
+    assert summary.interval([0.5]) == (0.5, None)
+    assert "| 1 | 0.1200 ± 0.0248 | 3 | 0.5 |" in summary.table([first, second])
+
+
+@pytest.mark.parametrize("best", sweep.BESTS)
+def test_choice_is_the_best_whole_row_and_knows_its_grid(best):
+    def row(method, lr, mean, n=2):
+        labels = {"method": method, "lr": lr}
+        return {"labels": labels, "mean": mean, "n": n, "runs": 2}
+
+    sign = 1 if best == "highest" else -1
+    rows = [
+        row("a", 1, sign * 0.2),
+        row("a", 2, sign * 0.3),
+        row("a", 4, sign * 0.1),
+        row("a", 8, sign * 0.9, n=1),  # one of two diverged
+        row("b", 1, sign * 0.5),
+        row("b", 2, sign * 0.4),
+        row("c", 1, sign * 0.4, n=0),
+    ]
+    kept, choices = summary.choose(rows, ["lr"], best=best)
+    assert kept == [rows[1], rows[4]]
+    assert choices == [
+        {"labels": {"method": "a", "lr": 2}, "rows": 4, "edges": []},
+        {"labels": {"method": "b", "lr": 1}, "rows": 2, "edges": ["lr"]},
+    ]
+
+
+def test_gather_writes_rows_choices_cost_and_plot(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "runs"
+    Trainer(monkeypatch)
+    source = sweep_file(tmp_path)
+    ablate.main([source, f"--out={out}"])
+    # A changed sweep leaves runs behind that were made all the same.
+    sweep_file(tmp_path, rates=(2.0, 3.0))
+    ablate.main([source, f"--out={out}"])
+    files = {name: tmp_path / f"x.{name}" for name in ("json", "png")}
+    chosen = tmp_path / "chosen.json"
+    arguments = [f"--out={files['json']}", f"--plot={files['png']}", "--x=lr"]
+    arguments += ["--lines=lr", "--choose=lr", f"--chosen={chosen}"]
+    assert gather.main([str(out), *arguments]) == 0
+    found = json.loads(files["json"].read_text())
+    assert [row["labels"] for row in found["rows"]] == [{"lr": 3.0}]
+    assert found["rows"][0]["scores"] == [0.31, 0.32]
+    assert found["cost"]["runs"] == 6
+    assert found["sweep"] == source
+    assert sweep.chosen(chosen) == [{"lr": 3.0}]
+    assert files["png"].read_bytes().startswith(b"\x89PNG")
+    output = capsys.readouterr().out
+    assert "Cost of the sweep, 6 runs" in output
+    assert "at the edge of its grid, ['lr']" in output
+
+
+def test_runs_on_public_data_cost_nothing(tmp_path):
+    config = tiny("nonprivate")
+    facts = {"num_examples": 1437}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(
+        json.dumps(config | {"resolved": {"mechanism": facts}})
+    )
+    assert summary.cost([tmp_path]) is None
+    assert "no epsilon" in summary.cost_text(None)
+
+
+def test_overrides_replace_values_and_groups_that_exist():
+    config = {"a": {"b": 1, "c": (1, 2)}}
+    assert sweep.changed(config, {"a.b": 2}) == {"a": {"b": 2, "c": [1, 2]}}
+    assert sweep.changed(config, {"a": {"d": 3}, "a.d": 4}) == {"a": {"d": 4}}
+    assert config == {"a": {"b": 1, "c": (1, 2)}}
+    for path in ("a.d", "b", "a.b.c", "x.y"):
+        with pytest.raises(ConfigError, match=f"config.{path} is unknown"):
+            sweep.changed(config, {path: 1})
+    with pytest.raises(ValueError, match="shorter"):
+        list(sweep.zipped(a=(1, 2), b=(1,)))
+
+
+BODY = textwrap.dedent(SWEEP.format(rates=(1.0,), seeds=(1,)))
+WRONG_FILES = {
+    "no cells": (BODY.replace("def cells", "def rows"), "does not define cells"),
+    "no best": (BODY.replace("BEST", "WORST"), "does not define BEST"),
+    "unknown best": (BODY.replace('"highest"', '"best"'), "BEST='best'"),
+    "empty": (BODY.replace("(1.0,)", "()"), "yields no cells"),
+    "wrong key": (BODY.replace("learning_rate", "lr"), "cell 0 {'lr': 1.0}: config."),
+    "wrong value": (
+        BODY.replace("optimizer.learning_rate", "mechanism.clip_norm").replace(
+            "1.0", "0.0"
+        ),
+        "cell 0 {'lr': 0.0}: config.mechanism: dpjax.mechanisms.dp_sgd:DpSgd: clip_norm=0.0",
+    ),
+    "same twice": (
+        BODY.replace("(1,)", "(1, 1)"),
+        "cells 0 and 1 {'lr': 1.0} have one",
+    ),
+    "variant": (BODY.replace("cells()", "cells(variant)"), "needs a variant"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_FILES)
+def test_a_wrong_sweep_runs_nothing(case, tmp_path, capsys):
+    text, message = WRONG_FILES[case]
+    path = tmp_path / "sweep.py"
+    path.write_text(text)
+    assert ablate.main([str(path), f"--out={tmp_path / 'runs'}"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_wrong_arguments_are_told(tmp_path, capsys):
+    source = sweep_file(tmp_path)
+    (tmp_path / "sweep.json").write_text(
+        json.dumps({"cells": [{"run": "x", "labels": {"lr": 1}}]})
+    )
+    wrong = {
+        "name one sweep": (ablate, []),
+        "nope.py is not a file": (ablate, ["nope.py", "--out=x"]),
+        "--out=DIR is missing": (ablate, [source]),
+        "--ouf=x is unknown": (ablate, [source, "--ouf=x"]),
+        "--only=4 must be a cell, 0 to 3": (ablate, [source, "--out=x", "--only=4"]),
+        "--workers=0 must be": (ablate, [source, "--out=x", "--workers=0"]),
+        "has no variant fast": (ablate, [f"{source}:fast", "--out=x"]),
+        "name one folder": (gather, []),
+        "has no sweep.json": (gather, ["tests"]),
+        "--choose=rate is unknown": (gather, [str(tmp_path), "--choose=rate"]),
+        "--plot needs --x": (gather, [str(tmp_path), "--plot=x.png"]),
+        "--chosen needs": (gather, [str(tmp_path), "--chosen=x.json"]),
+    }
+    for message, (command, arguments) in wrong.items():
+        assert command.main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+VARIANTS = {"error_feedback": "digits_tuning", "diff2": "diabetes_tuning"}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_shipped_sweeps_are_right_and_keep_their_seeds_apart(name):
+    path = f"experiments/sweeps/{name}.py"
+    found = sweep.load(f"{path}:{VARIANTS[name]}")
+    tuning = {run.config["run"]["seed"] for run in found.runs}
+    reported = set(runpy.run_path(path)["SEEDS"])
+    assert len(reported) >= 5
+    assert not tuning & reported
