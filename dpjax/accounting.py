@@ -9,7 +9,7 @@ This module may not import jax or, at the top, dp_accounting (0.9 s).
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from dpjax.checks import check_epsilon
@@ -83,12 +83,20 @@ def calibrate(make: Callable[[float], MechanismT], *, epsilon: float) -> Mechani
 def _epsilon(mechanism: Any, steps: int, accountant: Accountant) -> float:
     from dp_accounting.privacy_accountant import UnsupportedEventError
 
-    ledger = _accountant(accountant)
     try:
-        ledger.compose(mechanism.event(steps))
+        ledger = _composed(mechanism, steps, accountant)
     except UnsupportedEventError:
         return math.nan
     return float(ledger.get_epsilon(mechanism.delta))
+
+
+@functools.lru_cache(maxsize=8)
+def _composed(
+    mechanism: Any, steps: int, accountant: Accountant
+) -> "PrivacyAccountant":
+    ledger = _accountant(accountant)
+    ledger.compose(mechanism.event(steps))
+    return ledger
 
 
 def _event(mechanism: Any) -> "DpEvent":
@@ -105,3 +113,15 @@ def _accountant(name: Accountant) -> "PrivacyAccountant":
     # Orders below 1.6 often fail to converge, with a warning each; none was ever best.
     orders = [*(1 + x / 10 for x in range(6, 100)), *range(11, 64), 128, 256, 512, 1024]
     return rdp.RdpAccountant(orders, relation)
+
+
+def privacy_profile(
+    mechanism: Any, epsilons: Sequence[float], *, steps: int | None = None
+) -> list[float]:
+    """Return the delta claimed at each of ``epsilons``, by PLD (pessimistic rounding).
+
+    The whole curve is what an accountant claims; ``epsilon`` is one point of it.
+    """
+    steps = mechanism.steps if steps is None else steps
+    ledger: Any = _composed(mechanism, steps, "pld")
+    return [float(ledger.get_delta(epsilon)) for epsilon in epsilons]

@@ -86,7 +86,7 @@ def _plan(argv: list[str]) -> Plan:
     if "suite" not in given:
         raise ValueError("--suite=clipping is missing; see --help")
     options.choices("suite", given["suite"], ("clipping",))
-    rounds = options.rounds(given.get("rounds", "7"))
+    rounds = options.positive("rounds", given.get("rounds", "7"))
     out = options.file("out", given.get("out"), ".json")
     plot = options.file("plot", given["plot"], ".png") if "plot" in given else None
     device = given.get("device")

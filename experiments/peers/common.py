@@ -56,6 +56,6 @@ def _plan(argv: list[str]) -> Plan:
     given = options.read(argv, ("out", "rounds", "workloads"))
     return Plan(
         options.choices("workloads", given.get("workloads"), WORKLOADS),
-        options.rounds(given.get("rounds", "5")),
+        options.positive("rounds", given.get("rounds", "5")),
         options.file("out", given.get("out"), ".json"),
     )
