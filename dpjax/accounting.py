@@ -185,9 +185,8 @@ def _named(event: "DpEvent") -> _Named:
 def _spent(named: _Named, delta: float, accountant: Accountant) -> float:
     from dp_accounting.privacy_accountant import UnsupportedEventError
 
-    ledger = _accountant(accountant)
     try:
-        ledger.compose(named.event)
+        ledger = _composed(named, accountant)
     except UnsupportedEventError:
         return math.nan
     return float(ledger.get_epsilon(delta))
@@ -209,6 +208,13 @@ class _Remembering:
         return _spent(_named(self.ledger), delta, "pld")
 
 
+@functools.lru_cache(maxsize=8)
+def _composed(named: _Named, accountant: Accountant) -> "PrivacyAccountant":
+    ledger = _accountant(accountant)
+    ledger.compose(named.event)
+    return ledger
+
+
 def _event(mechanism: Any) -> "DpEvent":
     return mechanism.event(mechanism.steps)
 
@@ -223,3 +229,15 @@ def _accountant(name: Accountant) -> "PrivacyAccountant":
     # Orders below 1.6 often fail to converge, with a warning each; none was ever best.
     orders = [*(1 + x / 10 for x in range(6, 100)), *range(11, 64), 128, 256, 512, 1024]
     return rdp.RdpAccountant(orders, relation)
+
+
+def privacy_profile(
+    mechanism: Any, epsilons: Sequence[float], *, steps: int | None = None
+) -> list[float]:
+    """Return the delta claimed at each of ``epsilons``, by PLD (pessimistic rounding).
+
+    The whole curve is what an accountant claims; ``epsilon`` is one point of it.
+    """
+    steps = mechanism.steps if steps is None else steps
+    ledger: Any = _composed(_named(mechanism.event(steps)), "pld")
+    return [float(ledger.get_delta(epsilon)) for epsilon in epsilons]

@@ -76,3 +76,9 @@ def check_epsilon(epsilon: float) -> None:
             f"epsilon={epsilon} must be positive and finite; "
             "for training without privacy use the NonPrivate mechanism"
         )
+
+
+def check_probability(name: str, value: float) -> None:
+    """Raise ValueError unless ``value`` is strictly between 0 and 1."""
+    if not 0 < value < 1:
+        raise ValueError(f"{name}={value} must be strictly between 0 and 1")

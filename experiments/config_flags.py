@@ -14,8 +14,14 @@ from ml_collections import config_flags
 from dpjax.config import ConfigError, check, nearest
 
 
-def config_from(argv: list[str]) -> tuple[dict[str, Any], Path]:
-    """Return the checked config and the workdir that ``argv`` asks for.
+def config_from(
+    argv: list[str], *, directory: str = "workdir"
+) -> tuple[dict[str, Any], Path]:
+    """Return the checked config and the directory that ``argv`` asks for.
+
+    Args:
+        argv: ``--config=FILE``, overrides of its keys, and ``--DIRECTORY=DIR``.
+        directory: What the option for the directory is called.
 
     Raises:
         ConfigError: In one line, whatever is wrong.
@@ -26,28 +32,29 @@ def config_from(argv: list[str]) -> tuple[dict[str, Any], Path]:
     path = Path(file.removeprefix("--config=").partition(":")[0])
     if not path.is_file():
         raise ConfigError(f"--config={path} is not a file")
-    written, _ = _parse([file])
+    written, _ = _parse([file], directory)
     for argument in argv:
         _check_override(written, argument)
     # Overrides need the config to exist: --config goes first, wherever it stood.
     # Which keys may be None is for the checks: their types do not know it.
     unset = [a for a in argv if a.startswith("--config.") and a.endswith("=None")]
-    config, workdir = _parse([file, *(a for a in argv if a not in (file, *unset))])
+    rest = [a for a in argv if a not in (file, *unset)]
+    config, chosen = _parse([file, *rest], directory)
     for argument in unset:
         *path, last = (
             argument.removeprefix("--config.").removesuffix("=None").split(".")
         )
         functools.reduce(operator.getitem, path, config)[last] = None
     check(config)
-    if workdir is None and not config["run"]["dry_run"]:
-        raise ConfigError("--workdir=DIR is missing; see --help")
-    return config, Path(workdir or ".")
+    if chosen is None and not config["run"]["dry_run"]:
+        raise ConfigError(f"--{directory}=DIR is missing; see --help")
+    return config, Path(chosen or ".")
 
 
-def _parse(argv: list[str]) -> tuple[dict[str, Any], str | None]:
+def _parse(argv: list[str], directory: str) -> tuple[dict[str, Any], str | None]:
     values = flags.FlagValues()
     holder = config_flags.DEFINE_config_file("config", flag_values=values)
-    flags.DEFINE_string("workdir", None, "", flag_values=values)
+    flags.DEFINE_string(directory, None, "", flag_values=values)
     # ml_collections looks for overrides in sys.argv itself.
     caller, sys.argv = sys.argv, ["train", *argv]
     try:
@@ -58,7 +65,7 @@ def _parse(argv: list[str]) -> tuple[dict[str, Any], str | None]:
         sys.argv = caller
     if unexpected:
         raise ConfigError(f"unexpected argument {unexpected[0]!r}; see --help")
-    return holder.value.to_dict(), values["workdir"].value
+    return holder.value.to_dict(), values[directory].value
 
 
 def _check_override(config: dict[str, Any], argument: str) -> None:

@@ -37,17 +37,6 @@ def choices(option: str, value: str | None, known: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def positive(option: str, value: str) -> int:
-    """Return the number that the option asks for.
-
-    Raises:
-        ValueError: It is not a positive integer.
-    """
-    if not value.isdecimal() or int(value) < 1:
-        raise ValueError(f"--{option}={value} must be an integer of at least 1")
-    return int(value)
-
-
 def file(option: str, value: str | None, suffix: str) -> Path:
     """Return the path of a file to write.
 
@@ -62,3 +51,40 @@ def file(option: str, value: str | None, suffix: str) -> Path:
     if not path.absolute().parent.is_dir():
         raise ValueError(f"--{option}={value} is in a directory that is absent")
     return path
+
+
+def positive(option: str, value: str) -> int:
+    """Return an integer of at least 1.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if not value.isdecimal() or int(value) < 1:
+        raise ValueError(f"--{option}={value} must be an integer of at least 1")
+    return int(value)
+
+
+def natural(option: str, value: str) -> int:
+    """Return an integer of at least 0.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if not value.isdecimal():
+        raise ValueError(f"--{option}={value} must be an integer of at least 0")
+    return int(value)
+
+
+def fraction(option: str, value: str) -> float:
+    """Return a number strictly between 0 and 1.
+
+    Raises:
+        ValueError: It is none.
+    """
+    try:
+        number = float(value)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < 1:
+        raise ValueError(f"--{option}={value} must be strictly between 0 and 1")
+    return number

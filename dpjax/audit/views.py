@@ -1,0 +1,217 @@
+"""What an attacker who knows everything but the target sees of each mechanism.
+
+A *view* turns the releases of one run into numbers ``y_t = shift_t + N(0, 1)``, where the
+shift is 0 as long as the target takes no part, and says how to score such a sequence. To
+attack a new mechanism, register its view: a few lines.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+
+from dpjax.mechanisms import (
+    DiceSgd,
+    Diff2,
+    DpSgd,
+    Mechanism,
+    PrivatizedErrorFeedback,
+    SpiderBoost,
+    recursion,
+)
+from dpjax.typing import Params
+
+Scores = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
+
+
+class View(NamedTuple):
+    """How to attack a mechanism.
+
+    Attributes:
+        gradient: Length of the target's gradient, per unit of the parameter.
+        shifts: ``float64[T]``, how far the target moves y_t at a step it takes part in.
+        read: ``(phase, released, state before, state after) -> y_t``, traced.
+        score: ``(y[n, T], rates[T]) -> [n]``, the likelihood ratio of target to no target
+            where it is known, or some other statistic that grows with the shifts.
+        unclipped: Length of a gradient that nothing clips, if all steps are alike; else None.
+        opposable: Whether y_t is the sum over a batch alone, without memory.
+        start: Mechanism's first state -> the state the attack begins with, such as one
+            that other examples have left behind.
+        path: Step -> the parameter at that step; the attacker's optimizer ignores releases.
+    """
+
+    gradient: float
+    shifts: NDArray[np.float64]
+    read: Callable[[str, Params, Any, Any], jax.Array]
+    score: Scores
+    unclipped: float | None = None
+    opposable: bool = False
+    start: Callable[[Any], Any] = lambda state: state
+    path: Callable[[int], float] = lambda step: 1.0
+
+
+@functools.singledispatch
+def view(mechanism: Mechanism) -> View:
+    """Return how to attack ``mechanism``.
+
+    Raises:
+        ValueError: No view of such a mechanism is known.
+    """
+    raise ValueError(
+        f"mechanism={type(mechanism).__name__} has no known attack: register a view of it "
+        "(dpjax.audit.views)"
+    )
+
+
+def memory_score(
+    first: NDArray[np.float64], *, carry: float = 0.0, sticky: bool = False
+) -> Scores:
+    """Return the log likelihood ratio of a target that shows up again one step later.
+
+    y_t is ``N(first_t b_t + carry m_t, 1)`` with independent coins ``b_t``; the memory m_t
+    says whether the target took part in the step before ("sticky": in any step before).
+    Without it y_t is N(0, 1). Exact, by a forward recursion over the two states of m.
+    """
+
+    def score(
+        y: NDArray[np.float64], rates: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        def ratio(step: int, mean: float) -> NDArray[np.float64]:
+            return mean * y[:, step] - mean**2 / 2
+
+        fresh, used = np.zeros(len(y)), np.full(len(y), -np.inf)
+        with np.errstate(divide="ignore"):
+            log_in, log_out = np.log(rates), np.log1p(-rates)
+        for t in range(y.shape[1]):
+            skipped = used + log_out[t] + ratio(t, carry)
+            drawn = np.logaddexp(
+                fresh + log_in[t] + ratio(t, first[t]),
+                used + log_in[t] + ratio(t, carry + first[t]),
+            )
+            fresh = fresh + log_out[t]
+            if sticky:
+                used = np.logaddexp(drawn, skipped)
+            else:
+                fresh, used = np.logaddexp(fresh, skipped), drawn
+        return np.logaddexp(fresh, used)
+
+    return score
+
+
+@view.register
+def _(mechanism: DpSgd) -> View:
+    shifts = np.full(mechanism.steps, 1 / mechanism.noise_multiplier)
+    scale = mechanism.expected_batch_size / mechanism.noise_stddev
+    return View(
+        gradient=_huge(mechanism.clip_norm),
+        shifts=shifts,
+        read=lambda phase, mean, before, after: _scalar(mean) * scale,
+        score=memory_score(shifts),
+        unclipped=mechanism.clip_norm,
+        opposable=True,
+    )
+
+
+@view.register
+def _(mechanism: PrivatizedErrorFeedback) -> View:
+    batch, rate = mechanism.expected_batch_size, mechanism.memory_rate
+    sums = np.array([mechanism.noise_stddev, mechanism.residual_stddev])
+    longest = mechanism.outer_norm - mechanism.clip_norm
+    each = np.array([mechanism.clip_norm, longest]) / sums
+    shift = float(np.linalg.norm(each))
+    weights = each / shift / sums
+
+    def read(phase: str, mean: Params, before: Any, after: Any) -> jax.Array:
+        del phase
+        # The memory is public: both releases of the step can be solved for.
+        old, new = _scalar(before.value), _scalar(after.value)
+        first = batch * _scalar(mean) - new
+        second = (new - (1 - rate) * old) / rate
+        return weights[0] * first + weights[1] * second
+
+    shifts = np.full(mechanism.steps, shift)
+    return View(
+        gradient=_huge(mechanism.outer_norm),
+        shifts=shifts,
+        read=read,
+        score=memory_score(shifts),
+        unclipped=mechanism.clip_norm,
+        opposable=True,
+    )
+
+
+@view.register
+def _(mechanism: DiceSgd) -> View:
+    spread, steps = mechanism.noise_stddev, mechanism.steps
+    bound = math.inf
+    if mechanism.error_clip_norm is not None:
+        unit = mechanism.expected_batch_size if mechanism.error_scale == "mean" else 1
+        bound = mechanism.error_clip_norm * unit
+    longest, unbounded = mechanism.outer_norm, mechanism.outer_norm is None
+    if longest is None:
+        longest = mechanism.clip_norm + 6 * steps * bound
+    # One gradient fills the memory for the rest of the run, or for the next step only.
+    sticky = longest - mechanism.clip_norm > 2 * bound
+    # If nothing bounds gradients, other examples may have filled it with the opposite.
+    held = 2 * steps * bound if unbounded else 0.0
+    carry = (2 if unbounded else 1) * min(bound, longest - mechanism.clip_norm)
+    offset = min(bound, held)
+
+    def read(phase: str, mean: Params, before: Any, after: Any) -> jax.Array:
+        del phase, before, after
+        total = _scalar(mean) * mechanism.expected_batch_size
+        return (total + offset) / spread
+
+    def start(state: Any) -> Any:
+        return state._replace(memory=jax.tree.map(lambda e: e - held, state.memory))
+
+    shifts = np.full(steps, mechanism.clip_norm / spread)
+    return View(
+        gradient=longest,
+        shifts=shifts,
+        read=read,
+        score=memory_score(shifts, carry=carry / spread, sticky=sticky),
+        unclipped=mechanism.clip_norm,
+        start=start,
+    )
+
+
+@view.register(Diff2)
+@view.register(SpiderBoost)
+def _(mechanism: Any) -> View:
+    phases = [mechanism.phase(step) for step in range(mechanism.steps)]
+    # Steps of length 1, so the radius is the same at all differences.
+    states = {"x": jnp.float32(1.0)}, mechanism.init({"x": jnp.float32(0.0)})
+    radius = {p: float(mechanism.radius(p, *states)) for p in recursion.PHASES}
+    spread = {p: float(mechanism.noise_stddev(p, radius[p])) for p in recursion.PHASES}
+
+    def read(phase: str, mean: Params, before: Any, after: Any) -> jax.Array:
+        del after
+        size = mechanism.sampling_of(phase).expected_batch_size(mechanism.num_examples)
+        old = 0.0 if phase == "restart" else _scalar(before.estimate)
+        return (_scalar(mean) - old) * size / spread[phase]
+
+    shifts = np.array([radius[p] / spread[p] for p in phases])
+    return View(
+        gradient=_huge(max(radius.values())),
+        shifts=shifts,
+        read=read,
+        score=memory_score(shifts),
+        path=lambda step: 1.0 + step,
+    )
+
+
+def _huge(bound: float) -> float:
+    # Far beyond the clip norm, as the worst example is.
+    return 100 * bound
+
+
+def _scalar(tree: Params) -> Float[jax.Array, ""]:
+    (leaf,) = jax.tree.leaves(tree)
+    return leaf

@@ -1,0 +1,111 @@
+"""Attack what a config claims: is the epsilon on its privacy card true?
+
+    python -m experiments.audit --config=configs/digits_mlp_dpsgd.py[:variant] --out=DIR
+        [--attack=A,B] [--trials=N] [--confidence=0.99] [--seed=N]
+        [--config.group.key=value ...]
+
+--config=FILE[:VARIANT]  a config file; see configs/
+--out=DIR                receives audit.json, audit.md and audit.png
+--attack=A,B             likelihood, opposed, reuse: simulations of the mechanism on
+                         worst-case neighbours (dpjax.audit.distinguish); all that apply if
+                         not given
+--trials=N               simulated runs on each neighbour; 20000 if not given
+--confidence=0.99        of all findings together
+--seed=N                 of the simulation; 0 if not given
+
+Nothing is trained. A verdict of "consistent" is no proof: it says that these attacks did not
+refute the claim.
+
+Exit status: 0 consistent, 1 VIOLATED, 2 wrong config or input.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dpjax.config import ConfigError
+from experiments import options
+from experiments.config_flags import config_from
+
+ATTACKS = ("likelihood", "opposed", "reuse")
+_OPTIONS = ("attack", "trials", "confidence", "seed")
+
+
+class Plan(NamedTuple):
+    """What was asked for, checked."""
+
+    config: dict[str, Any]
+    attacks: list[str] | None
+    trials: int
+    confidence: float
+    seed: int
+    out: Path
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; return its exit status."""
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
+    try:
+        plan = _plan(argv)
+        return _run(plan)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _plan(argv: list[str]) -> Plan:
+    """Check what can be checked before anything is computed."""
+    own = [a for a in argv if not a.startswith(("--config.", "--config=", "--out="))]
+    given = options.read(own, _OPTIONS)
+    attacks = given.get("attack")
+    return Plan(
+        attacks=None
+        if attacks is None
+        else options.choices("attack", attacks, ATTACKS),
+        trials=options.positive("trials", given.get("trials", "20000")),
+        confidence=options.fraction("confidence", given.get("confidence", "0.99")),
+        seed=options.natural("seed", given.get("seed", "0")),
+        **_config([a for a in argv if a not in own]),
+    )
+
+
+def _config(argv: list[str]) -> dict[str, Any]:
+    config, out = config_from(argv, directory="out")
+    if config["run"]["dry_run"]:
+        raise ConfigError(
+            "config.run.dry_run=True: an audit makes nothing but a report"
+        )
+    return {"config": config, "out": out}
+
+
+def _run(plan: Plan) -> int:
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(".cache") / "jax"))
+    from dpjax import report
+    from dpjax.audit import verdict
+    from dpjax.experiment import build_experiment
+    from experiments import audit_report
+
+    mechanism = build_experiment(plan.config).mechanism
+    card = report.card_of(plan.config, mechanism, mechanism.steps)
+    if not card.private:
+        raise ConfigError(
+            f"the privacy card of this config is NOT PRIVATE ({card.flags[0]}): "
+            "there is no claim to audit"
+        )
+    findings = verdict.audit_mechanism(
+        mechanism,
+        trials=plan.trials,
+        seed=plan.seed,
+        confidence=plan.confidence,
+        attacks=plan.attacks,
+    )
+    audit_report.write(card, findings, plan.out)
+    audit_report.print_summary(card, findings, plan.out)
+    return int(verdict.worst(findings) == "VIOLATED")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
