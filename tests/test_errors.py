@@ -182,7 +182,7 @@ WRONG_VALUES = {
     ),
     "microbatch does not divide": (
         {"compute.microbatch_size": 48},
-        "microbatch_size=48 must divide config.compute.physical_batch_size=64",
+        "config.compute.microbatch_size=48 must divide physical_batch_size=64",
     ),
     "physical batch zero": (
         {"compute.physical_batch_size": 0},
