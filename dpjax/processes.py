@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
@@ -29,35 +29,53 @@ _GRACE: Final = 10
 """Seconds that a process which failed waits for the others to leave in order."""
 
 
-class Peers(NamedTuple):
-    """Where the processes of a run meet; all None to ask the cluster's scheduler.
+class StartError(RuntimeError):
+    """The processes of a run did not find one another; nothing was started."""
 
-    Attributes:
-        coordinator_address: ``HOST:PORT`` on the host of process 0.
-        num_processes: How many there are.
-        process_id: Which one this is, from 0.
-    """
 
-    coordinator_address: str | None = None
-    num_processes: int | None = None
-    process_id: int | None = None
+class PeerError(RuntimeError):
+    """Another process of the run is gone."""
 
 
 @contextlib.contextmanager
-def joined(peers: Peers | None) -> Iterator[None]:
-    """Be one process of several while the context lasts. With None, a run of its own.
+def joined(
+    *,
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> Iterator[None]:
+    """Be one process of several while the context lasts, and until the interpreter exits.
 
     A process that fails inside leaves after some seconds, whatever the others do. They
     end too: their next collective fails, or the missing heartbeat is noticed.
 
+    Args:
+        coordinator_address: ``HOST:PORT`` on the host of process 0; None, like the others,
+            for what the scheduler says (Slurm, Open MPI, Kubernetes, TPU pods).
+        num_processes: How many there are.
+        process_id: Which one this is, from 0.
+
     Raises:
-        ValueError: The port is taken, the others did not come, or no scheduler is found.
+        StartError: The port is taken, the others did not come, or no scheduler is found.
         PeerError: A collective failed inside, as when another process has died.
     """
-    if peers is None:
-        yield
-        return
-    _start(peers)
+    if process_id == 0:
+        _check_port_is_free(str(coordinator_address))
+    try:
+        jax.distributed.initialize(
+            coordinator_address,
+            num_processes,
+            process_id,
+            initialization_timeout=START_TIMEOUT,
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+        )
+    except (ValueError, RuntimeError) as error:
+        where = f"at {coordinator_address}" if coordinator_address else "by detection"
+        raise StartError(
+            f"the processes of this run did not meet {where}: {_first_line(error)}; "
+            "under a scheduler use --distributed=auto, else --coordinator_address, "
+            "--num_processes and --process_id"
+        ) from error
     try:
         yield
     except BaseException as error:
@@ -68,36 +86,14 @@ def joined(peers: Peers | None) -> Iterator[None]:
         if isinstance(error, jax.errors.JaxRuntimeError):
             raise PeerError(
                 f"process {jax.process_index()} of {jax.process_count()} stops, most "
-                "likely since another one has died (see its output); checkpoints are "
-                f"intact, start all again: {str(error).partition(chr(10))[0][:200]}"
+                "likely since another one has died (see its output); the checkpoints are "
+                f"intact, start all again: {_first_line(error)}"
             ) from error
         raise
 
 
-class PeerError(RuntimeError):
-    """Another process of the run is gone."""
-
-
-def _start(peers: Peers) -> None:
-    if peers.process_id == 0:
-        _check_port_is_free(str(peers.coordinator_address))
-    try:
-        jax.distributed.initialize(
-            *peers,
-            initialization_timeout=START_TIMEOUT,
-            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
-        )
-    except (ValueError, RuntimeError) as error:
-        if peers.coordinator_address is None:
-            raise ValueError(
-                "--distributed=auto found no scheduler (Slurm, Open MPI, Kubernetes, "
-                "TPU pod) that says who takes part; use --coordinator_address, "
-                f"--num_processes and --process_id: {error}"
-            ) from error
-        raise ValueError(
-            f"process {peers.process_id} of {peers.num_processes} did not meet the others "
-            f"at {peers.coordinator_address}: {str(error).partition(chr(10))[0]}"
-        ) from error
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0][:200]
 
 
 def _check_port_is_free(address: str) -> None:
@@ -107,7 +103,7 @@ def _check_port_is_free(address: str) -> None:
         try:
             probe.bind(("", port))
         except OSError as error:
-            raise ValueError(
+            raise StartError(
                 f"--coordinator_address={address}: port {port} cannot be used here "
                 f"({error.strerror}); choose another"
             ) from error
