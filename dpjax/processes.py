@@ -61,6 +61,9 @@ def joined(
     """
     if process_id == 0:
         _check_port_is_free(str(coordinator_address))
+    # On CPU, programs that were dispatched together run in any order: what one process
+    # sends for one of them, another would take for its own part of the next.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(
             coordinator_address,
