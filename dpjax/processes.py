@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -80,7 +81,8 @@ def joined(
             "--num_processes and --process_id"
         ) from error
     try:
-        yield
+        with _witness():
+            yield
     except BaseException as error:
         # The ordinary exit waits for the others, who may be waiting for this process.
         timer = threading.Timer(_GRACE, _leave)
@@ -93,6 +95,34 @@ def joined(
                 f"intact, start all again: {_first_line(error)}"
             ) from error
         raise
+
+
+@contextlib.contextmanager
+def _witness() -> Iterator[None]:
+    """Have it said in plain words if this process is aborted.
+
+    When a process dies, the libraries of the others abort them, mostly before Python sees
+    an error. A small child of this process waits for its end, and speaks unless all went
+    in order.
+    """
+    text = (
+        f"process {jax.process_index()} of {jax.process_count()} was ended, most likely "
+        "since another one has died (see its output); the checkpoints are intact, start "
+        "all again"
+    )
+    command = [sys.executable, "-I", "-S", "-c", _SPEAK, text]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, start_new_session=True
+    ) as child:
+        try:
+            yield
+        finally:
+            child.communicate(b"in order")
+
+
+_SPEAK: Final = (
+    "import sys; sys.stdin.read() or print('error:', sys.argv[1], file=sys.stderr)"
+)
 
 
 def _first_line(error: BaseException) -> str:
