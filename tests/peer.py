@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 
+from dpjax import processes
 from dpjax.ledger import Ledger
 from experiments.train import main
 
@@ -27,5 +28,6 @@ def sent(event, step):
 
 
 if __name__ == "__main__":
+    processes.HEARTBEAT_TIMEOUT = 8  # a third of the time to wait for the dead
     sent(*sys.argv[1].split("@"))
     sys.exit(main(sys.argv[2:]))

@@ -247,6 +247,7 @@ class Run:
     def __init__(self, mesh, **changes):
         config = tiny(
             **{"mesh.data": mesh[0], "mesh.fsdp": mesh[1], "model.features": ()}
+            | {"compute.engine": "vmap"}
             | changes
         )
         if "mechanism.name" in changes and "Diff2" in changes["mechanism.name"]:
