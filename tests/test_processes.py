@@ -161,6 +161,16 @@ def test_steps_after_the_checkpoint_are_not_replayed_on_another_layout(
     train(tiny(), tmp_path)
 
 
+def test_secrets_of_the_operating_system_are_those_of_the_first_process(tmp_path):
+    flags = ["--config.run.seed=None", "--config.mechanism.steps=1"]
+    # Each process has a whole copy of the parameters, so that all they hold is equal.
+    flags += ["--config.mesh.data=4", "--config.mesh.fsdp=1"]
+    ended = two_processes(tmp_path, flags=(flags, flags))
+    assert [status for status, _ in ended] == [0, 0], ended
+    starts = [re.search(r"starts with (\w{64})", text)[1] for _, text in ended]
+    assert starts[0] == starts[1]
+
+
 def test_processes_with_different_configs_refuse_and_leave_nothing(tmp_path):
     workdir = tmp_path / "run"
     ended = two_processes(workdir, flags=((), ("--config.run.log_every=5",)))
