@@ -398,8 +398,9 @@ reduced is one gradient, whatever the number of devices or chunks, and some scal
 ## A model at 8, 64 and 512 accelerators
 
 NOT measured. FLOPs and bytes are those counted on one device; the hardware is assumed:
-{assumed} (per second and device; `fast` links are within a node, `slow` ones beyond; latency
-in seconds for each hop). Parameters are gathered and sums reduced along rings, in float32,
+{assumed}
+(per second and device; `fast` links are within a node, `slow` ones beyond; latency in seconds
+for each hop). Parameters are gathered and sums reduced along rings, in float32,
 and nothing overlaps. Batches are Poisson, 4096 examples expected, in chunks of 16 rows on
 each device; `chunks` is the expected number, the last of them padded. Efficiency is the time
 that the expected examples would take if only their own FLOPs counted, over the time of the

@@ -17,8 +17,17 @@ from tests.checks import assert_close, norm
 from tests.runs import ROOT, assert_same_export, crash_after, exported, metrics, tiny
 
 TINY = "--config=tests/tiny_config.py"
-TWO_BY_TWO = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
+FLAGS = (
+    "--config.mesh.data=2",
+    "--config.mesh.fsdp=2",
+    "--config.model.features=()",
+)
 NEVER = "SIGTERM@1000"
+
+
+def small(**changes):
+    """What the processes train, with few parameters: compiling is most of the time."""
+    return tiny(**{"model.features": ()} | changes)
 
 
 def free_port():
@@ -32,6 +41,7 @@ def two_processes(workdir, *, event=NEVER, flags=((), ())):
     environment = os.environ | {
         "JAX_NUM_CPU_DEVICES": "2",
         "JAX_COMPILATION_CACHE_DIR": ".cache/jax-tests",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }
     port = free_port()
@@ -39,7 +49,7 @@ def two_processes(workdir, *, event=NEVER, flags=((), ())):
         subprocess.Popen(
             [
                 *(sys.executable, "-m", "tests.peer", event),
-                *(TINY, f"--workdir={workdir}", *TWO_BY_TWO, *flags[number]),
+                *(TINY, f"--workdir={workdir}", *FLAGS, *flags[number]),
                 *(f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2"),
                 f"--process_id={number}",
             ],
@@ -63,7 +73,7 @@ def two_processes(workdir, *, event=NEVER, flags=((), ())):
 def alone(tmp_path_factory):
     """A run of one process on one device."""
     workdir = tmp_path_factory.mktemp("alone")
-    train(tiny(), workdir)
+    train(small(), workdir)
     return workdir
 
 
@@ -113,7 +123,7 @@ def test_a_run_goes_on_on_another_number_of_processes_and_devices(
     with monkeypatch.context() as patch:
         term_after(patch, 2)
         with pytest.raises(Interrupted, match="step 4 of"):
-            train(tiny(), tmp_path)
+            train(small(), tmp_path)
     # A signal to one process stops both, after the same step.
     ended = two_processes(tmp_path, event="SIGTERM@5")
     assert [status for status, _ in ended] == [75, 75], ended
@@ -123,9 +133,9 @@ def test_a_run_goes_on_on_another_number_of_processes_and_devices(
     assert 6 <= int(step) < 12
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(tmp_path, elsewhere, ignore=lambda *_: ["elsewhere"])
-    train(tiny(**{"mesh.data": 4}), tmp_path)
+    train(small(**{"mesh.data": 4}), tmp_path)
     assert_close_export(tmp_path, alone)
-    train(tiny(), elsewhere)
+    train(small(), elsewhere)
     assert_close_export(elsewhere, alone)
     lines = (tmp_path / "ledger.txt").read_text().splitlines()
     layouts = [line.split()[2] for line in lines]
@@ -151,20 +161,18 @@ def test_steps_after_the_checkpoint_are_not_replayed_on_another_layout(
     with monkeypatch.context() as patch:
         crash_after(patch, 6)
         with pytest.raises(KeyboardInterrupt):
-            train(tiny(), tmp_path)
+            train(small(), tmp_path)
     before = (tmp_path / "ledger.txt").read_text()
     with pytest.raises(
         NoiseReuseError, match="step 4 was released on 1x1/1/cpu, after"
     ):
-        train(tiny(**{"mesh.data": 4}), tmp_path)
+        train(small(**{"mesh.data": 4}), tmp_path)
     assert (tmp_path / "ledger.txt").read_text() == before
-    train(tiny(), tmp_path)
+    train(small(), tmp_path)
 
 
 def test_secrets_of_the_operating_system_are_those_of_the_first_process(tmp_path):
-    flags = ["--config.run.seed=None", "--config.mechanism.steps=1"]
-    # Each process has a whole copy of the parameters, so that all they hold is equal.
-    flags += ["--config.mesh.data=4", "--config.mesh.fsdp=1"]
+    flags = ["--config.run.seed=None"]
     ended = two_processes(tmp_path, flags=(flags, flags))
     assert [status for status, _ in ended] == [0, 0], ended
     starts = [re.search(r"starts with (\w{64})", text)[1] for _, text in ended]

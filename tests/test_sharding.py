@@ -122,8 +122,9 @@ def known(name):
     return query, batch, reference(two_layers, query, batch, KEY)
 
 
-@pytest.mark.parametrize("mesh", SPLIT[::2])
-@pytest.mark.parametrize("query", ["residual", "difference"])
+@pytest.mark.parametrize(
+    ("query", "mesh"), [("residual", (8, 1)), ("difference", (2, 4))]
+)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine_sums_the_same_on_every_mesh(engine, query, mesh):
     query, batch, (total, residual, norms) = known(query)
