@@ -4,7 +4,7 @@ from ml_collections import ConfigDict, config_dict
 
 
 def base() -> ConfigDict:
-    """Return the groups ``compute``, ``augment`` and ``run`` with common values."""
+    """Return the groups ``augment``, ``compute``, ``mesh`` and ``run`` with common values."""
     config = ConfigDict()
     config.augment = ConfigDict(
         {"transform": {"name": "dpjax.augment:identity"}, "views": 1}
@@ -15,6 +15,13 @@ def base() -> ConfigDict:
             "microbatch_size": config_dict.placeholder(int),
             "memory_budget": config_dict.placeholder(int),  # bytes; None: half of all
             "physical_batch_size": 256,
+        }
+    )
+    config.mesh = ConfigDict(
+        {
+            "data": config_dict.placeholder(int),  # None: all devices
+            "fsdp": 1,  # devices that share one copy of the parameters
+            "rules": ((".*", "largest"),),  # which dimension they split
         }
     )
     config.run = ConfigDict(

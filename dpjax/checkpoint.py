@@ -30,11 +30,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree
 from orbax.checkpoint import v1
 
 from dpjax.fingerprint import fingerprint
+from dpjax.processes import barrier
 
 ocp: Any = v1  # its own annotations reject the paths and arrays it accepts
 
@@ -77,7 +77,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             self.directory.mkdir(mode=_OWNER_ONLY, parents=True, exist_ok=True)
             self.directory.chmod(_OWNER_ONLY)
             self._remove_unfinished()
-        _barrier("dpjax_checkpoints_opened")
+        barrier("dpjax_checkpoints_opened")
 
     def __exit__(self, *_) -> None:
         self.close()
@@ -259,7 +259,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         )
         if jax.process_index() == 0:
             (self.directory / str(step)).rename(target)
-        _barrier(f"dpjax_checkpoint_{step}_quarantined")
+        barrier(f"dpjax_checkpoint_{step}_quarantined")
 
     def _none_usable(self) -> None:
         if self._steps() or any(self.directory.glob("corrupt-*")):
@@ -494,8 +494,3 @@ def _nest(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
 def _first_line(error: BaseException) -> str:
     text = str(error).partition("\n")[0][:300]
     return f"{type(error).__name__}: {text}"
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)

@@ -4,7 +4,8 @@ This module may not import jax: config errors are answered without it.
 """
 
 import math
-from typing import Literal, get_args
+import re
+from typing import Any, Literal, get_args
 
 ClipStyle = Literal["flat", "automatic", "per_layer"]
 ErrorScale = Literal["sum", "mean"]
@@ -67,6 +68,45 @@ def check_positive_int(name: str, value: int) -> None:
     """Raise ValueError unless ``value`` is an integer of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}={value} must be an integer of at least 1")
+
+
+def check_rows(
+    physical_batch_size: int, *, devices: int, microbatch_size: int | None
+) -> None:
+    """Raise ValueError unless every device gets as many rows, in whole microbatches."""
+    rows, rest = divmod(physical_batch_size, devices)
+    if rest:
+        raise ValueError(
+            f"physical_batch_size={physical_batch_size} must be divisible by the "
+            f"{devices} devices of the mesh"
+        )
+    if microbatch_size is not None and rows % microbatch_size:
+        each = "" if devices == 1 else f" / {devices} devices = {rows} rows of each"
+        raise ValueError(
+            f"microbatch_size={microbatch_size} must divide "
+            f"physical_batch_size={physical_batch_size}{each}"
+        )
+
+
+def check_mesh(*, data: int | None, fsdp: int, rules: Any) -> None:
+    """Raise ValueError unless these describe a mesh; the devices are not looked at."""
+    if data is not None:
+        check_positive_int("data", data)
+    check_positive_int("fsdp", fsdp)
+    for rule in rules:
+        try:
+            pattern, dimension = rule
+            re.compile(pattern)
+        except (TypeError, ValueError, re.error) as error:
+            raise ValueError(
+                f"rules: {rule!r} must be a pair (regular expression, dimension): {error}"
+            ) from error
+        whole = isinstance(dimension, int) and dimension >= 0
+        if not (whole or dimension in (None, "largest")):
+            raise ValueError(
+                f"rules: dimension={dimension!r} of {pattern!r} must be a number from 0, "
+                "'largest' or None"
+            )
 
 
 def check_epsilon(epsilon: float) -> None:

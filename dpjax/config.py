@@ -34,6 +34,7 @@ GROUPS: dict[str, tuple[str, ...] | None] = {
         "memory_budget",
         "physical_batch_size",
     ),
+    "mesh": ("data", "fsdp", "rules"),
     "run": (
         "seed",
         "log_every",
@@ -47,10 +48,16 @@ GROUPS: dict[str, tuple[str, ...] | None] = {
 }
 """Keys of each group; None marks a group that is itself a spec."""
 
-FREE_ON_RESUME = tuple(
-    f"run.{key}"
-    for key in GROUPS["run"] or ()
-    if key not in ("seed", "log_sensitive")  # what was logged once stays on the card
+FREE_ON_RESUME = (
+    *(
+        f"run.{key}"
+        for key in GROUPS["run"] or ()
+        if key
+        not in ("seed", "log_sensitive")  # what was logged once stays on the card
+    ),
+    # They round sums otherwise: see dpjax.ledger for when that is refused.
+    "mesh.data",
+    "mesh.fsdp",
 )
 """Keys that may differ when a run is resumed: they change no release."""
 
@@ -127,13 +134,18 @@ def number_of(model: Mapping[str, Any], key: str) -> int | None:
     return next((v for k, v in flatten(model).items() if k.endswith(key)), None)
 
 
-def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Name the keys in which two configs would not make the same releases."""
+def differing_keys(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    *,
+    free: Iterable[str] = FREE_ON_RESUME,
+) -> list[str]:
+    """Name the keys, but for ``free`` ones, in which two configs differ."""
     before, after = (flatten(json.loads(json.dumps(c))) for c in (old, new))
     return sorted(
         key
         for key in before.keys() | after.keys()
-        if key not in FREE_ON_RESUME and before.get(key) != after.get(key)
+        if key not in free and before.get(key) != after.get(key)
     )
 
 
@@ -255,20 +267,24 @@ def _check_values(config: Mapping[str, Any]) -> None:
             f"config.evaluation.ema_decay={decay!r} must be in [0, 1); "
             "0 evaluates the last parameters"
         )
-    size, physical = compute["microbatch_size"], compute["physical_batch_size"]
+    size, mesh = compute["microbatch_size"], config["mesh"]
+    _located("config.mesh", checks.check_mesh, **mesh, join=".")
     if size is not None:
         _located(
-            "config",
+            "config.compute",
             checks.check_positive_int,
-            "compute.microbatch_size",
+            "microbatch_size",
             size,
             join=".",
         )
-        if physical % size:
-            raise ConfigError(
-                f"config.compute.microbatch_size={size} must divide "
-                f"config.compute.physical_batch_size={physical}"
-            )
+    _located(
+        "config.compute",
+        checks.check_rows,
+        compute["physical_batch_size"],
+        devices=(mesh["data"] or 1) * mesh["fsdp"],
+        microbatch_size=size,
+        join=".",
+    )
     _check_choice("config.compute.engine", compute["engine"], checks.ENGINE_NAMES)
     budget = compute["memory_budget"]
     if budget is not None and not (compute["engine"] == "auto" and budget > 0):

@@ -1,5 +1,6 @@
 """Average a metric over held-out data."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -9,13 +10,14 @@ import numpy as np
 from jaxtyping import Array
 
 from dpjax.data.batches import read_steps
+from dpjax.sharding import Layout
 from dpjax.typing import Batch, Example, Params, Source
 
 Metric = Callable[[Params, Example], Array]
 Evaluate = Callable[[Params, Source], float]
 
 
-def evaluator(metric: Metric, *, batch_size: int) -> Evaluate:
+def evaluator(metric: Metric, *, batch_size: int, layout: Layout) -> Evaluate:
     """Return ``(params, source) -> mean of metric over all of source``, compiled once.
 
     The mean is exact and carries no noise: evaluated on private data it is itself a
@@ -24,12 +26,17 @@ def evaluator(metric: Metric, *, batch_size: int) -> Evaluate:
     Args:
         metric: ``(params, example) -> scalar`` of one example.
         batch_size: Examples at once; memory only, the mean does not depend on it.
+        layout: The devices that share the work. All processes of a run must evaluate.
     """
+    padded_size = math.ceil(batch_size / layout.devices) * layout.devices
 
-    @jax.jit
-    def total(params: Params, batch: Batch) -> Array:
+    def part(params: Params, batch: Batch) -> Array:
         values = jax.vmap(metric, in_axes=(None, 0))(params, batch.examples)
-        return jnp.sum(jnp.where(batch.mask, values, 0.0))
+        return jnp.sum(jnp.where(batch.mask, values, 0.0))[None]
+
+    @functools.partial(jax.jit, out_shardings=layout.whole)
+    def total(params: Params, batch: Batch) -> Array:
+        return jnp.sum(layout.on_each(part)(params, batch))
 
     def evaluate(params: Params, source: Source) -> float:
         size = len(source)
@@ -39,9 +46,13 @@ def evaluator(metric: Metric, *, batch_size: int) -> Evaluate:
 
         parts = range(math.ceil(size / batch_size))
         totals = [
-            total(params, chunk)
+            total(params, layout.place(chunk, padded_size))
             for batch in read_steps(
-                source, draw, steps=parts, physical_batch_size=batch_size
+                source,
+                draw,
+                steps=parts,
+                physical_batch_size=padded_size,
+                rows=layout.rows(padded_size),
             )
             for chunk in batch.chunks
         ]

@@ -9,10 +9,12 @@ import optax
 from jaxtyping import Array
 
 from dpjax import config as configs
+from dpjax.checks import check_rows
 from dpjax.clipping import Engine, plain, resolve_engine
 from dpjax.data.batches import check_labels, check_tokens, fingerprint, overlap
 from dpjax.losses import augmented
 from dpjax.mechanisms import DpZero, Mechanism
+from dpjax.sharding import Layout, make_layout
 from dpjax.typing import Example, Loss, Model, Params, Source
 
 _log = logging.getLogger(__name__)
@@ -24,6 +26,7 @@ class Experiment:
 
     Attributes:
         mechanism: The plan, its noise calibrated.
+        layout: The devices, and what is where.
         engine: How clipped sums are computed.
         model: Pure functions on one example.
         loss: Of one example, augmentation included.
@@ -35,6 +38,7 @@ class Experiment:
     """
 
     mechanism: Mechanism
+    layout: Layout
     engine: Engine
     model: Model
     loss: Loss
@@ -52,6 +56,7 @@ def build_experiment(config: Mapping[str, Any]) -> Experiment:
         ConfigError: The config is wrong, or does not fit the data.
     """
     configs.check(config)
+    layout = _layout(config)
     source = configs.build(config["data"]["source"])
     held_out = configs.build(config["evaluation"]["source"])
     _check_data(config, source, held_out)
@@ -67,6 +72,7 @@ def build_experiment(config: Mapping[str, Any]) -> Experiment:
     model = configs.build(config["model"])
     return Experiment(
         mechanism=mechanism,
+        layout=layout,
         engine=_engine(config["compute"], mechanism),
         model=model,
         loss=augmented(
@@ -80,6 +86,20 @@ def build_experiment(config: Mapping[str, Any]) -> Experiment:
         held_out=held_out,
         data_fingerprint=fingerprint(source),
     )
+
+
+def _layout(config: Mapping[str, Any]) -> Layout:
+    compute = config["compute"]
+    try:
+        layout = make_layout(**config["mesh"])
+        check_rows(
+            compute["physical_batch_size"],
+            devices=layout.devices,
+            microbatch_size=compute["microbatch_size"],
+        )
+    except ValueError as error:
+        raise configs.ConfigError(f"config.mesh: {error}") from error
+    return layout
 
 
 def _check_held_out(

@@ -18,8 +18,7 @@ def fingerprint(array: Array) -> UInt32[Array, ""]:
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         array = jax.random.key_data(array)
     words = _words(array)
-    position = jax.lax.iota(jnp.uint32, words.size).reshape(words.shape)
-    return jnp.sum(_mix(words ^ _mix(position)), dtype=jnp.uint32)
+    return jnp.sum(_mix(words ^ _mix(_position(words.shape))), dtype=jnp.uint32)
 
 
 def combined_fingerprint(tree: PyTree[Array]) -> UInt32[Array, ""]:
@@ -28,6 +27,15 @@ def combined_fingerprint(tree: PyTree[Array]) -> UInt32[Array, ""]:
     for leaf in jax.tree.leaves(tree):
         total = _mix(total) ^ fingerprint(leaf)
     return total
+
+
+def _position(shape: tuple[int, ...]) -> UInt32[Array, "..."]:
+    """Return the position of each word; not by a reshape, which would not be sharded."""
+    position = jnp.zeros(shape, jnp.uint32)
+    for axis, size in enumerate(shape):
+        along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        position = position * jnp.uint32(size) + along
+    return position
 
 
 def _words(array: Array) -> UInt32[Array, "..."]:

@@ -146,6 +146,7 @@ def writers(
     *,
     resume_step: int = 0,
     project: str = "dpjax",
+    silent: bool = False,
 ) -> "AllWriters":
     """Open ``directory/metrics.jsonl`` and the named writers, as one writer.
 
@@ -154,6 +155,7 @@ def writers(
         directory: Where all of them write.
         resume_step: The step from which the run goes on; 0 for a new run.
         project: Name of the wandb project.
+        silent: Open none: another process of the run writes.
 
     Raises:
         ValueError: A name is unknown.
@@ -166,6 +168,8 @@ def writers(
     for name in names:
         if name not in optional:
             raise ValueError(_unknown(name, list(optional)))
+    if silent:
+        return AllWriters([], contextlib.ExitStack())
     with contextlib.ExitStack() as stack:  # closes what is open if the next fails
         opened: list[Writer] = [
             JsonlWriter(directory / "metrics.jsonl", resume_step=resume_step)
@@ -202,16 +206,19 @@ class Progress(contextlib.AbstractContextManager):
     Args:
         total_steps: The last step of the run.
         start: The step from which the run goes on.
+        silent: Show nothing: another process of the run does.
     """
 
-    def __init__(self, total_steps: int, *, start: int = 0) -> None:
-        self._total = total_steps
+    def __init__(
+        self, total_steps: int, *, start: int = 0, silent: bool = False
+    ) -> None:
+        self._total, self._silent = total_steps, silent
         self._clock_start = start, time.monotonic()
         self._warm = False
         self._live: Any = None
 
     def __enter__(self) -> "Progress":
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not self._silent:
             self._live = _live_line(self._total)
             self._live.start()
         return self
@@ -234,6 +241,8 @@ class Progress(contextlib.AbstractContextManager):
             parts.append(f"epsilon {shown.pop('epsilon')}")
         parts.append(f"eta {self._remaining(step)}")
         parts += [f"{name} {value}" for name, value in shown.items()]
+        if self._silent:
+            return
         if self._live is None:
             print("  ".join(parts), file=sys.stderr, flush=True)
         else:

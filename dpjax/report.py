@@ -159,8 +159,13 @@ def privacy_card(
         key_source="operating system entropy" if seed is None else f"seed={seed}",
         flags=tuple(found),
         assumptions=ASSUMPTIONS if mechanism.private else (),
-        versions={name: importlib.metadata.version(name) for name in PACKAGES},
+        versions=versions(),
     )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that decide what is computed."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def card_of(config: Mapping[str, Any], mechanism: Mechanism, steps: int) -> PrivacyCard:

@@ -104,6 +104,38 @@ class ClippedSum:
             seal=jnp.where(intact, self.seal, jnp.nan),
         )
 
+    def stacked(self, parts: int) -> "ClippedSum":
+        """Return ``parts`` copies, on a new first axis of every leaf.
+
+        Of a sum over no examples these are partial sums to begin with, one for each
+        device.
+        """
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (parts, *x.shape)), self)
+
+    def only(self) -> "ClippedSum":
+        """Return the one sum of a stack of one."""
+        return jax.tree.map(lambda x: jnp.squeeze(x, 0), self)
+
+    def merged(self) -> "ClippedSum":
+        """Return the sum over the sets of examples of a stack, which must be disjoint.
+
+        Sensitivity: as of ``merge``.
+        """
+        intact = jnp.all(self.seal == _seal())
+        intact &= jnp.all(self.l2_bound == self.l2_bound[0])
+        intact &= jnp.all(self.outer_norm == self.outer_norm[0])
+        total, residual = jax.tree.map(
+            lambda x: jnp.sum(x, axis=0), (self.total, self.residual)
+        )
+        return dataclasses.replace(
+            self,
+            total=total,
+            residual=residual,
+            seal=jnp.where(intact, _seal(), jnp.nan),
+            l2_bound=self.l2_bound[0],
+            outer_norm=self.outer_norm[0],
+        )
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -180,6 +212,8 @@ def opened_count(clipped: ClippedSum, *, l2_bound: float | Scalar) -> Scalar:
 
 
 def _intact(clipped: ClippedSum, *, l2_bound: float | Scalar) -> Scalar:
+    if jnp.ndim(clipped.seal):
+        raise TypeError("these are partial sums; release their sum, .merged()")
     bound = jnp.asarray(l2_bound, jnp.float32)
     return (clipped.seal == _seal()) & (clipped.l2_bound <= bound)
 

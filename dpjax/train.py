@@ -3,13 +3,11 @@
 import contextlib
 import dataclasses
 import functools
+import json
 import math
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +16,7 @@ import numpy as np
 import optax
 
 from dpjax import config as configs
-from dpjax import report
+from dpjax import processes, report
 from dpjax.accounting import epsilon
 from dpjax.checkpoint import Checkpoints, export, flatten_params
 from dpjax.clipping import Query
@@ -30,6 +28,7 @@ from dpjax.ledger import Ledger
 from dpjax.metrics import Progress, writers
 from dpjax.noise import root_key
 from dpjax.sensitive import ClippedSum, PerExample, reveal
+from dpjax.sharding import Layout
 from dpjax.transforms import PrivateState, private
 from dpjax.typing import Batch, Example, Key, Params, Scalar, Source
 
@@ -110,29 +109,36 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
     mechanism, run = experiment.mechanism, config["run"]
     metric, score = report.metric_name(config), math.nan
     identity = report.identity(config, mechanism, experiment.data_fingerprint)
-    transform = private(
-        mechanism, experiment.optimizer, noise_key=root_key(run["seed"])
-    )
+    _check_same_everywhere(identity)
+    layout, is_first = experiment.layout, processes.is_first()
+    noise_key = processes.of_first(root_key(run["seed"]))
+    transform = private(mechanism, experiment.optimizer, noise_key=noise_key)
     with (
-        Ledger(workdir / "ledger.txt") as ledger,  # first: it locks the workdir
+        _open_ledger(workdir, layout) as ledger,  # first: it locks the workdir
         Checkpoints(workdir / "checkpoints", keep=run["keep_checkpoints"]) as saved,
     ):
         _check_same_run(saved.metadata(), identity, workdir)
         fresh = init_state(config, experiment, transform)
         start, state = saved.restore(fresh) or (0, fresh)
         ledger.check_complete(start)
+        ledger.check_layout(start)
         if saved.latest is None:
             ledger.check_empty()
             if (workdir / "export").exists():
                 raise configs.ConfigError(f"{workdir} holds the export of another run")
-            (workdir / "config.json").write_text(report.config_text(config, mechanism))
+            if is_first:
+                text = report.config_text(config, mechanism)
+                (workdir / "config.json").write_text(text)
             # Before any release, so that its keys cannot be lost and drawn anew.
             saved.save(0, state, metadata=identity, wait=True)
-        print(report.start_block(config, mechanism, parameters=_size(shapes)))
+        if is_first:
+            print(report.start_block(config, mechanism, parameters=_size(shapes)))
 
         train_step = make_train_step(config, experiment, transform)
         evaluate = evaluator(
-            experiment.metric, batch_size=config["evaluation"]["batch_size"]
+            experiment.metric,
+            batch_size=config["evaluation"]["batch_size"],
+            layout=layout,
         )
         stream = batches(
             experiment.source,
@@ -140,12 +146,15 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
             seed=sampling_seed(state),
             physical_batch_size=config["compute"]["physical_batch_size"],
             start=start,
+            rows=layout.rows(config["compute"]["physical_batch_size"]),
         )
         with (
             contextlib.closing(stream),
-            writers(run["writers"], workdir, resume_step=start) as writer,
-            Progress(mechanism.steps, start=start) as progress,
-            _interruptions() as interrupted,
+            writers(
+                run["writers"], workdir, resume_step=start, silent=not is_first
+            ) as writer,
+            Progress(mechanism.steps, start=start, silent=not is_first) as progress,
+            processes.interruptions() as interrupted,
         ):
             previous, clock = None, _Clock(mechanism.expected_batch_size, start)
             for batch in stream:
@@ -155,7 +164,7 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
                 previous = released
 
                 step = batch.step + 1
-                last, stop = step == mechanism.steps, interrupted()
+                last, stop = step == mechanism.steps, interrupted(step)
                 log = last or step % run["log_every"] == 0
                 score_now = last or step % run["eval_every"] == 0
                 save = last or stop or step % run["checkpoint_every"] == 0
@@ -165,7 +174,8 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
                 # card tell of it.
                 _record(ledger, released)
                 previous = None
-                report.card_of(config, mechanism, ledger.releases).write(workdir)
+                if is_first:
+                    report.card_of(config, mechanism, ledger.releases).write(workdir)
                 scalars = {"examples/s": clock.examples_per_second(step)}
                 scalars["epsilon"] = epsilon(mechanism, steps=step)
                 scalars["update_norm"] = float(released.update_norm)
@@ -188,12 +198,14 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
                 clock.restart(step)
 
         card = report.card_of(config, mechanism, mechanism.steps)
-        card.write(workdir)
-        if not (workdir / "export").exists():
-            export(workdir / "export", evaluated_params(state), card.files())
         if math.isnan(score):  # The run was complete before it was resumed.
             score = evaluate(evaluated_params(state), experiment.held_out)
-        print(report.end_block(card, {metric: score}, workdir))
+        params = processes.to_host(evaluated_params(state))
+        if is_first:
+            card.write(workdir)
+            if not (workdir / "export").exists():
+                export(workdir / "export", params, card.files())
+            print(report.end_block(card, {metric: score}, workdir))
     return state
 
 
@@ -201,15 +213,18 @@ class TrainStep(NamedTuple):
     """One training step: query, accumulate over chunks, release, update.
 
     A batch of any size is a number of chunks of one shape, so each function is compiled
-    once for each phase, whatever sizes the sampler draws.
+    once for each phase, whatever sizes the sampler draws. Each device has a partial sum of
+    its own until all chunks are in.
 
     Attributes:
+        place: Spreads the rows of a chunk over the devices.
         phase: Step number -> phase, a static argument of the next two.
-        begin: ``(phase, state) -> `` the sum over no examples.
-        accumulate: ``(phase, state, total, batch) -> `` total and statistics.
-        finish: ``(state, total) -> `` the next state and what was released.
+        begin: ``(phase, state) -> `` for each device the sum over no examples.
+        accumulate: ``(phase, state, sums, batch) -> `` sums and statistics.
+        finish: ``(state, sums) -> `` the next state and what was released.
     """
 
+    place: Callable[[Batch], Batch]
     phase: Callable[[int], str]
     begin: Callable[..., ClippedSum]
     accumulate: Callable[..., tuple[ClippedSum, PerExample | None]]
@@ -220,11 +235,12 @@ class TrainStep(NamedTuple):
     ) -> tuple[TrainState, Released, list[PerExample | None]]:
         """Return the next state, what was released, and statistics of each chunk."""
         phase = self.phase(batch.step)
-        total, statistics = self.begin(phase, state), []
+        sums, statistics = self.begin(phase, state), []
         for chunk in batch.chunks:
-            total, per_example = self.accumulate(phase, state, total, chunk)
+            rows = self.place(chunk)
+            sums, per_example = self.accumulate(phase, state, sums, rows)
             statistics.append(per_example)
-        state, released = self.finish(state, total)
+        state, released = self.finish(state, sums)
         return state, released, statistics
 
 
@@ -234,40 +250,53 @@ def make_train_step(
     transform: Any,  # optax types know trees of arrays only, not ClippedSum
 ) -> TrainStep:
     """Compile the parts of a training step. A state is donated to the next one."""
-    mechanism = experiment.mechanism
+    mechanism, layout = experiment.mechanism, experiment.layout
     keep_statistics = config["run"]["log_sensitive"]
     decay = config["evaluation"]["ema_decay"]
 
     def query(phase: str, state: TrainState) -> Query:
         return mechanism.query(phase, state.params, state.private.mechanism)
 
-    @functools.partial(jax.jit, static_argnums=0)
+    def add(
+        shared: tuple[Query, Key], split: tuple[ClippedSum, Batch]
+    ) -> tuple[ClippedSum, PerExample | None]:
+        (asked, key), (sums, batch) = shared, split
+        total = sums.only()
+        # A radius that is computed from the state may be rounded otherwise in another
+        # program: all chunks are clipped to the one of the empty sum.
+        asked = dataclasses.replace(asked, clip_norm=total.l2_bound)
+        clipped, per_example = experiment.engine(experiment.loss, asked, batch, key)
+        sums = total.merge(clipped).stacked(1)
+        return sums, per_example if keep_statistics else None
+
+    @functools.partial(jax.jit, static_argnums=0, out_shardings=layout.by_row)
     def begin(phase: str, state: TrainState) -> ClippedSum:
-        return query(phase, state).empty()
+        return query(phase, state).empty().stacked(layout.devices)
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
     def accumulate(
-        phase: str, state: TrainState, total: ClippedSum, batch: Batch
+        phase: str, state: TrainState, sums: ClippedSum, batch: Batch
     ) -> tuple[ClippedSum, PerExample | None]:
         key = jax.random.fold_in(state.loss_key, state.private.step)
-        # A radius that is computed from the state may be rounded otherwise in another
-        # program: all chunks are clipped to the one of the empty sum.
-        asked = dataclasses.replace(query(phase, state), clip_norm=total.l2_bound)
-        clipped, per_example = experiment.engine(experiment.loss, asked, batch, key)
-        return total.merge(clipped), per_example if keep_statistics else None
+        return layout.on_each(add)((query(phase, state), key), (sums, batch))
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def finish(state: TrainState, total: ClippedSum) -> tuple[TrainState, Released]:
+    def finish(state: TrainState, sums: ClippedSum) -> tuple[TrainState, Released]:
         step = state.private.step
+        # The only time that anything as large as a gradient is reduced over devices.
+        total = sums.merged()
         updates, after = transform.update(total, state.private, state.params)
         params = optax.apply_updates(state.params, updates)
         average = _moving_average(state.average, params, decay=decay, step=step)
         norm = optax.tree.norm(updates)
         released = Released(step, after.released, norm, total.l2_bound)
         state = state._replace(params=params, private=after, average=average)
-        return state, released
+        return layout.keep(state, params), released
 
-    return TrainStep(mechanism.phase, begin, accumulate, finish)
+    def place(chunk: Batch) -> Batch:
+        return layout.place(chunk, config["compute"]["physical_batch_size"])
+
+    return TrainStep(place, mechanism.phase, begin, accumulate, finish)
 
 
 def init_state(
@@ -276,19 +305,22 @@ def init_state(
     transform: Any,
 ) -> TrainState:
     """Return the state before the first step; its secrets are fresh unless seeded."""
-    seed = config["run"]["seed"]
-    blank = _blank(experiment.source)
-    params = jax.jit(experiment.model.init)(_key("init", seed), blank)
+    seed, layout = config["run"]["seed"], experiment.layout
+    blank, key = _blank(experiment.source), _key("init", seed)
+    shapes = jax.eval_shape(experiment.model.init, key, blank)
+    init = jax.jit(experiment.model.init, out_shardings=layout.of_params(shapes))
+    params = init(key, blank)
     keeps_average = config["evaluation"]["ema_decay"] > 0
-    return TrainState(
+    state = TrainState(
         params=params,
         private=transform.init(params),
         average=jax.tree.map(jnp.copy, params) if keeps_average else (),
         loss_key=_key("loss", seed),
-        sampling_seed=jnp.asarray(
-            np.frombuffer(entropy("sampling", seed=seed), np.uint32)
+        sampling_seed=processes.of_first(
+            jnp.asarray(np.frombuffer(entropy("sampling", seed=seed), np.uint32))
         ),
     )
+    return layout.put(state, params)
 
 
 def sampling_seed(state: TrainState) -> int:
@@ -304,7 +336,7 @@ def check_parts(experiment: Experiment) -> Params:
 
     Raises:
         ConfigError: Loss or metric does not fit the model and the data, or the
-            parameters cannot be exported.
+            parameters cannot be exported, or not be split as the mesh asks.
     """
     blank, key = _blank(experiment.source), jax.random.key(0)
     try:
@@ -321,6 +353,10 @@ def check_parts(experiment: Experiment) -> Params:
             raise configs.ConfigError(
                 f"config.{name}: {out} must be one scalar for ONE example"
             )
+    try:
+        experiment.layout.of_params(params)
+    except ValueError as error:
+        raise configs.ConfigError(f"config.mesh.rules: {error}") from error
     return params
 
 
@@ -337,7 +373,7 @@ def summarise(
     revealed = [reveal(part) for part in statistics if part is not None]
     if revealed:
         columns = {
-            name: np.concatenate([np.asarray(part[name]) for part in revealed])
+            name: np.concatenate([processes.to_host(part[name]) for part in revealed])
             for name in revealed[0]
         }
         mask = columns["mask"]
@@ -373,6 +409,34 @@ def _moving_average(
     return optax.incremental_update(params, average, 1 - rate)
 
 
+def _check_same_everywhere(identity: Mapping[str, Any]) -> None:
+    """Refuse processes that were started with different configs, data or versions."""
+    mine = json.dumps({**identity, "versions": report.versions()})
+    for number, other in enumerate(processes.texts_of_all(mine)):
+        keys = configs.differing_keys(json.loads(mine), json.loads(other), free=())
+        if keys:
+            raise configs.ConfigError(
+                f"process {number} of this run differs in {', '.join(keys)} from process "
+                f"{jax.process_index()}; start all with one command"
+            )
+
+
+def _open_ledger(workdir: Path, layout: Layout) -> Ledger:
+    """Let the first process lock the ledger, and the others read it then."""
+    path = workdir / "ledger.txt"
+    is_first = processes.is_first()
+    opened = Ledger(path, layout=str(layout)) if is_first else None
+    processes.barrier("dpjax_ledger_opened")
+    if opened is not None:
+        return opened
+    if not path.exists():
+        raise configs.ConfigError(
+            f"process {jax.process_index()} does not see {path}, which process 0 has "
+            "opened: --workdir must be a directory that all processes share"
+        )
+    return Ledger(path, layout=str(layout), writes=False)
+
+
 def _check_same_run(
     before: Mapping[str, Any] | None, now: Mapping[str, Any], workdir: Path
 ) -> None:
@@ -397,28 +461,8 @@ def _size(params: Params) -> int:
 
 def _key(purpose: str, seed: int | None) -> Key:
     words = np.frombuffer(entropy(purpose, seed=seed), np.uint32)[:2]
-    return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
-
-
-@contextlib.contextmanager
-def _interruptions() -> Iterator[Callable[[], bool]]:
-    """Collect SIGTERM and SIGINT, so that a step is never cut in two."""
-    seen: list[int] = []
-    signals = (signal.SIGTERM, signal.SIGINT)
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        del frame
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-        print("saving after this step; a second signal stops at once", file=sys.stderr)
-
-    old = [signal.signal(number, handle) for number in signals]
-    try:
-        yield lambda: bool(seen)
-    finally:
-        for number, handler in zip(signals, old, strict=True):
-            signal.signal(number, handler)
+    key = jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
+    return processes.of_first(key)
 
 
 class _Clock:

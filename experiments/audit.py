@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from dpjax.config import ConfigError
 from experiments import options
-from experiments.config_flags import config_from
+from experiments.config_flags import command_from
 
 ATTACKS = ("likelihood", "opposed", "reuse")
 _OPTIONS = ("attack", "trials", "confidence", "seed")
@@ -73,7 +73,9 @@ def _plan(argv: list[str]) -> Plan:
 
 
 def _config(argv: list[str]) -> dict[str, Any]:
-    config, out = config_from(argv, directory="out")
+    config, out, peers = command_from(argv, directory="out")
+    if peers is not None:
+        raise ConfigError("an audit runs in one process: leave out what names others")
     if config["run"]["dry_run"]:
         raise ConfigError(
             "config.run.dry_run=True: an audit makes nothing but a report"

@@ -6,22 +6,36 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import config_flags
 
 from dpjax.config import ConfigError, check, nearest
 
+PEERS = ("coordinator_address", "num_processes", "process_id")
 
-def config_from(
-    argv: list[str], *, directory: str = "workdir"
-) -> tuple[dict[str, Any], Path]:
-    """Return the checked config and the directory that ``argv`` asks for.
+
+class Command(NamedTuple):
+    """What a command line asks for.
+
+    Attributes:
+        config: Checked.
+        workdir: Of the run.
+        peers: Keywords of ``dpjax.processes.joined``; None for a run of one process.
+    """
+
+    config: dict[str, Any]
+    workdir: Path
+    peers: dict[str, Any] | None
+
+
+def command_from(argv: list[str], *, directory: str = "workdir") -> Command:
+    """Return the checked config, the workdir and the peers that ``argv`` asks for.
 
     Args:
-        argv: ``--config=FILE``, overrides of its keys, and ``--DIRECTORY=DIR``.
-        directory: What the option for the directory is called.
+        argv: ``--config=FILE``, overrides of its keys, ``--DIRECTORY=DIR``, and peers.
+        directory: What the option for the workdir is called.
 
     Raises:
         ConfigError: In one line, whatever is wrong.
@@ -39,22 +53,25 @@ def config_from(
     # Which keys may be None is for the checks: their types do not know it.
     unset = [a for a in argv if a.startswith("--config.") and a.endswith("=None")]
     rest = [a for a in argv if a not in (file, *unset)]
-    config, chosen = _parse([file, *rest], directory)
+    config, given = _parse([file, *rest], directory)
     for argument in unset:
         *path, last = (
             argument.removeprefix("--config.").removesuffix("=None").split(".")
         )
         functools.reduce(operator.getitem, path, config)[last] = None
     check(config)
-    if chosen is None and not config["run"]["dry_run"]:
+    if given[directory] is None and not config["run"]["dry_run"]:
         raise ConfigError(f"--{directory}=DIR is missing; see --help")
-    return config, Path(chosen or ".")
+    return Command(config, Path(given[directory] or "."), _peers(given))
 
 
-def _parse(argv: list[str], directory: str) -> tuple[dict[str, Any], str | None]:
+def _parse(argv: list[str], directory: str) -> tuple[dict[str, Any], dict[str, Any]]:
     values = flags.FlagValues()
     holder = config_flags.DEFINE_config_file("config", flag_values=values)
-    flags.DEFINE_string(directory, None, "", flag_values=values)
+    for name in (directory, "distributed", "coordinator_address"):
+        flags.DEFINE_string(name, None, "", flag_values=values)
+    for name in ("num_processes", "process_id"):
+        flags.DEFINE_integer(name, None, "", flag_values=values)
     # ml_collections looks for overrides in sys.argv itself.
     caller, sys.argv = sys.argv, ["train", *argv]
     try:
@@ -65,7 +82,33 @@ def _parse(argv: list[str], directory: str) -> tuple[dict[str, Any], str | None]
         sys.argv = caller
     if unexpected:
         raise ConfigError(f"unexpected argument {unexpected[0]!r}; see --help")
-    return holder.value.to_dict(), values[directory].value
+    given = {name: values[name].value for name in (directory, "distributed", *PEERS)}
+    return holder.value.to_dict(), given
+
+
+def _peers(given: Mapping[str, Any]) -> dict[str, Any] | None:
+    peers = {name: given[name] for name in PEERS}
+    missing = [name for name in PEERS if peers[name] is None]
+    if given["distributed"] is not None:
+        if given["distributed"] != "auto" or len(missing) < len(PEERS):
+            raise ConfigError(
+                f"--distributed={given['distributed']} must be 'auto', and alone: it asks "
+                "the scheduler for what --coordinator_address, --num_processes and "
+                "--process_id say"
+            )
+        return {}
+    if len(missing) == len(PEERS):
+        return None
+    if missing:
+        raise ConfigError(f"--{missing[0]} is missing; {', '.join(PEERS)} go together")
+    address, count, number = (peers[name] for name in PEERS)
+    if not re.fullmatch(r"\S+:\d{1,5}", address):
+        raise ConfigError(f"--coordinator_address={address} must be HOST:PORT")
+    if not 0 <= number < count:
+        raise ConfigError(
+            f"--process_id={number} must be from 0 to below --num_processes={count}"
+        )
+    return peers
 
 
 def _check_override(config: dict[str, Any], argument: str) -> None:

@@ -9,16 +9,21 @@
 --config.GROUP.KEY=VALUE  change one key of the config
 --config.run.dry_run=True print the plan and the privacy card, train nothing
 
+One of several processes that train together, each started with the same command and
+--coordinator_address=HOST:PORT --num_processes=N --process_id=I (from 0, on HOST), or with
+--distributed=auto  under Slurm, Open MPI, Kubernetes or on a TPU pod, which say all this
+
 Exit status: 0 done, 2 wrong config or input, 75 interrupted by a signal (run the same
 command again to go on), 130 stopped at once, 1 stopped for another reason.
 """
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from dpjax.config import ConfigError
-from experiments.config_flags import config_from
+from experiments.config_flags import Command, command_from
 
 
 def main(argv: list[str]) -> int:
@@ -27,8 +32,7 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     try:
-        config, workdir = config_from(argv)
-        return _run(config, workdir)
+        return _run(command_from(argv))
     except (ConfigError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -37,22 +41,31 @@ def main(argv: list[str]) -> int:
         return 130
 
 
-def _run(config: dict, workdir: Path) -> int:
+def _run(command: Command) -> int:
     # Compiled programs are kept between runs; secrets are arguments, never constants.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(".cache") / "jax"))
-    from dpjax import train
+    from dpjax import processes, train
     from dpjax.checkpoint import CheckpointError
     from dpjax.ledger import NoiseReuseError
 
-    if config["run"]["dry_run"]:
-        print(train.plan(config))
+    if command.config["run"]["dry_run"]:
+        print(train.plan(command.config))
         return 0
+    peers = command.peers
     try:
-        train.train(config, workdir)
+        with nullcontext() if peers is None else processes.joined(**peers):
+            train.train(command.config, command.workdir)
+    except processes.StartError as error:
+        raise ConfigError(str(error)) from error
     except train.Interrupted as interrupted:
         print(f"interrupted: {interrupted}; run the same command to go on")
         return os.EX_TEMPFAIL
-    except (CheckpointError, NoiseReuseError, FloatingPointError) as error:
+    except (
+        CheckpointError,
+        NoiseReuseError,
+        FloatingPointError,
+        processes.PeerError,
+    ) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

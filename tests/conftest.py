@@ -10,7 +10,7 @@ from pathlib import Path
 import hypothesis
 import jax
 
-jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Recompiling is most of what the tests cost; the cache is keyed by the program.
 jax.config.update("jax_compilation_cache_dir", os.path.abspath(".cache/jax-tests"))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dpjax.checkpoint import load_export
+from dpjax.ledger import Ledger
 from dpjax.metrics import read_jsonl
 from tests import tiny_config
 
@@ -45,6 +46,18 @@ def assert_same_export(one, other):
     for layer in a:
         for name in a[layer]:
             np.testing.assert_array_equal(a[layer][name], b[layer][name])
+
+
+def crash_after(monkeypatch, steps):
+    """Make the process 'die' when the release of step ``steps`` is recorded."""
+    record = Ledger.record
+
+    def dying(self, step, fingerprint):
+        if step >= steps:
+            raise KeyboardInterrupt
+        record(self, step, fingerprint)
+
+    monkeypatch.setattr(Ledger, "record", dying)
 
 
 def command(*arguments, **options):

@@ -41,6 +41,28 @@ WRONG_FLAGS = {
         [TINY, "--config.mechanism.clip_norm=abc"],
         "could not convert string to float: 'abc'",
     ),
+    "one process of unknown many": (
+        [TINY, "--workdir=x", "--process_id=0"],
+        "--coordinator_address is missing; coordinator_address, num_processes",
+    ),
+    "process beyond the last": (
+        [
+            *(TINY, "--workdir=x", "--coordinator_address=a:1"),
+            *("--num_processes=2", "--process_id=2"),
+        ],
+        "--process_id=2 must be from 0 to below --num_processes=2",
+    ),
+    "coordinator without a port": (
+        [
+            *(TINY, "--workdir=x", "--coordinator_address=a"),
+            *("--num_processes=2", "--process_id=1"),
+        ],
+        "--coordinator_address=a must be HOST:PORT",
+    ),
+    "detected and given": (
+        [TINY, "--workdir=x", "--distributed=auto", "--num_processes=2"],
+        "--distributed=auto must be 'auto', and alone",
+    ),
     "not an int": (
         [TINY, "--config.mechanism.steps=1e3"],
         "config.mechanism.steps=1e3",
@@ -290,7 +312,28 @@ WRONG_VALUES = {
     ),
     "microbatch does not divide": (
         {"compute.microbatch_size": 48},
-        "microbatch_size=48 must divide config.compute.physical_batch_size=64",
+        "config.compute.microbatch_size=48 must divide physical_batch_size=64",
+    ),
+    "more devices than there are": (
+        {"mesh.data": 16},
+        "config.mesh: data=16 x fsdp=1 needs 16 devices, and there are 8",
+    ),
+    "rows that the mesh does not divide": (
+        {"mesh.data": 3},
+        "config.compute.physical_batch_size=64 must be divisible by the 3 devices",
+    ),
+    "fsdp zero": ({"mesh.fsdp": 0}, "config.mesh.fsdp=0 must be an integer"),
+    "rule no pair": (
+        {"mesh.rules": ("kernel",)},
+        "config.mesh.rules: 'kernel' must be a pair",
+    ),
+    "rule no dimension": (
+        {"mesh.rules": (("kernel", "smallest"),)},
+        "dimension='smallest' of 'kernel' must be a number from 0, 'largest' or None",
+    ),
+    "rules for other parameters": (
+        {"mesh.data": 4, "mesh.fsdp": 2, "mesh.rules": (("conv", 0),)},
+        "config.mesh.rules: no rule is for the parameter 'dense_0/bias'",
     ),
     "physical batch zero": (
         {"compute.physical_batch_size": 0},

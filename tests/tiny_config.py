@@ -15,6 +15,7 @@ def get_config(variant: str = "dpsgd") -> ConfigDict:
     config.mechanism.steps = 12
     config.model.features = (8,)
     config.compute.physical_batch_size = 64
+    config.mesh.data = 1
     config.run.seed = 1
     config.run.log_every = 6
     config.run.eval_every = 6

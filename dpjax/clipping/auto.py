@@ -76,5 +76,5 @@ def default_budget() -> float:
 
     What happens to be in use does not count: a resumed run must plan as before.
     """
-    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     return limit / 2 if limit else 2**31

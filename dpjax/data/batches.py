@@ -20,8 +20,9 @@ class StepBatch(NamedTuple):
     Attributes:
         step: The step they were drawn for.
         chunks: ``ceil(k / physical_batch_size)`` batches of one fixed shape, numpy
-            arrays, with the ``k`` drawn examples in the order of the draw. Only the
-            last has padding: copies of its last example, with mask False.
+            arrays, with the ``k`` drawn examples in the order of the draw, or those of
+            them in the rows asked for. Only the last has padding: copies of its last
+            example, with mask False.
     """
 
     step: int
@@ -35,6 +36,7 @@ def batches(
     seed: int,
     physical_batch_size: int,
     start: int = 0,
+    rows: np.ndarray | None = None,
 ) -> Generator[StepBatch, None, None]:
     """Yield the training batches of a mechanism, from step ``start`` to its last.
 
@@ -47,6 +49,7 @@ def batches(
         seed: 128 secret bits, ``dpjax.secret_seed()``.
         physical_batch_size: Rows of every chunk; memory only.
         start: The first step to yield.
+        rows: See ``read_steps``.
 
     Raises:
         ValueError: ``len(source)`` is not ``mechanism.num_examples``, or see
@@ -65,6 +68,7 @@ def batches(
         draw,
         steps=range(start, mechanism.steps),
         physical_batch_size=physical_batch_size,
+        rows=rows,
     )
 
 
@@ -74,6 +78,7 @@ def read_steps(
     *,
     steps: range,
     physical_batch_size: int,
+    rows: np.ndarray | None = None,
     prefetch: int = 2,
 ) -> Generator[StepBatch, None, None]:
     """Yield the batch of each step, read ahead of use in a background thread.
@@ -87,6 +92,9 @@ def read_steps(
             ``k >= 0``. It is called in the background thread.
         steps: The steps to yield, in this order.
         physical_batch_size: Rows B of every chunk.
+        rows: Which of these rows to read, ascending; None for all. The draw does not
+            depend on it, so the processes of one run, each with rows of its own, hold
+            together exactly the chunks of a run of one process.
         prefetch: Whole steps held ready in memory. 0 reads in the calling thread.
 
     Raises:
@@ -99,7 +107,11 @@ def read_steps(
         raise ValueError(f"prefetch={prefetch} must be >= 0")
     if len(source) > np.iinfo(np.int32).max:
         raise ValueError(f"len(source)={len(source)} does not fit an int32 index")
-    return _read(_Steps(source, draw, steps, physical_batch_size), prefetch=prefetch)
+    if rows is None:
+        rows = np.arange(physical_batch_size)
+    return _read(
+        _Steps(source, draw, steps, physical_batch_size, rows), prefetch=prefetch
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +126,7 @@ class _Steps:
     draw: Callable[[int], np.ndarray]
     steps: range
     physical_batch_size: int
+    rows: np.ndarray
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -122,12 +135,16 @@ class _Steps:
         step, size = self.steps[index], self.physical_batch_size
         indices = self.draw(step)
         parts = [indices[i : i + size] for i in range(0, len(indices), size)]
-        return StepBatch(step, tuple(_chunk(self.source, part, size) for part in parts))
+        chunks = tuple(_chunk(self.source, part, self.rows) for part in parts)
+        return StepBatch(step, chunks)
 
 
-def _chunk(source: Source, indices: np.ndarray, size: int) -> Batch:
-    """Read the examples of ``indices`` and pad them to ``size`` rows."""
-    rest = size - len(indices)
+def _chunk(source: Source, indices: np.ndarray, rows: np.ndarray) -> Batch:
+    """Read the examples of ``indices`` that are in ``rows``; those beyond are padding."""
+    mask = rows < len(indices)
+    # Where all are padding, one is read to be copied.
+    chosen = indices[np.minimum(rows, len(indices) - 1)][: max(mask.sum(), 1)]
+    rest = len(rows) - len(chosen)
 
     def pad(array: np.ndarray) -> np.ndarray:
         if not rest:
@@ -136,11 +153,11 @@ def _chunk(source: Source, indices: np.ndarray, size: int) -> Batch:
         # plain engine cannot mask what is NaN.
         return np.pad(array, [(0, rest)] + [(0, 0)] * (array.ndim - 1), mode="edge")
 
-    examples = source[indices.tolist()]
+    examples = source[chosen.tolist()]
     return Batch(
         examples={key: pad(array) for key, array in examples.items()},
-        mask=np.arange(size) < len(indices),
-        index=pad(indices.astype(np.int32)),
+        mask=mask,
+        index=pad(chosen.astype(np.int32)),
     )
 
 

@@ -28,9 +28,14 @@ def draw(step):
     return np.random.default_rng(step).permutation(N)[: SIZES[step]]
 
 
-def read(steps=STEPS, *, source=SOURCE, draw=draw, size=4, prefetch=2):
+def read(steps=STEPS, *, source=SOURCE, draw=draw, size=4, rows=None, prefetch=2):
     return read_steps(
-        source, draw, steps=steps, physical_batch_size=size, prefetch=prefetch
+        source,
+        draw,
+        steps=steps,
+        physical_batch_size=size,
+        rows=rows,
+        prefetch=prefetch,
     )
 
 
@@ -74,6 +79,22 @@ def test_chunks_hold_exactly_the_draw_in_order(size, prefetch):
             np.testing.assert_array_equal(rows[:k], array[draw(batch.step)])
             padding = np.broadcast_to(array[draw(batch.step)[-1]], rows[k:].shape)
             np.testing.assert_array_equal(rows[k:], padding)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_processes_hold_together_exactly_the_chunks_of_one(processes):
+    size = 8
+    whole = list(read(size=size))
+    parts = [
+        list(read(size=size, rows=rows))
+        for rows in np.array_split(np.arange(size), processes)
+    ]
+    for step, batch in enumerate(whole):
+        of_each = [part[step] for part in parts]
+        assert {b.step for b in of_each} == {batch.step}
+        joined = zip(*(leaves(b) for b in of_each), strict=True)
+        for together, alone in zip(joined, leaves(batch), strict=True):
+            np.testing.assert_array_equal(np.concatenate(together), alone)
 
 
 @pytest.mark.parametrize("start", [0, 1, 4, len(SIZES)])
