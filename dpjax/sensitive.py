@@ -124,13 +124,14 @@ class ClippedSum:
         intact = jnp.all(self.seal == _seal())
         intact &= jnp.all(self.l2_bound == self.l2_bound[0])
         intact &= jnp.all(self.outer_norm == self.outer_norm[0])
-        total, residual = jax.tree.map(
-            lambda x: jnp.sum(x, axis=0), (self.total, self.residual)
+        total, residual, count = jax.tree.map(
+            lambda x: jnp.sum(x, axis=0), (self.total, self.residual, self.count)
         )
         return dataclasses.replace(
             self,
             total=total,
             residual=residual,
+            count=count,
             seal=jnp.where(intact, _seal(), jnp.nan),
             l2_bound=self.l2_bound[0],
             outer_norm=self.outer_norm[0],

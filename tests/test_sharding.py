@@ -240,7 +240,22 @@ DIFF2 = {
     "mechanism.sampling": {"name": "dpjax.sampling:FullBatch"},
     "compute.physical_batch_size": 1024,
 }
-MECHANISMS = {"DP-SGD": {}, "DiceSGD": DICE, "DIFF2": DIFF2}
+ADAPTIVE = {
+    "mechanism": {
+        "name": "dpjax.mechanisms.adaptive_dp_sgd:AdaptiveDpSgd",
+        "initial_clip_norm": 1.0,
+        "min_clip_norm": 0.01,
+        "max_clip_norm": 10.0,
+        "target_quantile": 0.5,
+        "clip_learning_rate": 0.2,
+        "count_share": 0.1,
+        "noise_multiplier": 4.0,
+        "sampling": {"name": "dpjax.sampling:Poisson", "rate": 0.1},
+        "steps": 12,
+        "delta": 1e-5,
+    }
+}
+MECHANISMS = {"DP-SGD": {}, "DiceSGD": DICE, "DIFF2": DIFF2, "adaptive": ADAPTIVE}
 
 
 class Run:
