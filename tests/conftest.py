@@ -19,6 +19,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", os.path.abspath(".cache/jax-tests"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
+# A program, not a test; it needs torch.
+collect_ignore = ["golden/make_hf_fixtures.py"]
+
 hypothesis.settings.register_profile("ci", max_examples=25, deadline=None)
 hypothesis.settings.load_profile("ci")
 

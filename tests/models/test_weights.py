@@ -97,9 +97,10 @@ def params_of(model, name):
     return weights.from_hf(tensors, shapes_of(model, name), family=family)
 
 
-@pytest.mark.parametrize("run", [PLAIN, SCANNED], ids=["plain", "scan"])
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_are_those_of_transformers(name, run):
+def test_logits_are_those_of_transformers(name):
+    # Two models of each family, one of them scanned.
+    run = SCANNED if name.endswith(("_b", "_token")) else PLAIN
     model, examples = MODELS[name](**run), examples_of(name)
     params = params_of(model, name)
     apply = compiled(jax.vmap(model.apply, in_axes=(None, 0, None)))
@@ -108,7 +109,8 @@ def test_logits_are_those_of_transformers(name, run):
     if "mask" in examples and logits.ndim == 3:
         # What is said about padding is read by nobody.
         logits, right = logits[examples["mask"]], right[examples["mask"]]
-    np.testing.assert_allclose(logits, right, rtol=1e-4, atol=1e-4)
+    # Tight enough to tell the exact GELU from its tanh form.
+    np.testing.assert_allclose(logits, right, rtol=0, atol=5e-6)
     # The test can tell: the logits are no constants.
     assert np.std(right) > 0.1
 
@@ -117,7 +119,8 @@ def test_logits_are_those_of_transformers(name, run):
 @pytest.mark.parametrize("name", MODELS)
 def test_there_and_back_gives_the_same_tensors(name, run, tmp_path):
     family = name.split("_")[0]
-    params = params_of(MODELS[name](**run), name)
+    # As JAX arrays they lie in memory row by row, which their transposes do not.
+    params = jax.tree.map(jnp.asarray, params_of(MODELS[name](**run), name))
     file = str(tmp_path / "model.safetensors")
     weights.write(file, params, family=family)
     before, after = load_file(HF / f"{name}.safetensors"), weights.read(file)
