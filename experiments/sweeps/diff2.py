@@ -100,7 +100,7 @@ def cells(variant: str) -> Iterator[Cell]:
     task = _task(variant)
     if variant.endswith("_tuning"):
         seeds = TUNING_SEEDS
-        labels = [
+        labels: list[dict[str, Any]] = [
             {"method": method, **values}
             for method, smooth in SMOOTH.items()
             for values in grid(
