@@ -3,7 +3,7 @@
 PYTHON ?= python3
 WORKDIR ?= runs/digits
 
-.PHONY: train test lint
+.PHONY: train test test-sky lint
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -17,6 +17,16 @@ train: .venv/installed
 
 test: .venv/installed
 	.venv/bin/python -m pytest
+
+# SkyPilot reads what launch writes for it. 460 MB, and an environment of its own: it wants
+# an older click than the other tools.
+.venv-sky/installed: Makefile
+	$(PYTHON) -m venv .venv-sky
+	.venv-sky/bin/python -m pip install --quiet --disable-pip-version-check skypilot==0.14.1
+	touch $@
+
+test-sky: .venv/installed .venv-sky/installed
+	.venv/bin/python -m pytest tests/launch -k sky
 
 lint: .venv/installed
 	.venv/bin/ruff format --check .

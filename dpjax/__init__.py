@@ -11,9 +11,13 @@ if TYPE_CHECKING:
     from dpjax.clipping import ClippedGrad, Query, clipped_grad, explain
     from dpjax.data.batches import batches
     from dpjax.mechanisms import (
+        AdaptiveDpSgd,
+        BandMf,
         DiceSgd,
         Diff2,
+        Diff2BvrLSgd,
         DpSgd,
+        DpZero,
         Mechanism,
         NonPrivate,
         PrivatizedErrorFeedback,
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
     )
     from dpjax.noise import root_key
     from dpjax.sampling import (
+        CyclicPoisson,
         FullBatch,
         PeriodicPoisson,
         Poisson,
@@ -33,12 +38,17 @@ if TYPE_CHECKING:
     from dpjax.typing import Batch, Model
 
 _HOMES = {
+    "AdaptiveDpSgd": "mechanisms",
+    "BandMf": "mechanisms",
     "Batch": "typing",
     "ClippedGrad": "clipping",
     "ClippedSum": "sensitive",
+    "CyclicPoisson": "sampling",
     "DiceSgd": "mechanisms",
     "Diff2": "mechanisms",
+    "Diff2BvrLSgd": "mechanisms",
     "DpSgd": "mechanisms",
+    "DpZero": "mechanisms",
     "FullBatch": "sampling",
     "Mechanism": "mechanisms",
     "Model": "typing",

@@ -122,10 +122,9 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def num_classes(model: Mapping[str, Any]) -> int | None:
-    """Return how many classes a model spec, or one nested in it, was given."""
-    flat = flatten(model)
-    return next((v for k, v in flat.items() if k.endswith("num_classes")), None)
+def number_of(model: Mapping[str, Any], key: str) -> int | None:
+    """Return the "num_classes" or "vocab_size" that a model spec, or one in it, was given."""
+    return next((v for k, v in flatten(model).items() if k.endswith(key)), None)
 
 
 def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -10,9 +10,9 @@ from jaxtyping import Array
 
 from dpjax import config as configs
 from dpjax.clipping import Engine, plain, resolve_engine
-from dpjax.data.batches import check_labels, fingerprint, overlap
+from dpjax.data.batches import check_labels, check_tokens, fingerprint, overlap
 from dpjax.losses import augmented
-from dpjax.mechanisms import Mechanism
+from dpjax.mechanisms import DpZero, Mechanism
 from dpjax.typing import Example, Loss, Model, Params, Source
 
 _log = logging.getLogger(__name__)
@@ -100,6 +100,11 @@ def _engine(compute: Mapping[str, Any], mechanism: Mechanism) -> Engine:
     size = compute["microbatch_size"]
     if not mechanism.private:
         return resolve_engine(plain, microbatch_size=size)
+    if isinstance(mechanism, DpZero) and compute["memory_budget"] is not None:
+        raise configs.ConfigError(
+            f"config.compute.memory_budget={compute['memory_budget']} is for plans of "
+            "gradients, and DpZero takes none: use config.compute.microbatch_size"
+        )
     return resolve_engine(
         compute["engine"],
         microbatch_size=size,
@@ -111,9 +116,13 @@ def _check_data(config: Mapping[str, Any], source: Source, held_out: Source) -> 
     for name, data in (("data", source), ("evaluation", held_out)):
         if len(data) == 0:
             raise configs.ConfigError(f"config.{name}.source has no examples")
-        classes = configs.num_classes(config["model"])
-        if classes is not None and "label" in data[[0]]:
-            try:
+        keys, model = data[[0]], config["model"]
+        classes = configs.number_of(model, "num_classes")
+        vocabulary = configs.number_of(model, "vocab_size")
+        try:
+            if classes is not None and "label" in keys:
                 check_labels(data, num_classes=classes)
-            except ValueError as error:
-                raise configs.ConfigError(f"config.{name}.source: {error}") from error
+            if vocabulary is not None and "tokens" in keys:
+                check_tokens(data, vocab_size=vocabulary)
+        except ValueError as error:
+            raise configs.ConfigError(f"config.{name}.source: {error}") from error

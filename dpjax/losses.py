@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 from dpjax.typing import Example, Key, Loss, Model, Params, Scalar
 
@@ -60,6 +60,86 @@ def regression(model: Model) -> Loss:
         return jnp.square(prediction - example["y"])
 
     return loss
+
+
+def causal_lm(model: Model) -> Loss:
+    """Build the cross-entropy of the next tokens of one example, averaged inside it.
+
+    ``sum_t w_t * nll(token t) / sum_t w_t`` over the tokens after the first. An example
+    without any weight there has loss 0.
+
+    Args:
+        model: A model with outputs ``[T, V]``: row t is about token t + 1.
+
+    Returns:
+        A loss in nats that reads ``tokens``, ``int32[T]``, and for the weights ``w_t``
+        of being predicted ``weights``, ``float32[T]`` or ``bool[T]``; if there are none,
+        ``mask``, ``bool[T]``; if that is not there either, 1. It computes in float32
+        whatever the dtype of the logits.
+    """
+
+    def loss(params: Params, example: Example, key: Key) -> Scalar:
+        tokens = example["tokens"]
+        logits = model.apply(params, example, key)
+        # The last row predicts nothing; to give it no weight is cheaper than to cut it off.
+        weights = _token_weights(example).at[0].set(0.0)
+        return _token_loss(logits, jnp.roll(tokens, -1), jnp.roll(weights, -1))
+
+    return loss
+
+
+def masked_lm(model: Model, *, mask_token: int, rate: float) -> Loss:
+    """Build the cross-entropy of tokens that are hidden from the model.
+
+    Each token that counts is replaced by ``mask_token`` with probability ``rate``, drawn
+    anew in every step from the loss's key; the loss is the mean over those replaced, and 0
+    if none is. Unlike BERT, no chosen token is left as it is or replaced by another one.
+
+    Args:
+        model: A model with outputs ``[T, V]``: row t is about token t.
+        mask_token: The id of the mask token.
+        rate: Probability, in (0, 1].
+
+    Returns:
+        A loss in nats that reads what that of ``causal_lm`` reads; here tokens of weight 0
+        are never hidden, and others are averaged with their weights.
+
+    Raises:
+        ValueError: If the rate is out of range.
+
+    References:
+        Devlin et al., BERT, https://arxiv.org/abs/1810.04805
+    """
+    if not 0.0 < rate <= 1.0:
+        raise ValueError(f"{rate=} must be in (0, 1]")
+
+    def loss(params: Params, example: Example, key: Key) -> Scalar:
+        choice_key, model_key = jax.random.split(key)
+        tokens, weights = example["tokens"], _token_weights(example)
+        chosen = jax.random.bernoulli(choice_key, rate, tokens.shape) & (weights > 0)
+        hidden = {**example, "tokens": jnp.where(chosen, mask_token, tokens)}
+        logits = model.apply(params, hidden, model_key)
+        return _token_loss(logits, tokens, jnp.where(chosen, weights, 0.0))
+
+    return loss
+
+
+def _token_weights(example: Example) -> Array:
+    given = example.get("weights", example.get("mask"))
+    if given is None:
+        given = jnp.ones(example["tokens"].shape)
+    return jnp.asarray(given, jnp.float32)
+
+
+def _token_loss(
+    logits: Float[Array, "T V"], targets: Int[Array, "T"], weights: Float[Array, "T"]
+) -> Scalar:
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits.astype(jnp.float32), targets
+    )
+    total = jnp.sum(weights)
+    mean = jnp.sum(weights * losses) / jnp.where(total > 0, total, 1.0)
+    return jnp.where(total > 0, mean, 0.0)
 
 
 def augmented(
@@ -126,6 +206,24 @@ def accuracy(model: Model) -> Callable[[Params, Example], Array]:
         return (jnp.argmax(outputs) == example["label"]).astype(jnp.float32)
 
     return correct
+
+
+def token_nats(model: Model) -> Callable[[Params, Example], Array]:
+    """Build the mean cross-entropy of the next tokens of one example, as a metric.
+
+    Args:
+        model: As for ``causal_lm``, with outputs that do not depend on the key.
+
+    Returns:
+        A function of ``(params, example)``, ``float32[]`` in nats: divided by ``log(2)``
+        it is bits per token, and its exponential is a perplexity.
+    """
+    loss = causal_lm(model)
+
+    def nats(params: Params, example: Example) -> Array:
+        return loss(params, example, jax.random.key(0))
+
+    return nats
 
 
 def error_rate(model: Model) -> Callable[[Params, Example], Array]:

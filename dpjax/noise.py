@@ -36,7 +36,7 @@ def add_noise(
     key: Key,
     step: int | Scalar,
     stddev: float | Scalar,
-    stream: int = 0,
+    stream: int | Scalar = 0,
 ) -> Params:
     """Return ``tree`` plus N(0, stddev^2) on every coordinate.
 
@@ -76,9 +76,37 @@ def noisy_mean(
         key: Root noise key, ``key[2]``.
         step: Which release this is.
     """
-    total = opened(clipped, l2_bound=l2_bound)
-    noisy = add_noise(total, key=key, step=step, stddev=stddev)
+    noisy = noisy_sum(clipped, l2_bound=l2_bound, stddev=stddev, key=key, step=step)
     return jax.tree.map(lambda x: x / divisor, noisy)
+
+
+def noisy_sum(
+    clipped: ClippedSum,
+    *,
+    l2_bound: float | Scalar,
+    stddev: float | Scalar,
+    key: Key,
+    step: int | Scalar,
+    streams: range = range(1),
+) -> Params:
+    """Return the total plus independent N(0, stddev^2) of each of ``streams``.
+
+    Args:
+        clipped: The sum; NaN comes out if it is not intact within ``l2_bound``.
+        l2_bound: Sensitivity that ``stddev`` was calibrated to.
+        stddev: Of one stream: k of them have sqrt(k) times it.
+        key: Root noise key, ``key[2]``.
+        step: Which release this is.
+        streams: Whose noise to add, as in ``add_noise``; consecutive.
+    """
+
+    def add(stream: int | Scalar, total: Params) -> Params:
+        return add_noise(total, key=key, step=step, stddev=stddev, stream=stream)
+
+    total = opened(clipped, l2_bound=l2_bound)
+    if len(streams) == 1:
+        return add(streams[0], total)
+    return jax.lax.fori_loop(streams.start, streams.stop, add, total)
 
 
 def _normal(keys: Key, index: int, leaf: jax.Array) -> jax.Array:

@@ -26,8 +26,11 @@ class ClippedSum:
     Adding a sum to itself is not noticed: merge disjoint sets only.
 
     Attributes:
-        total: ``sum_i f_i d_i``, like params, at least float32.
-        residual: What clipping cut off, summed, like params; None if not asked for.
+        total: ``sum_i f_i d_i``, at least float32: like params, or one number for
+            slopes.
+        residual: What clipping cut off, summed, like total; None if not asked for.
+        count: ``float32``, the sum over all examples of 1/2 if the norm is at most
+            ``l2_bound`` and -1/2 if not; None if not asked for. One example moves it by 1/2.
         seal: ``SEAL`` when made; what changes the sum by mistake changes this too.
         l2_bound: How far adding or removing one example can move ``total``.
         outer_norm: How far each example was clipped first; inf if it was not. With flat
@@ -37,6 +40,7 @@ class ClippedSum:
 
     total: Params
     residual: Params | None
+    count: Scalar | None
     seal: Scalar
     l2_bound: Scalar
     outer_norm: Scalar
@@ -53,6 +57,7 @@ class ClippedSum:
         l2_bound: float | Scalar,
         outer_norm: float | Scalar = math.inf,
         residual: bool = False,
+        count: bool = False,
         phase: str = "gradient",
     ) -> "ClippedSum":
         """Return the sum over no examples, with leaves shaped like ``params``."""
@@ -65,6 +70,7 @@ class ClippedSum:
         return cls(
             total=empty(),
             residual=empty() if residual else None,
+            count=jnp.zeros((), jnp.float32) if count else None,
             seal=_seal(),
             l2_bound=jnp.asarray(l2_bound, jnp.float32),
             outer_norm=jnp.asarray(outer_norm, jnp.float32),
@@ -85,11 +91,18 @@ class ClippedSum:
         sealed = (self.seal == _seal()) & (other.seal == _seal())
         intact = sealed & (self.l2_bound == other.l2_bound)
         intact &= self.outer_norm == other.outer_norm
-        total, residual = jax.tree.map(
-            jnp.add, (self.total, self.residual), (other.total, other.residual)
+        total, residual, count = jax.tree.map(
+            jnp.add,
+            (self.total, self.residual, self.count),
+            (other.total, other.residual, other.count),
         )
-        seal = jnp.where(intact, self.seal, jnp.nan)
-        return dataclasses.replace(self, total=total, residual=residual, seal=seal)
+        return dataclasses.replace(
+            self,
+            total=total,
+            residual=residual,
+            count=count,
+            seal=jnp.where(intact, self.seal, jnp.nan),
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -98,9 +111,9 @@ class PerExample:
     """Per-example statistics: private, refused by every writer. See ``reveal``.
 
     Attributes:
-        losses: ``float32[B]``, at the first query point; 0 on padding.
-        norms: ``float32[B]``, L2 norm before clipping; 0 on padding.
-        nonfinite: ``bool[B]``, examples zeroed because their gradient was NaN or inf.
+        losses: ``float32[B]``, at the first query point (about it, for slopes); 0 on padding.
+        norms: ``float32[B]``, L2 norm of ``d_i`` before clipping; 0 on padding.
+        nonfinite: ``bool[B]``, examples zeroed because their ``d_i`` was NaN or inf.
         mask: ``bool[B]``, False on padding.
     """
 
@@ -151,6 +164,19 @@ def opened_residual(
     intact &= clipped.l2_bound == jnp.asarray(l2_bound, jnp.float32)
     intact &= clipped.outer_norm <= jnp.asarray(outer_norm, jnp.float32)
     return jax.tree.map(lambda x: jnp.where(intact, x, jnp.nan), clipped.residual)
+
+
+def opened_count(clipped: ClippedSum, *, l2_bound: float | Scalar) -> Scalar:
+    """Return the plain count of norms within the bound, for a mechanism's release only.
+
+    NaN if the seal is broken, or if the sum was clipped to more than ``l2_bound``.
+
+    Raises:
+        TypeError: The sum has no count.
+    """
+    if clipped.count is None:
+        raise TypeError("this ClippedSum has no count; ask with Query(count=True)")
+    return jnp.where(_intact(clipped, l2_bound=l2_bound), clipped.count, jnp.nan)
 
 
 def _intact(clipped: ClippedSum, *, l2_bound: float | Scalar) -> Scalar:

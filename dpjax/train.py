@@ -56,11 +56,15 @@ class TrainState(NamedTuple):
 
 
 class Released(NamedTuple):
-    """What one step made public: its number, fingerprint and the norm of the update."""
+    """What one step made public: its number, fingerprint, norm of the update, clip norm.
+
+    The noise is a multiple of the clip norm, which therefore has to follow from releases.
+    """
 
     step: Scalar
     fingerprint: Scalar
     update_norm: Scalar
+    clip_norm: Scalar
 
 
 def plan(config: Mapping[str, Any]) -> str:
@@ -165,6 +169,8 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
                 scalars = {"examples/s": clock.examples_per_second(step)}
                 scalars["epsilon"] = epsilon(mechanism, steps=step)
                 scalars["update_norm"] = float(released.update_norm)
+                if mechanism.private:
+                    scalars["clip_norm"] = float(released.clip_norm)
                 if run["log_sensitive"]:
                     facts = mechanism.diagnose(state.private.mechanism)
                     scalars |= summarise(statistics, facts)
@@ -256,7 +262,8 @@ def make_train_step(
         updates, after = transform.update(total, state.private, state.params)
         params = optax.apply_updates(state.params, updates)
         average = _moving_average(state.average, params, decay=decay, step=step)
-        released = Released(step, after.released, optax.tree.norm(updates))
+        norm = optax.tree.norm(updates)
+        released = Released(step, after.released, norm, total.l2_bound)
         state = state._replace(params=params, private=after, average=average)
         return state, released
 

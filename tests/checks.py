@@ -12,10 +12,13 @@ import dp_accounting as dp
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 import scipy.stats
 
-from dpjax.clipping import Query
+import dpjax
+from dpjax.clipping import Query, vmap
 from dpjax.sensitive import SEAL, ClippedSum, reveal
+from dpjax.toeplitz import strategy_column
 from dpjax.typing import Batch
 
 # Compiling is most of the cost: this makes slow machine code, six times faster.
@@ -37,29 +40,52 @@ def batch_of(examples, *, mask=None, index=None):
 
 
 def reference(loss, query, batch, key):
-    """The contract, example by example in float64 numpy: (total, residual, norms)."""
-    zeros = jax.tree.map(lambda p: np.zeros(p.shape), query.points[0])
-    total, residual, norms = zeros, zeros, []
+    """The contract, one by one in float64 numpy: (total, residual, count, norms)."""
+    zeros = jax.tree.map(lambda p: np.zeros(p.shape), query.empty().total)
+    total, residual, count, norms = zeros, zeros, 0.0, []
     for i in range(len(batch.mask)):
         if not batch.mask[i]:
             norms.append(0.0)
             continue
         example = jax.tree.map(lambda x, i=i: x[i], batch.examples)
         example_key = jax.random.fold_in(key, batch.index[i])
-        vector = zeros
-        for sign, point in zip(query.signs, query.points, strict=True):
-            gradient = jax.grad(loss)(point, example, example_key)
-            vector = jax.tree.map(
-                lambda v, g, s=sign: v + s * np.asarray(g, np.float64), vector, gradient
-            )
+        vector = (_gradient if query.slope is None else _slope)(
+            loss, query, example, example_key
+        )
         norms.append(norm(vector))
+        count += 0.5 if norms[-1] <= query.clip_norm else -0.5
         if not math.isfinite(norms[-1]):
             continue
         vector = clip(vector, float(query.outer_norm), "flat")
         clipped = clip(vector, float(query.clip_norm), query.style)
         total = jax.tree.map(np.add, total, clipped)
         residual = jax.tree.map(lambda r, v, c: r + v - c, residual, vector, clipped)
-    return total, residual, np.array(norms)
+    return total, residual, count, np.array(norms)
+
+
+def _gradient(loss, query, example, key):
+    vector = jax.tree.map(lambda p: np.zeros(p.shape), query.points[0])
+    for sign, point in zip(query.signs, query.points, strict=True):
+        gradient = jax.grad(loss)(point, example, key)
+        vector = jax.tree.map(
+            lambda v, g, s=sign: v + s * np.asarray(g, np.float64), vector, gradient
+        )
+    return vector
+
+
+def _slope(loss, query, example, key):
+    (point,), (direction, span) = query.points, query.slope
+    ahead, behind = (
+        np.float64(
+            loss(
+                jax.tree.map(lambda p, u, s=s: p + s * u, point, direction),
+                example,
+                key,
+            )
+        )
+        for s in (span, -span)
+    )
+    return (ahead - behind) / (2 * span)
 
 
 def clip(vector, clip_norm, style):
@@ -90,8 +116,8 @@ def norm(tree):
 
 
 def check_engine_contract(engine, loss, query, batch, key, *, rtol=1e-5):
-    """``engine`` returns the sum, residual and norms of the reference."""
-    total, residual, norms = reference(loss, query, batch, key)
+    """``engine`` returns the sum, residual, count and norms of the reference."""
+    total, residual, count, norms = reference(loss, query, batch, key)
     clipped, statistics = compiled(engine, static_argnums=0)(loss, query, batch, key)
     assert_close(clipped.total, total, rtol=rtol, scale=norm(total) + query.clip_norm)
     if query.residual:
@@ -99,6 +125,7 @@ def check_engine_contract(engine, loss, query, batch, key, *, rtol=1e-5):
         assert_close(clipped.residual, residual, rtol=rtol, scale=scale)
     else:
         assert clipped.residual is None
+    assert clipped.count == (count if query.count else None)
     finite = np.isfinite(norms)
     opened = reveal(statistics)
     np.testing.assert_allclose(opened["norms"][finite], norms[finite], rtol, 1e-6)
@@ -118,8 +145,8 @@ def assert_close(actual, expected, *, rtol, scale):
 
 
 def check_sensitivity(engine, loss, params, batch, key, *, clip_norm, style):
-    """Removing any one example moves the clipped sum by at most ``clip_norm``."""
-    query = Query((params,), clip_norm=clip_norm, style=style)
+    """Removing any one example moves the sum by at most ``clip_norm``, the count by 1/2."""
+    query = Query((params,), clip_norm=clip_norm, style=style, count=True)
     run = compiled(engine, static_argnums=0)
     whole, _ = run(loss, query, batch, key)
     # Float32 sums over B examples of norm at most C round by about B * C * 2**-24.
@@ -130,6 +157,7 @@ def check_sensitivity(engine, loss, params, batch, key, *, clip_norm, style):
         without, _ = run(loss, query, batch._replace(mask=mask), key)
         moved = norm(jax.tree.map(np.subtract, whole.total, without.total))
         assert moved <= clip_norm + slack, (i, moved)
+        assert abs(whole.count - without.count) == 0.5, i
 
 
 def check_noise(release, *, stddev, divisor, clip_norm, steps=40):
@@ -179,16 +207,23 @@ def check_poisson(sampling, *, num_examples, steps=400):
         draw = sampling.draw(step, num_examples=num_examples, seed=7)
         assert len(np.unique(draw)) == len(draw), "an example twice in one batch"
         seen[step, draw] = True
+    _check_coins(seen, rate=rate)
+
+
+def _check_coins(seen, *, rate):
+    """``seen``, bool[steps, examples], are independent coins of this rate."""
     count = seen.size
     error = math.sqrt(rate * (1 - rate) / count)
     assert abs(seen.mean() - rate) < 5 * error, (seen.mean(), rate)
     # Sizes vary as coins do: a fixed size, or a wrong one, has another variance.
-    variance = num_examples * rate * (1 - rate)
+    variance = seen.shape[1] * rate * (1 - rate)
     sizes = seen.sum(axis=1)
-    assert abs(sizes.var() / variance - 1) < 5 * math.sqrt(2 / steps), sizes.var()
+    assert abs(sizes.var() / variance - 1) < 5 * math.sqrt(2 / len(seen)), sizes.var()
     # Each example, each pair of examples and each pair of steps are independent coins.
     per_example = seen.mean(axis=0)
-    assert np.abs(per_example - rate).max() < 6 * math.sqrt(rate * (1 - rate) / steps)
+    assert np.abs(per_example - rate).max() < 6 * math.sqrt(
+        rate * (1 - rate) / len(seen)
+    )
     both = rate**2
     for coins in (seen, seen.T):
         trials = coins.shape[0]
@@ -196,3 +231,105 @@ def check_poisson(sampling, *, num_examples, steps=400):
         error = math.sqrt(trials * both * (1 - both))
         # Skewed when few are expected: 8 errors, and 10 counts, of room.
         assert np.abs(together - trials * both).max() < 8 * error + 10
+
+
+def check_cyclic(sampling, *, num_examples, turns=300):
+    """An example is drawn at turns of its own only, by coins of the accounted rate."""
+    cycle = sampling.cycle
+    seen = np.zeros((turns, cycle, num_examples), bool)
+    for step in range(turns * cycle):
+        draw = sampling.draw(step, num_examples=num_examples, seed=7)
+        assert len(np.unique(draw)) == len(draw), "an example twice in one batch"
+        seen[step // cycle, step % cycle, draw] = True
+    drawn = seen.any(axis=0)
+    assert (drawn.sum(axis=0) == 1).all(), "an example at two turns of a cycle"
+    for part in range(cycle):
+        _check_coins(seen[:, part, drawn[part]], rate=sampling.rate)
+    for steps in (1, cycle, cycle + 1, 5 * cycle):
+        event = sampling.compose(1.0, steps=steps, num_examples=num_examples)
+        gaussian = dp.PoissonSampledDpEvent(sampling.rate, dp.GaussianDpEvent(1.0))
+        most = max(len(range(part, steps, cycle)) for part in range(cycle))
+        assert event == dp.SelfComposedDpEvent(gaussian, most), steps
+
+
+def check_correlated(released, mechanism):
+    """``C y / sigma`` is white and standard normal for the C whose columns have norm 1.
+
+    Args:
+        released: ``[steps, coordinates]``, releases of sums of nothing.
+        mechanism: A ``BandMf``.
+    """
+    steps, size = released.shape
+    column = strategy_column(
+        mechanism.strategy, bands=mechanism.bands, steps=mechanism.steps
+    )
+    np.testing.assert_allclose(np.linalg.norm(column), 1.0, rtol=1e-12)
+    first = np.concatenate([column, np.zeros(steps)])[:steps]
+    strategy = scipy.linalg.toeplitz(first, np.zeros(steps))
+    # By hand, from primary facts: what a Gaussian of this multiplier needs.
+    unit = mechanism.noise_multiplier * mechanism.clip_norm
+    noise = released.astype(np.float64) * mechanism.expected_batch_size
+    white = strategy @ noise / unit
+    covariance = white @ white.T / size
+    # Six standard errors of a variance and of a covariance.
+    assert np.abs(np.diag(covariance) - 1).max() < 6 * math.sqrt(2 / size), "variance"
+    apart = covariance[np.triu_indices(steps, 1)]
+    assert np.abs(apart).max() < 6 / math.sqrt(size), "steps correlate"
+    assert scipy.stats.kstest(white.ravel(), "norm").pvalue > 1e-6, "shape"
+
+
+def check_joint_release(mechanism, *, steps=20_000):
+    """Sum and count, with the noise they really carry, cost one Gaussian of z.
+
+    Args:
+        mechanism: An ``AdaptiveDpSgd``, the noise of whose count moves its clip norm.
+        steps: Releases that are looked at.
+    """
+    bound = mechanism.initial_clip_norm
+    empty = ClippedSum.zeros({"w": jnp.zeros(4)}, l2_bound=bound, count=True)
+    state = mechanism.init(empty.total)
+
+    def release(step):
+        mean, after = mechanism.release(
+            empty, state, None, key=dpjax.root_key(3), step=step
+        )
+        return mean["w"], after.clip_norm
+
+    means, clip_norms = jax.jit(jax.vmap(release))(jnp.arange(steps))
+    size = mechanism.expected_batch_size
+    # By hand: log C' - log C = -rate (1/2 + b/m - target).
+    moved = -np.log(np.asarray(clip_norms, np.float64) / bound)
+    moved = moved / mechanism.clip_learning_rate - 0.5 + mechanism.target_quantile
+    sums, counts = np.asarray(means, np.float64) * size, moved * size
+    for noise in (sums, counts):
+        assert abs(noise.mean()) < 5 * noise.std() / math.sqrt(noise.size), "mean"
+    for column in sums.T:
+        correlation = np.corrcoef(column, counts)[0, 1]
+        assert abs(correlation) < 5 / math.sqrt(steps), "sum and count correlate"
+    with np.errstate(divide="ignore"):
+        spent = (bound / sums.std()) ** 2
+        spent += (_count_sensitivity(mechanism) / counts.std()) ** 2
+    claimed = 1 / mechanism.noise_multiplier**2
+    # Four standard errors of the two variances.
+    assert abs(spent / claimed - 1) < 4 * 2 / math.sqrt(steps), (spent, claimed)
+
+
+def _count_sensitivity(mechanism):
+    """How far one example moves the count: by brute force, over short and long ones."""
+    query = mechanism.query("gradient", jnp.zeros(2), mechanism.init(jnp.zeros(2)))
+
+    @compiled
+    def count(lengths, mask):
+        batch = batch_of({"x": jnp.stack([lengths, 0 * lengths], axis=1)})
+        batch, key = batch._replace(mask=mask), jax.random.key(0)
+        return vmap(lambda p, e, k: p @ e["x"], query, batch, key)[0].count
+
+    bound = mechanism.initial_clip_norm
+    others = [0.1 * bound, 3 * bound, 0.5 * bound]
+    moved = []
+    for length in (0.0, 0.5 * bound, 2 * bound):
+        present = count(jnp.array([*others, length]), jnp.ones(4, bool))
+        zeroed = mechanism.sampling.adjacency == "zero_out_one"
+        absent = count(jnp.array([*others, 0.0]), jnp.array([True] * 3 + [zeroed]))
+        moved.append(abs(float(present) - float(absent)))
+    return max(moved)

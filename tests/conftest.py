@@ -1,6 +1,11 @@
-"""Strict JAX for every test: rank promotion raises, several devices, warnings are errors."""
+"""Strict JAX for every test: rank promotion raises, several devices, warnings are errors.
+
+A test may be skipped only for want of a program that a machine need not have; the end of
+the output, and ``.cache/not_run``, then say so.
+"""
 
 import os
+from pathlib import Path
 
 import hypothesis
 import jax
@@ -13,3 +18,15 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 hypothesis.settings.register_profile("ci", max_examples=25, deadline=None)
 hypothesis.settings.load_profile("ci")
+
+
+def pytest_terminal_summary(terminalreporter):
+    skipped = terminalreporter.stats.get("skipped", [])
+    lines = [f"{report.nodeid}: {report.longrepr[2]}" for report in skipped]
+    not_run = Path(".cache/not_run")
+    not_run.unlink(missing_ok=True)
+    if lines:
+        not_run.parent.mkdir(exist_ok=True)
+        not_run.write_text("\n".join(lines) + "\n")
+        terminalreporter.section("DID NOT RUN", red=True, bold=True)
+        terminalreporter.write_line("\n".join(lines), red=True)

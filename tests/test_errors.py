@@ -65,6 +65,54 @@ def dice(**changes):
     return {"mechanism": mechanism | changes}
 
 
+ZERO = {
+    "name": "dpjax.mechanisms.dp_zero:DpZero",
+    "clip_norm": 1.0,
+    "smoothing": 1e-3,
+    "direction_seed": 0,
+    "noise_multiplier": 4.0,
+    "sampling": {"name": "dpjax.sampling:Poisson", "rate": 0.1},
+    "steps": 12,
+    "delta": 1e-5,
+}
+
+
+def banded(**changes):
+    mechanism = {
+        "name": "dpjax.mechanisms.band_mf:BandMf",
+        "clip_norm": 1.0,
+        "clip_style": "flat",
+        "noise_multiplier": 4.0,
+        "bands": 4,
+        "strategy": "mean_error",
+        "sampling": {
+            "name": "dpjax.sampling:CyclicPoisson",
+            "cycle": 4,
+            "rate": 0.4,
+        },
+        "steps": 12,
+        "delta": 1e-5,
+    }
+    return {"mechanism": mechanism | changes}
+
+
+def adaptive(**changes):
+    mechanism = {
+        "name": "dpjax.mechanisms.adaptive_dp_sgd:AdaptiveDpSgd",
+        "initial_clip_norm": 1.0,
+        "min_clip_norm": 0.01,
+        "max_clip_norm": 10.0,
+        "target_quantile": 0.5,
+        "clip_learning_rate": 0.2,
+        "count_share": 0.1,
+        "noise_multiplier": 4.0,
+        "sampling": {"name": "dpjax.sampling:Poisson", "rate": 0.1},
+        "steps": 12,
+        "delta": 1e-5,
+    }
+    return {"mechanism": mechanism | changes}
+
+
 WRONG_VALUES = {
     "clip norm zero": ({"mechanism.clip_norm": 0.0}, "clip_norm=0.0 must be positive"),
     "clip norm negative": ({"mechanism.clip_norm": -1.0}, "clip_norm=-1.0 must be"),
@@ -118,6 +166,66 @@ WRONG_VALUES = {
         ),
         "sampling=ShuffledFixed has no analysis",
     ),
+    "local steps without rounds": (
+        {
+            "mechanism": {
+                "name": "dpjax.mechanisms.diff2_bvr_l_sgd:Diff2BvrLSgd",
+                "clip_norm": 1.0,
+                "difference_clip_norm": 1.0,
+                "local_clip_norm": 1.0,
+                "restart_every": 2,
+                "noise_multiplier": 4.0,
+                "noise_ratio": 1.0,
+                "local_noise_ratio": 1.0,
+                "sampling": {"name": "dpjax.sampling:FullBatch"},
+                "steps": 12,
+                "delta": 1e-5,
+            }
+        },
+        "sampling=FullBatch() must be PeriodicPoisson(period=K, first_rate=1.0",
+    ),
+    "slopes over no distance": (
+        {"mechanism": ZERO | {"smoothing": 0.0}},
+        "config.mechanism: dpjax.mechanisms.dp_zero:DpZero: smoothing=0.0 must be positive",
+    ),
+    "secret directions": (
+        {"mechanism": ZERO | {"direction_seed": None}},
+        "direction_seed=None must be an integer; it is public",
+    ),
+    "memory budget without gradients": (
+        {"mechanism": ZERO, "compute.memory_budget": 2**30},
+        "DpZero takes none: use config.compute.microbatch_size",
+    ),
+    "correlated noise on batches without a rest": (
+        banded(sampling={"name": "dpjax.sampling:Poisson", "rate": 0.1}),
+        "use CyclicPoisson(cycle=4, rate=...)",
+    ),
+    "correlated noise on fresh shuffles": (
+        banded(sampling={"name": "dpjax.sampling:ShuffledFixed", "batch_size": 64}),
+        "with rate=1.0 for batches in a fixed order",
+    ),
+    "more bands than the cycle": (banded(bands=5), "or lower bands"),
+    "more bands than steps": (banded(steps=3), "bands=4 exceeds steps=3"),
+    "unknown strategy": (
+        banded(strategy="sqrt"),
+        "strategy='sqrt' is unknown; use one of mean_error, square_root",
+    ),
+    "cycle zero": (
+        banded(sampling=banded()["mechanism"]["sampling"] | {"cycle": 0}),
+        "cycle=0 must be an integer of at least 1",
+    ),
+    "first clip norm out of bounds": (
+        adaptive(initial_clip_norm=20.0),
+        "initial_clip_norm=20.0 must be between min_clip_norm=0.01 and max_clip_norm=10",
+    ),
+    "no budget for the count": (
+        adaptive(count_share=0.0),
+        "count_share=0.0 must be in (0, 1); for a constant clip norm use DpSgd",
+    ),
+    "all examples within the clip norm": (
+        adaptive(target_quantile=1.0),
+        "target_quantile=1.0 must be in (0, 1)",
+    ),
     "delta one": ({"mechanism.delta": 1.0}, "delta=1.0 must be in (0, 1)"),
     "delta zero": ({"mechanism.delta": 0.0}, "delta=0.0 must be in (0, 1)"),
     "rate above one": ({"mechanism.sampling.rate": 1.5}, "rate=1.5 must be in (0, 1]"),
@@ -159,8 +267,8 @@ WRONG_VALUES = {
         "config.optimizer.learning_rate is missing",
     ),
     "unknown model module": (
-        {"model.name": "dpjax.models.transformer:gpt"},
-        "there is no module 'dpjax.models.transformer'",
+        {"model.name": "dpjax.models.mamba:lm"},
+        "there is no module 'dpjax.models.mamba'",
     ),
     "name without a colon": ({"model.name": "mlp"}, "must be 'module:attribute'"),
     "unknown activation": (
@@ -367,6 +475,11 @@ def test_none_on_the_command_line_unsets_a_key(capsys, monkeypatch):
             "--workdir=x",
             "--config.mechanism.accounting=paper",
         ],
+        [
+            "--config=configs/digits_mlp_bandmf.py",
+            "--workdir=x",
+            "--config.mechanism.bands=5",
+        ],
         [TINY, "--workdir=x", "--config.optimizer.name=optax:sdg"],
         [TINY, "--workdir=x", "--config.model.name=dpjax.models.mlp:mpl"],
         [TINY, "--workdir=x", "--config.compute.engine=vamp"],
@@ -407,4 +520,90 @@ def test_dry_run_prints_plan_and_card_and_trains_nothing(capsys, monkeypatch, tm
     printed = capsys.readouterr().out
     assert "610 parameters" in printed
     assert "# Privacy card" in printed
+    assert not (tmp_path / "run").exists()
+
+
+def language_model(folder, **changes):
+    """A byte-level GPT-2 on a file of text, with changes as of ``tiny``."""
+    (folder / "text.txt").write_text("the quick brown fox " * 40)
+    source = {
+        "name": "dpjax.data.text:text_blocks",
+        "path": str(folder / "text.txt"),
+        "length": 8,
+        "tokenizer": {
+            "name": "dpjax.data.tokenizers:byte_level",
+            "specials": ("<eos>",),
+        },
+    }
+    model = {
+        "name": "dpjax.models.gpt2:gpt2",
+        "vocab_size": 257,
+        "length": 8,
+        "layers": 1,
+        "width": 8,
+        "heads": 2,
+        "dtype": "float32",
+        "scan": False,
+        "remat": False,
+    }
+    text = {
+        "data.source": {**source, "start": 0.0, "stop": 0.8},
+        "evaluation.source": {**source, "start": 0.8, "stop": 1.0},
+        "evaluation.provenance": "private",
+        "evaluation.metric": {"name": "dpjax.losses:token_nats"},
+        "loss": {"name": "dpjax.losses:causal_lm"},
+        "model": model,
+    }
+    return tiny(**text | changes)
+
+
+def pretrained(config, **changes):
+    model = {
+        "name": "dpjax.models.weights:pretrained",
+        "model": config["model"],
+        "path": str(ROOT / "tests/golden/hf/gpt2_a.safetensors"),
+        "family": "gpt2",
+        "fresh": (),
+        "skip": (),
+    }
+    return {**config, "model": model | changes}
+
+
+WRONG_TEXT = {
+    "vocabulary": (
+        lambda folder: language_model(folder, **{"model.vocab_size": 100}),
+        "config.data.source: token 116 of example 0 is outside [0, 100); use the tokenizer",
+    ),
+    "positions": (
+        lambda folder: language_model(folder, **{"model.length": 7}),
+        "an example has 8 tokens, and the model length=7 positions",
+    ),
+    "heads": (
+        lambda folder: language_model(folder, **{"model.heads": 3}),
+        "dpjax.models.gpt2:gpt2: heads=3 must divide width=8",
+    ),
+    "weights of another model": (
+        lambda folder: pretrained(language_model(folder)),
+        "the weights do not fit the model: 12 tensors left over: transformer.h.1",
+    ),
+    "no such weights": (
+        lambda folder: pretrained(language_model(folder), path="no/such/file/here"),
+        "path='no/such/file/here' does not exist",
+    ),
+    "loss of labels": (
+        lambda folder: language_model(
+            folder,
+            loss={"name": "dpjax.losses:classification", "label_smoothing": 0.0},
+        ),
+        "model, loss and metric do not fit the data: KeyError: 'label'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TEXT)
+def test_text_that_does_not_fit_its_model_is_one_line(
+    name, capsys, monkeypatch, tmp_path
+):
+    make, message = WRONG_TEXT[name]
+    assert message in stderr_with(make(tmp_path), capsys, monkeypatch, tmp_path)
     assert not (tmp_path / "run").exists()

@@ -7,10 +7,13 @@ from dpjax.augment import flip_and_crop
 from dpjax.losses import (
     accuracy,
     augmented,
+    causal_lm,
     classification,
     error_rate,
+    masked_lm,
     regression,
     squared_error,
+    token_nats,
 )
 from dpjax.models.mlp import mlp
 from dpjax.typing import Model
@@ -108,6 +111,85 @@ def test_accuracy_is_one_where_the_top_class_is_the_label():
     outputs = np.array([[0, 1, 2], [3, 1, 2], [-3, -2, -1]], np.float32)
     np.testing.assert_array_equal(correct(outputs, EXAMPLE), [1.0, 0.0, 1.0])
     assert correct(outputs, EXAMPLE).dtype == jnp.float32
+
+
+# --- Losses of tokens ---------------------------------------------------------------------
+
+TOKENS = np.array([3, 1, 4, 1, 2], np.int32)
+LOGITS = np.random.default_rng(2).normal(size=(5, 6)).astype(np.float32)
+NATS = -np.log(np.exp(LOGITS) / np.exp(LOGITS).sum(axis=-1, keepdims=True))
+
+
+@pytest.mark.parametrize(
+    ("extra", "weights"),
+    [
+        ({}, [1, 1, 1, 1, 1]),
+        ({"mask": np.array([1, 1, 1, 0, 0], bool)}, [1, 1, 1, 0, 0]),
+        ({"weights": np.array([9, 0, 0.5, 2, 0], np.float32)}, [9, 0, 0.5, 2, 0]),
+        (
+            {"weights": np.array([0, 0, 0, 1, 1], bool), "mask": np.ones(5, bool)},
+            [0, 0, 0, 1, 1],
+        ),
+    ],
+)
+def test_causal_lm_averages_over_the_weights_of_the_tokens_after_the_first(
+    extra, weights
+):
+    example = {"tokens": TOKENS, **extra}
+    loss = causal_lm(TABLE)(LOGITS, example, KEY)
+    nats = [NATS[t - 1, TOKENS[t]] for t in range(1, 5)]
+    np.testing.assert_allclose(loss, np.average(nats, weights=weights[1:]), rtol=1e-6)
+    np.testing.assert_array_equal(token_nats(TABLE)(LOGITS, example), loss)
+
+
+def test_weights_scale_out_of_the_loss_of_an_example():
+    """The loss is normalised inside the example: longer ones do not weigh more."""
+    weights = np.array([1, 2, 0, 4, 1], np.float32)
+    few, many = (
+        causal_lm(TABLE)(LOGITS, {"tokens": TOKENS, "weights": w}, KEY)
+        for w in (weights, 7 * weights)
+    )
+    np.testing.assert_allclose(few, many, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "loss", [causal_lm(TABLE), masked_lm(TABLE, mask_token=5, rate=0.5)]
+)
+def test_an_example_without_weights_has_loss_and_gradient_zero(loss):
+    example = {"tokens": TOKENS, "weights": np.zeros(5, np.float32)}
+    value, gradient = jax.value_and_grad(loss)(LOGITS, example, KEY)
+    assert value == 0.0
+    np.testing.assert_array_equal(gradient, np.zeros_like(LOGITS))
+
+
+def test_masked_lm_hides_tokens_that_count_and_scores_those_alone():
+    seen = []
+
+    def apply(params, example, key):
+        seen.append(np.asarray(example["tokens"]))
+        return params
+
+    model = Model(lambda key, example: LOGITS, apply)
+    mask = np.array([1, 1, 1, 1, 0], bool)
+    counts = np.zeros(5)
+    for i in range(200):
+        loss = masked_lm(model, mask_token=5, rate=0.3)(
+            LOGITS, {"tokens": TOKENS, "mask": mask}, jax.random.key(i)
+        )
+        hidden = seen[-1] != TOKENS
+        assert set(seen[-1][hidden]) <= {5}
+        nats = NATS[np.arange(5), TOKENS][hidden]
+        np.testing.assert_allclose(loss, nats.mean() if len(nats) else 0.0, rtol=1e-5)
+        counts += hidden
+    assert counts[4] == 0
+    # Five standard errors of a coin of 0.3.
+    assert np.abs(counts[:4] / 200 - 0.3).max() < 5 * np.sqrt(0.3 * 0.7 / 200)
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.5])
+def test_a_rate_of_hiding_out_of_range_raises(rate):
+    with pytest.raises(ValueError, match=r"rate=.* must be in \(0, 1\]"):
+        masked_lm(TABLE, mask_token=5, rate=rate)
 
 
 def test_regression_is_the_squared_error_and_its_metric():

@@ -6,20 +6,24 @@ Every mutant is a plausible bug, run through the same check that the honest code
 import collections
 import dataclasses
 
+import dp_accounting as dp
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import dpjax
-from dpjax.clipping import Query, vmap
+from dpjax.clipping import Query, Slope, vmap
 from dpjax.noise import root_key
-from dpjax.sampling import Poisson
+from dpjax.sampling import CyclicPoisson, Poisson
 from dpjax.sensitive import ClippedSum
 from tests.checks import (
     batch_of,
     check_adds_to_sum,
+    check_correlated,
+    check_cyclic,
     check_engine_contract,
+    check_joint_release,
     check_noise,
     check_poisson,
     check_sensitivity,
@@ -120,6 +124,21 @@ DIFF2 = dpjax.Diff2(
 )
 
 
+LOCAL = dpjax.Diff2BvrLSgd(
+    clip_norm=0.5,
+    difference_clip_norm=2.0,
+    local_clip_norm=1.0,
+    restart_every=2,
+    noise_multiplier=1.2,
+    noise_ratio=3.0,
+    local_noise_ratio=0.5,
+    sampling=dpjax.PeriodicPoisson(period=3, first_rate=1.0, rate=0.1),
+    steps=50,
+    num_examples=200,
+    delta=1e-5,
+)
+
+
 def difference_release(mechanism):
     """Releases of the step after a restart, whose length is 0.5."""
 
@@ -139,19 +158,82 @@ def difference_noise_check(run):
     check_noise(run, stddev=3.6, divisor=200.0, clip_norm=1.0, steps=20)
 
 
-def schedule_check(mechanism):
-    """What is accounted is the noise of the phases that steps really have."""
-    for steps in (1, 2, 10, 11, 50):
-        noise = collections.Counter(
-            # In units of the sensitivity, which is the radius.
-            float(mechanism.noise_stddev(mechanism.phase(step), 1.0))
-            for step in range(steps)
+def message_check(mechanism):
+    """What one of four workers sends is private by itself: by hand, z1 C1."""
+
+    def run(clipped, step):
+        state = mechanism.init(clipped.total)
+        asked = dataclasses.replace(clipped, phase="restart")
+        at = 10 * step
+        return mechanism.message(
+            asked, state, clipped.total, key=KEY, step=at, worker=step % 4
         )
+
+    check_noise(run, stddev=1.2 * 0.5, divisor=1.0, clip_norm=0.5, steps=20)
+
+
+def schedule_check(mechanism):
+    """What is accounted is the noise and the rate that steps really have."""
+
+    def of_step(step):
+        # In units of the sensitivity, which is the radius.
+        noise = mechanism.noise_stddev(mechanism.phase(step), 1.0)
+        if isinstance(mechanism.sampling, dpjax.FullBatch):
+            return float(noise), None
+        sampling = mechanism.sampling
+        return float(noise), sampling.rate if step % sampling.period else 1.0
+
+    def of_event(event):
+        if isinstance(event, dp.PoissonSampledDpEvent):
+            return event.event.noise_multiplier, event.sampling_probability
+        return event.noise_multiplier, None
+
+    for steps in (1, 2, 10, 11, 50):
+        noise = collections.Counter(map(of_step, range(steps)))
         accounted = {
-            part.event.noise_multiplier: part.count
-            for part in mechanism.event(steps).events
+            of_event(part.event): part.count for part in mechanism.event(steps).events
         }
         assert accounted == noise, (steps, accounted, noise)
+
+
+def slope_check(engine):
+    """The contract on slopes, of a loss with dropout."""
+
+    def loss(params, example, key):
+        kept = jax.random.bernoulli(key, 0.5, params.shape)
+        return jnp.square(jnp.dot(params * kept, example["x"]))
+
+    batch = batch_of({"x": jnp.arange(24.0).reshape(6, 4) / 24})
+    slope = Slope(jnp.array([1.0, -2.0, 0.5, 1.0]), 0.1)
+    query = Query((jnp.ones(4),), clip_norm=0.5, slope=slope)
+    check_engine_contract(engine, loss, query, batch, jax.random.key(0), rtol=1e-4)
+
+
+ZERO = dpjax.DpZero(
+    clip_norm=0.5,
+    smoothing=1e-3,
+    direction_seed=0,
+    noise_multiplier=1.2,
+    sampling=Poisson(rate=0.1),
+    steps=50,
+    num_examples=200,
+    delta=1e-5,
+)
+
+
+def direction_check(mechanism):
+    """A sum is released along the direction it was taken along, and along no other."""
+    params = {"w": jnp.ones(50)}
+    for step in range(3):
+        state = mechanism.init(params)._replace(step=jnp.int32(step))
+        query = mechanism.query("slope", params, state)
+        u = query.slope.direction["w"]
+        for at in range(3):
+            out, _ = mechanism.release(query.empty(), state, params, key=KEY, step=at)
+            if at != step:
+                assert np.isnan(out["w"]).all()
+            else:
+                assert abs(jnp.corrcoef(out["w"], u)[0, 1]) > 0.999
 
 
 def residual_check(engine):
@@ -228,6 +310,47 @@ CONSERVATIVE = dataclasses.replace(
 def attack_check(mechanism):
     """No attack gets further than what is claimed."""
     assert mechanism.attacked_epsilon() <= dpjax.epsilon(mechanism)
+
+
+ADAPTIVE = dpjax.AdaptiveDpSgd(
+    initial_clip_norm=0.5,
+    min_clip_norm=1e-6,
+    max_clip_norm=1e6,
+    target_quantile=0.5,
+    clip_learning_rate=0.2,
+    count_share=0.3,
+    noise_multiplier=1.2,
+    sampling=Poisson(rate=0.1),
+    steps=50,
+    num_examples=200,
+    delta=1e-5,
+)
+
+
+BAND_MF = dpjax.BandMf(
+    clip_norm=0.5,
+    clip_style="flat",
+    noise_multiplier=1.2,
+    bands=3,
+    strategy="square_root",
+    sampling=CyclicPoisson(cycle=3, rate=0.3),
+    steps=12,
+    num_examples=200,
+    delta=1e-5,
+)
+
+
+def correlation_check(mechanism):
+    clipped = ClippedSum.zeros({"w": jnp.zeros(8000)}, l2_bound=0.5)
+    state, rows = mechanism.init(clipped.total), []
+    for step in range(mechanism.steps):
+        mean, state = mechanism.release(clipped, state, None, key=KEY, step=step)
+        rows.append(np.asarray(mean["w"]))
+    check_correlated(np.stack(rows), mechanism)
+
+
+def cyclic_check(sampling):
+    check_cyclic(sampling, num_examples=200, turns=150)
 
 
 def sampling_check(sampling):
@@ -369,6 +492,51 @@ def other_dropout_at_the_second_point(loss, query, batch, key):
     return dataclasses.replace(honest, total=total), statistics
 
 
+def other_dropout_behind(loss, query, batch, key):
+    """Differences of losses whose two halves drop other units."""
+    (point,), (direction, span) = query.points, query.slope
+    ahead, behind = (
+        jax.vmap(loss, (None, 0, 0))(
+            point + s * direction,
+            batch.examples,
+            jax.random.split(jax.random.fold_in(key, s > 0), len(batch.mask)),
+        )
+        for s in (span, -span)
+    )
+    honest, statistics = vmap(loss, query, batch, key)
+    slopes = jnp.clip((ahead - behind) / (2 * span), -0.5, 0.5)
+    return dataclasses.replace(honest, total=slopes.sum()), statistics
+
+
+def slope_of_the_batch_clipped(loss, query, batch, key):
+    free = dataclasses.replace(query, clip_norm=jnp.float32(jnp.inf))
+    honest, statistics = vmap(loss, query, batch, key)
+    total = jnp.clip(vmap(loss, free, batch, key)[0].total, -0.5, 0.5)
+    return dataclasses.replace(honest, total=total), statistics
+
+
+def slope_over_one_span(loss, query, batch, key):
+    """Divided by lambda where 2 lambda is due."""
+    direction, span = query.slope
+    wider = dataclasses.replace(query, slope=Slope(2 * direction, span / 2))
+    return vmap(loss, wider, batch, key)
+
+
+class DirectionOfTheStep(dpjax.DpZero):
+    """Drawn from the step of the release, whichever the sum was taken along."""
+
+    def release(self, clipped, state, params, *, key, step):
+        other = state._replace(step=jnp.asarray(step))
+        return super().release(clipped, other, params, key=key, step=step)
+
+
+class FreshDirection(dpjax.DpZero):
+    def release(self, clipped, state, params, *, key, step):
+        other = dataclasses.replace(self, direction_seed=self.direction_seed + 1)
+        honest = dpjax.DpZero(**vars(other))
+        return honest.release(clipped, state, params, key=key, step=step)
+
+
 def residual_not_scaled(loss, query, batch, key):
     """As the authors' code: the mean of gradients less the sum of clipped ones."""
     clipped, statistics = vmap(loss, query, batch, key)
@@ -446,6 +614,15 @@ class NoiseMultiplierOfTheRestart(dpjax.Diff2):
         return super().noise_stddev("restart", radius)
 
 
+class NoiseSharedAmongWorkers(dpjax.Diff2):
+    """Enough for the total, if nobody sees the parts."""
+
+    def message(self, clipped, state, params, *, key, step, worker):
+        less = self.noise_multiplier / np.sqrt(self.noisy_workers)
+        honest = dpjax.Diff2(**vars(self) | {"noise_multiplier": less})
+        return honest.message(clipped, state, params, key=key, step=step, worker=worker)
+
+
 class AllRestarts(dpjax.Diff2):
     def event(self, steps=None):
         return dpjax.Diff2(**vars(self) | {"restart_every": 1}).event(steps)
@@ -456,8 +633,142 @@ class NoRestarts(dpjax.Diff2):
         return dpjax.Diff2(**vars(self) | {"restart_every": 10**6}).event(steps)
 
 
+class LocalStepsForFree(dpjax.Diff2BvrLSgd):
+    def event(self, steps=None):
+        parts = super().event(steps).events
+        rates = (part.event.sampling_probability for part in parts)
+        return dp.ComposedDpEvent(
+            [part for part, rate in zip(parts, rates, strict=True) if rate == 1.0]
+        )
+
+
+class LocalStepsAmplifiedTwice(dpjax.Diff2BvrLSgd):
+    """Accounted as of a tenth of the examples of the round, which takes all."""
+
+    def event(self, steps=None):
+        halved = dataclasses.replace(self.sampling, rate=self.sampling.rate / 10)
+        return dpjax.Diff2BvrLSgd(**vars(self) | {"sampling": halved}).event(steps)
+
+
+class RestartsCountedInSteps(dpjax.Diff2BvrLSgd):
+    def event(self, steps=None):
+        longer = self.restart_every * self.sampling.period
+        return dpjax.Diff2BvrLSgd(**vars(self) | {"restart_every": longer}).event(steps)
+
+
+def adaptive_as(mutant, **changes):
+    return mutant(**vars(ADAPTIVE) | changes)
+
+
+def banded_as(mutant):
+    return mutant(**vars(BAND_MF))
+
+
 def diff2_as(mutant):
     return mutant(**vars(DIFF2))
+
+
+class NoiseOfTheMultiplier(dpjax.BandMf):
+    """As if no noise were taken back: its first step has too little."""
+
+    def release(self, clipped, state, params, *, key, step):
+        plain = dpjax.DpSgd(
+            clip_norm=self.clip_norm,
+            clip_style=self.clip_style,
+            noise_multiplier=self.noise_multiplier,
+            sampling=self.sampling,
+            steps=self.steps,
+            num_examples=self.num_examples,
+            delta=self.delta,
+        )
+        return plain.release(clipped, (), params, key=key, step=step)[0], state
+
+
+class NoisesForgotten(dpjax.BandMf):
+    """After each resume, say."""
+
+    def release(self, clipped, state, params, *, key, step):
+        fresh = self.init(clipped.total)._replace(count=state.count)
+        return super().release(clipped, fresh, params, key=key, step=step)
+
+
+class NoisesOutOfOrder(dpjax.BandMf):
+    def release(self, clipped, state, params, *, key, step):
+        recent = jax.tree.map(lambda x: x[::-1], state.recent)
+        mixed = state._replace(recent=recent)
+        return super().release(clipped, mixed, params, key=key, step=step)
+
+
+class ColumnNotNormalised(dpjax.BandMf):
+    @property
+    def noise_stddev(self):
+        return super().noise_stddev / 1.179248  # the norm of 1, 1/2, 3/8
+
+
+class PartsAnewInEachCycle(CyclicPoisson):
+    def draw(self, step, *, num_examples, seed):
+        turn = step // self.cycle
+        return super().draw(step, num_examples=num_examples, seed=seed + turn)
+
+
+class PlainPoisson(CyclicPoisson):
+    def draw(self, step, *, num_examples, seed):
+        honest = Poisson(rate=self.rate / self.cycle)
+        return honest.draw(step, num_examples=num_examples, seed=seed)
+
+
+class CyclesEndedAccounted(CyclicPoisson):
+    def compose(self, noise_multiplier, *, steps, num_examples):
+        turns = max(1, steps // self.cycle)
+        return Poisson(rate=self.rate).compose(
+            noise_multiplier, steps=turns, num_examples=num_examples
+        )
+
+
+class RateOfAllExamplesAccounted(CyclicPoisson):
+    def compose(self, noise_multiplier, *, steps, num_examples):
+        sampled = dataclasses.replace(self, rate=self.rate / self.cycle)
+        return CyclicPoisson.compose(
+            sampled, noise_multiplier, steps=steps, num_examples=num_examples
+        )
+
+
+class NoisyBySumAlone(dpjax.AdaptiveDpSgd):
+    """As if the count cost nothing."""
+
+    def noise_stddev(self, clip_norm):
+        return self.noise_multiplier * clip_norm
+
+
+class CountWithoutNoise(dpjax.AdaptiveDpSgd):
+    @property
+    def count_stddev(self):
+        return 0.0
+
+
+class HalfAlsoIfZeroedOut(dpjax.AdaptiveDpSgd):
+    @property
+    def count_sensitivity(self):
+        return 0.5
+
+
+class NoiseOfTheCountOnTheMean(dpjax.AdaptiveDpSgd):
+    @property
+    def count_stddev(self):
+        return super().count_stddev / self.expected_batch_size
+
+
+def counts_one_and_zero(loss, query, batch, key):
+    """Not centred: one example moves it by 1."""
+    clipped, statistics = vmap(loss, query, batch, key)
+    count = clipped.count + 0.5 * jnp.asarray(batch.mask).sum()
+    return dataclasses.replace(clipped, count=count), statistics
+
+
+def counts_padding(loss, query, batch, key):
+    clipped, statistics = vmap(loss, query, batch, key)
+    padding = (~jnp.asarray(batch.mask)).sum()
+    return dataclasses.replace(clipped, count=clipped.count + 0.5 * padding), statistics
 
 
 class TwiceTheRate(Poisson):
@@ -547,8 +858,26 @@ MUTANTS = {
         schedule_check,
         diff2_as(NoiseMultiplierOfTheRestart),
     ),
+    "noise shared among workers": (
+        message_check,
+        NoiseSharedAmongWorkers(**vars(DIFF2) | {"noisy_workers": 4}),
+    ),
     "all steps accounted as restarts": (schedule_check, diff2_as(AllRestarts)),
+    "local steps for free": (schedule_check, LocalStepsForFree(**vars(LOCAL))),
+    "local steps amplified twice": (
+        schedule_check,
+        LocalStepsAmplifiedTwice(**vars(LOCAL)),
+    ),
+    "restarts counted in steps": (
+        schedule_check,
+        RestartsCountedInSteps(**vars(LOCAL)),
+    ),
     "no restarts accounted": (schedule_check, diff2_as(NoRestarts)),
+    "other dropout behind": (slope_check, other_dropout_behind),
+    "slope of the batch clipped": (slope_check, slope_of_the_batch_clipped),
+    "slope over one span": (slope_check, slope_over_one_span),
+    "direction of the step": (direction_check, DirectionOfTheStep(**vars(ZERO))),
+    "fresh direction": (direction_check, FreshDirection(**vars(ZERO))),
     "residual not scaled": (residual_check, residual_not_scaled),
     "outer norm forgotten": (residual_check, outer_norm_forgotten),
     "noise in the memory": (memory_check, noise_in_the_memory()),
@@ -559,6 +888,29 @@ MUTANTS = {
         AmplifiedMemory(**vars(CONSERVATIVE) | {"noise_multiplier": 1.2}),
     ),
     "noise of the paper": (attack_check, DICE),
+    "noise not correlated": (correlation_check, banded_as(NoiseOfTheMultiplier)),
+    "noises forgotten": (correlation_check, banded_as(NoisesForgotten)),
+    "noises out of order": (correlation_check, banded_as(NoisesOutOfOrder)),
+    "column not normalised": (correlation_check, banded_as(ColumnNotNormalised)),
+    "parts anew in each cycle": (cyclic_check, PartsAnewInEachCycle(cycle=3, rate=0.3)),
+    "poisson for cyclic": (cyclic_check, PlainPoisson(cycle=3, rate=0.3)),
+    "cycles ended accounted": (cyclic_check, CyclesEndedAccounted(cycle=3, rate=0.3)),
+    "rate of all examples accounted": (
+        cyclic_check,
+        RateOfAllExamplesAccounted(cycle=3, rate=0.3),
+    ),
+    "count costs nothing": (check_joint_release, adaptive_as(NoisyBySumAlone)),
+    "count without noise": (check_joint_release, adaptive_as(CountWithoutNoise)),
+    "noise of the count on the mean": (
+        check_joint_release,
+        adaptive_as(NoiseOfTheCountOnTheMean),
+    ),
+    "half also if zeroed out": (
+        check_joint_release,
+        adaptive_as(HalfAlsoIfZeroedOut, sampling=dpjax.ShuffledFixed(batch_size=20)),
+    ),
+    "count not centred": (sensitivity_check, counts_one_and_zero),
+    "count of padding": (sensitivity_check, counts_padding),
     "rate x2": (sampling_check, TwiceTheRate(rate=0.1)),
     "fixed size": (sampling_check, FixedSize(rate=0.1)),
     "shuffled epochs": (sampling_check, ShuffledEpochs(rate=0.1)),
@@ -586,11 +938,18 @@ def test_mutant_is_caught(name):
         (contract_check, vmap),
         (difference_check, vmap),
         (difference_noise_check, difference_release(DIFF2)),
+        (message_check, dataclasses.replace(DIFF2, noisy_workers=4)),
         (schedule_check, DIFF2),
+        (schedule_check, LOCAL),
+        (slope_check, vmap),
+        (direction_check, ZERO),
         (residual_check, vmap),
         (memory_check, feedback_release(DICE)),
         (feedback_noise_check, DICE),
         (attack_check, CONSERVATIVE),
+        (check_joint_release, ADAPTIVE),
+        (correlation_check, BAND_MF),
+        (cyclic_check, BAND_MF.sampling),
         (sampling_check, Poisson(rate=0.1)),
     ],
 )

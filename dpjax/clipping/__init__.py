@@ -12,7 +12,7 @@ from dpjax.clipping.explain import explain
 from dpjax.clipping.ghost import ghost
 from dpjax.clipping.microbatched import microbatched
 from dpjax.clipping.plain import plain
-from dpjax.clipping.query import Query
+from dpjax.clipping.query import Query, Slope
 from dpjax.clipping.types import Engine
 from dpjax.clipping.vmap import vmap
 
@@ -21,6 +21,7 @@ __all__ = [
     "ClippedGrad",
     "Engine",
     "Query",
+    "Slope",
     "auto",
     "bookkeeping",
     "clipped_grad",

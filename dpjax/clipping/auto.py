@@ -8,6 +8,7 @@ from dpjax.clipping.microbatched import microbatched
 from dpjax.clipping.planner import choose
 from dpjax.clipping.query import Query
 from dpjax.clipping.types import Engine
+from dpjax.clipping.vmap import vmap
 from dpjax.sensitive import ClippedSum, PerExample
 from dpjax.typing import Batch, Key, Loss
 
@@ -15,7 +16,12 @@ from dpjax.typing import Batch, Key, Loss
 def auto(
     loss: Loss, query: Query, batch: Batch, key: Key
 ) -> tuple[ClippedSum, PerExample]:
-    """Return the clipped sum by the estimated fastest plan. See ``planned``."""
+    """Return the clipped sum by the estimated fastest plan. See ``planned``.
+
+    Slopes need no plan: losses are evaluated for the whole batch at once.
+    """
+    if query.slope is not None:
+        return vmap(loss, query, batch, key)
     return planned(memory_budget=default_budget())(loss, query, batch, key)
 
 
@@ -33,7 +39,8 @@ def planned(*, memory_budget: float) -> Engine:
         memory_budget: Bytes that the temporaries of one call may take.
 
     Raises:
-        ValueError: The budget is not positive or, at trace time, no plan fits it.
+        ValueError: The budget is not positive or, at trace time, no plan fits it or the
+            query is of slopes, which are not planned.
     """
     if not memory_budget > 0:
         raise ValueError(
@@ -43,6 +50,11 @@ def planned(*, memory_budget: float) -> Engine:
     def engine(
         loss: Loss, query: Query, batch: Batch, key: Key
     ) -> tuple[ClippedSum, PerExample]:
+        if query.slope is not None:
+            raise ValueError(
+                f"memory_budget={memory_budget} is for plans of gradients, and this query "
+                "is of slopes; use microbatch_size"
+            )
         program = analyse(loss, query, batch, key)
         choice = choose(program, batch.mask.shape[0], memory_budget=memory_budget)
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from dpjax.clipping import kernels, layouts
 from dpjax.clipping.analysis import Program, analyse
-from dpjax.clipping.factors import clip_factors
+from dpjax.clipping.factors import centred_count, clip_factors
 from dpjax.clipping.kernels import Factors, Norms, Patches
 from dpjax.clipping.passes import (
     Backward,
@@ -25,7 +25,7 @@ from dpjax.clipping.plan import Plan, Planner
 from dpjax.clipping.query import Query
 from dpjax.clipping.slots import Group, Slot
 from dpjax.clipping.values import Path
-from dpjax.clipping.vmap import per_example
+from dpjax.clipping.vmap import per_example, vmap
 from dpjax.sensitive import ClippedSum, PerExample, accumulation_dtype
 from dpjax.typing import Batch, Key, Loss
 
@@ -34,6 +34,8 @@ def execute(
     loss: Loss, query: Query, batch: Batch, key: Key, *, planner: Planner
 ) -> tuple[ClippedSum, PerExample]:
     """Return the clipped sum, computed as ``planner`` decides. See ``Engine``."""
+    if query.slope is not None:
+        return vmap(loss, query, batch, key)
     program = analyse(loss, query, batch, key)
     return run_plan(program, planner(program), query, batch, key)
 
@@ -72,7 +74,12 @@ def run_plan(
         total, residual = (tree([leaf[i] for leaf in both]) for i in (0, 1))
     else:
         total, residual = tree(sums(weights)), None
-    clipped = dataclasses.replace(query.empty(), total=total, residual=residual)
+    count = None
+    if query.count:
+        count = centred_count(factors.norms, mask=mask, clip_norm=query.clip_norm)
+    clipped = dataclasses.replace(
+        query.empty(), total=total, residual=residual, count=count
+    )
     losses = known.backward.losses
     return clipped, per_example(losses, factors.norms, factors.finite, mask)
 

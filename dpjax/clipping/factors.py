@@ -90,6 +90,22 @@ def clip_factors(
     return Factors(leaves, rest, norms, finite)
 
 
+def centred_count(
+    norms: Float[Array, "B"], *, mask: Bool[Array, "B"], clip_norm: float | Scalar
+) -> Scalar:
+    """Return the sum of 1/2 for each norm of at most ``clip_norm``, -1/2 for each other.
+
+    Sensitivity: 1/2 under add/remove-one. A norm that is not finite is not within.
+
+    Args:
+        norms: Of each example's vector, before any clipping.
+        mask: False rows count as nothing.
+        clip_norm: C.
+    """
+    halves = jnp.where(norms <= clip_norm, 0.5, -0.5)
+    return jnp.sum(jnp.where(mask, halves, 0.0), dtype=jnp.float32)
+
+
 def _layer_norms(squares: PyTree[Array]) -> dict[Hashable, Array]:
     sums: dict[Hashable, Array] = {}
     for path, square in jax.tree_util.tree_leaves_with_path(squares):

@@ -26,11 +26,14 @@ def plain(
         TypeError: See ``vmap``.
         ValueError: The query asks for anything but one point, unclipped.
     """
-    if len(query.points) != 1 or query.residual or query.style != "flat":
+    one = len(query.points) == 1 and query.slope is None
+    extra = query.residual or query.count
+    if not one or extra or query.style != "flat":
         raise ValueError(
-            f"the plain engine answers one flat query point without residual, not "
-            f"{len(query.points)} points, style={query.style!r}, "
-            f"residual={query.residual}"
+            f"the plain engine answers one flat query point without residual, count or "
+            f"slope, not {len(query.points)} points, style={query.style!r}, "
+            f"residual={query.residual}, count={query.count}, "
+            f"slope={query.slope is not None}"
         )
     check_loss(loss, query.points[0], batch, key)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, batch.index)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,27 @@ from dpjax.sensitive import ClippedSum
 from dpjax.typing import Params, Scalar
 
 
+class Slope(NamedTuple):
+    """Ask how the loss of each example changes along a line, instead of its gradient.
+
+    ``(loss(x + span u; i) - loss(x - span u; i)) / (2 span)``, one number, from two forward
+    passes with the same randomness.
+
+    Attributes:
+        direction: u, like params.
+        span: Positive.
+    """
+
+    direction: Params
+    span: float | Scalar
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Query:
     """Ask for ``sum_i clip(d_i)`` with ``d_i = sum_k signs[k] grad loss(points[k]; i)``.
+
+    With a ``slope`` each ``d_i`` is one number, and so is the sum: see ``Slope``.
 
     Attributes:
         points: K pytrees of the same structure; (x_t,) for DP-SGD.
@@ -25,9 +43,11 @@ class Query:
             layers (leaves with the same parent) clipped flat to ``C/sqrt(G)``. In
             each style one example contributes at most C.
         residual: Static; whether to sum ``d_i - clip(d_i)`` too.
+        count: Static; whether to count the examples with ``|d_i| <= clip_norm``, too.
         outer_norm: G; each ``d_i`` is first replaced by ``d_i min(1, G/|d_i|)``, so that
             no residual is longer than G. May be traced; inf (no such limit) by default.
         phase: Static; the kind of query, which the mechanism's release must know.
+        slope: None for gradients; else the slope of losses at the only point.
     """
 
     points: tuple[Params, ...]
@@ -37,16 +57,19 @@ class Query:
     )
     style: ClipStyle = dataclasses.field(default="flat", metadata={"static": True})
     residual: bool = dataclasses.field(default=False, metadata={"static": True})
+    count: bool = dataclasses.field(default=False, metadata={"static": True})
     outer_norm: float | Scalar = math.inf
     phase: str = dataclasses.field(default="gradient", metadata={"static": True})
+    slope: Slope | None = None
 
     def empty(self) -> ClippedSum:
         """Return the answer over no examples."""
         return ClippedSum.zeros(
-            self.points[0],
+            self.points[0] if self.slope is None else jnp.zeros(()),
             l2_bound=self.l2_bound,
             outer_norm=self.outer_norm,
             residual=self.residual,
+            count=self.count,
             phase=self.phase,
         )
 

@@ -10,11 +10,13 @@ from dpjax.typing import Batch, Key, Loss
 class Engine(Protocol):
     """``(loss, query, batch, key) -> (ClippedSum, PerExample)``.
 
-    With ``d_i = sum_k signs[k] grad loss(points[k]; example i)`` and clip factors ``f_i``
-    (see ``Query.style``; 0 on masked rows and on examples that are not finite)::
+    With ``d_i = sum_k signs[k] grad loss(points[k]; example i)``, or the slope
+    of ``Query.slope``, and clip factors ``f_i`` (see ``Query.style``; 0 on masked rows and on
+    examples that are not finite)::
 
         total    = sum_i f_i d_i
         residual = sum_i (1 - f_i) d_i over the unmasked, finite examples, if asked
+        count    = sum_i (1[|d_i| <= clip_norm] - 1/2) over the unmasked examples, if asked
     """
 
     def __call__(

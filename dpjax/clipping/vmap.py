@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
-from dpjax.clipping.factors import clip_factors
-from dpjax.clipping.query import Query
+from dpjax.clipping.factors import centred_count, clip_factors
+from dpjax.clipping.query import Query, Slope
 from dpjax.clipping.tracing import check_loss
 from dpjax.sensitive import ClippedSum, PerExample, accumulation_dtype
 from dpjax.typing import Batch, Example, Key, Loss, Params
@@ -17,10 +17,11 @@ from dpjax.typing import Batch, Example, Key, Loss, Params
 def vmap(
     loss: Loss, query: Query, batch: Batch, key: Key
 ) -> tuple[ClippedSum, PerExample]:
-    """Return the clipped sum of materialised per-example gradients.
+    """Return the clipped sum of materialised per-example gradients, or slopes.
 
     Memory: one float32 copy of the parameters for each example (twice that while a
-    difference or a residual is formed); see ``microbatched``.
+    difference or a residual is formed); see ``microbatched``. Slopes of
+    losses take two forward passes, one after the other, and one number of each example.
 
     Sensitivity: ``query.clip_norm`` under add/remove-one.
 
@@ -37,8 +38,12 @@ def vmap(
     check_loss(loss, query.points[0], batch, key)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, batch.index)
     mask = jnp.asarray(batch.mask)
-    vector = _signed_gradient(loss, query)
-    losses, vectors = jax.vmap(vector)(batch.examples, keys)
+    if query.slope is None:
+        vector = _signed_gradient(loss, query)
+        losses, vectors = jax.vmap(vector)(batch.examples, keys)
+    else:
+        (point,) = query.points
+        losses, vectors = _slopes(loss, point, query.slope, batch, keys)
 
     squares = jax.tree.map(_squared_norms, vectors)
     factors = clip_factors(
@@ -53,10 +58,14 @@ def vmap(
     residual = None
     if query.residual:
         residual = jax.tree.map(_weighted_sum, factors.rest, vectors)
+    count = None
+    if query.count:
+        count = centred_count(factors.norms, mask=mask, clip_norm=query.clip_norm)
     clipped = dataclasses.replace(
         query.empty(),
         total=jax.tree.map(_weighted_sum, factors.leaves, vectors),
         residual=residual,
+        count=count,
     )
     return clipped, per_example(losses, factors.norms, factors.finite, mask)
 
@@ -71,12 +80,30 @@ def per_example(losses: Array, norms: Array, finite: Array, mask: Array) -> PerE
     )
 
 
+def _slopes(
+    loss: Loss, point: Params, slope: Slope, batch: Batch, keys: Key
+) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+    """Return the mean of both losses, and the slope, of each example."""
+
+    def losses_at(offset: Array) -> Array:
+        moved = jax.tree.map(
+            lambda p, u: (p + offset * u).astype(p.dtype), point, slope.direction
+        )
+        # Both points share examples and keys: same augmentation, same dropout.
+        losses = jax.vmap(loss, in_axes=(None, 0, 0))(moved, batch.examples, keys)
+        return _accumulated(losses)
+
+    # In turn, so that only one moved copy of the parameters is in memory.
+    ahead, behind = jax.lax.map(losses_at, jnp.array([slope.span, -slope.span]))
+    mean, rise = (ahead + behind) / 2, ahead - behind
+    return mean, (rise / (2 * slope.span)).astype(jnp.float32)
+
+
 def _signed_gradient(
     loss: Loss, query: Query
 ) -> Callable[[Example, Key], tuple[Array, Params]]:
     def float32_loss(params: Params, example: Example, key: Key) -> Array:
-        value = loss(params, example, key)
-        return value.astype(accumulation_dtype(value.dtype))
+        return _accumulated(loss(params, example, key))
 
     def vector(example: Example, key: Key) -> tuple[Array, Params]:
         # The points share the example and its key: same augmentation, same dropout.

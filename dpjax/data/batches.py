@@ -219,6 +219,30 @@ def check_labels(source: Source, *, num_classes: int, key: str = "label") -> Non
             )
 
 
+def check_tokens(source: Source, *, vocab_size: int) -> None:
+    """Check that every token is in [0, vocab_size), in one pass.
+
+    A token outside would not fail later: its row of the table is NaN, the gradient of its
+    example is not finite, and the example is left out of the sum.
+
+    Args:
+        source: The data set, with ``tokens`` [T]; all its records are read.
+        vocab_size: Rows of the model's token table.
+
+    Raises:
+        ValueError: With the first offending index and value.
+    """
+    for indices in slices(len(source)):
+        tokens = source[indices]["tokens"]
+        rows, places = np.nonzero((tokens < 0) | (tokens >= vocab_size))
+        if rows.size:
+            raise ValueError(
+                f"token {tokens[rows[0], places[0]]} of example {indices[rows[0]]} is "
+                f"outside [0, {vocab_size}); use the tokenizer of the model, or another "
+                f"vocab_size={vocab_size}"
+            )
+
+
 def _labels(records: dict[str, Any], key: str) -> np.ndarray:
     if key not in records:
         raise ValueError(f"key={key!r} is not in the records, only {sorted(records)}")

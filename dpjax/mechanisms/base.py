@@ -84,7 +84,10 @@ class Mechanism(Protocol):
         ...
 
     def query(self, phase: str, params: "Params", state: Any) -> "Query":
-        """Return what the engine is asked at a step of this phase."""
+        """Return what the engine is asked at a step of this phase.
+
+        Its clip norm follows from releases, whatever the state holds: it is logged.
+        """
         ...
 
     def release(

@@ -1,8 +1,9 @@
 """DIFF2 (Murata and Suzuki 2023, arXiv 2302.03884): noise on gradient differences.
 
 From the paper: the two clipped queries with their radii, the restarts, the running
-estimate, noise at the workers or at the server (Algorithms 1 to 3). Ours: the add/remove
-accounting by exact composition of two schedules, and the closed forms of the split.
+estimate, noise at the workers (Algorithms 1 to 3). Ours: noise at a trusted server, the
+add/remove accounting by exact composition of two schedules, and the closed forms of the
+split.
 """
 
 import dataclasses
@@ -42,6 +43,16 @@ class Diff2:
     State: ``dpjax.differences.Diff2State``, the estimate and the last parameters. Both are
     outputs of releases, no more secret than the parameters, and cost two copies of them.
 
+    Workers: with P > 1 worker p sends ``message``, the sum of clipped vectors of its shard
+    with noise of its own, and the server adds up. Examples are clipped one by one, to radii
+    that all know, so sums over shards add up to the sum over all: ``release`` of the total
+    is, but for rounding, the sum of the P messages over N, and it draws the noise of each
+    worker. It has sqrt(P) times the noise of a trusted server, at the same epsilon, which
+    holds against the server too: one example is in one shard (whichever, as long as adding
+    or removing it moves no other), whose message has sensitivity R_t and noise z R_t. For
+    shards of equal size this is the paper's mean of the workers' means; of others it is
+    the mean over examples.
+
     The noise of a restart is in all estimates of its period, so it does not average out
     over steps as that of DP-GD does: DIFF2 is for few, long steps.
 
@@ -52,9 +63,9 @@ class Diff2:
         restart_every: T; with 1 this is DP-GD.
         noise_multiplier: z1, noise at restarts in units of C1.
         noise_ratio: z2 / z1; see ``dpjax.mechanisms.recursion.optimal_noise_ratio``.
-        noisy_workers: P equal shards of the data, to whose sums noise is added before they
-            meet: the total then has sqrt(P) times the noise, at the same epsilon. 1 for
-            noise added once, by a trusted server or under secure aggregation.
+        noisy_workers: P, how many hold a shard of the data each and add noise to its sum
+            before the sums meet; see above. 1 for noise added once, by a trusted server or
+            under secure aggregation.
         sampling: ``FullBatch()``.
         steps, num_examples, delta: See ``Mechanism``.
 
@@ -96,15 +107,23 @@ class Diff2:
         """The public constant that divides each released sum."""
         return self.sampling.expected_batch_size(self.num_examples)
 
+    @property
+    def steps_per_round(self) -> int:
+        """Every step is a round: there are no local ones."""
+        return 1
+
     def sampling_of(self, phase: str) -> Sampling:
         """Return the full batch."""
         del phase
         return self.sampling
 
+    def multiplier(self, phase: str) -> float:
+        """Return the noise multiplier of a phase: what is accounted."""
+        return recursion.multiplier(self, phase)
+
     def noise_stddev(self, phase: str, radius: "float | Scalar") -> "float | Scalar":
         """Return the standard deviation of the noise on a sum clipped to ``radius``."""
-        multiplier = recursion.multiplier(self, phase)
-        return multiplier * math.sqrt(self.noisy_workers) * radius
+        return self.multiplier(phase) * math.sqrt(self.noisy_workers) * radius
 
     def event(self, steps: int | None = None) -> "DpEvent":
         """Return the Gaussians of ``steps`` (all, by default), restarts apart."""
@@ -145,7 +164,56 @@ class Diff2:
         step: "int | Scalar",
     ) -> "tuple[Params, Diff2State]":
         """Return the estimate; NaN if the sum is not the one asked for at ``step``."""
-        return recursion.release(self, clipped, state, params, key=key, step=step)
+        return recursion.release(
+            self,
+            clipped,
+            state,
+            params,
+            key=key,
+            step=step,
+            workers=self.noisy_workers,
+        )
+
+    def message(
+        self,
+        clipped: "ClippedSum",
+        state: "Diff2State",
+        params: "Params",
+        *,
+        key: "Key",
+        step: "int | Scalar",
+        worker: int,
+    ) -> "Params":
+        """Return what one worker sends: the noisy sum over its shard, like params.
+
+        Args:
+            clipped: The sum over the shard, as ``query`` asks for it.
+            state: That of all workers.
+            params: Likewise.
+            key: Root noise key. Workers that do not trust each other draw their own.
+            step: Which release this is.
+            worker: In [0, noisy_workers).
+
+        Returns:
+            A sum that may be shown; all NaN if it is not the one asked for at ``step``.
+
+        Raises:
+            ValueError: There is no such worker.
+        """
+        if worker not in range(self.noisy_workers):
+            raise ValueError(
+                f"worker={worker} must be in [0, noisy_workers={self.noisy_workers})"
+            )
+        return recursion.noisy_sum(
+            self,
+            clipped,
+            state,
+            params,
+            key=key,
+            step=step,
+            workers=self.noisy_workers,
+            senders=range(worker, worker + 1),
+        )
 
     def diagnose(self, state: "Diff2State") -> dict[str, float]:
         """Return nothing: the state is public."""

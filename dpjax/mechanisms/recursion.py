@@ -1,4 +1,4 @@
-"""What the mechanisms of recursive gradient differences share: Diff2 and SpiderBoost."""
+"""What the mechanisms of recursive gradient differences share: Diff2 and its relatives."""
 
 import math
 from typing import TYPE_CHECKING, Protocol
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dpjax.sensitive import ClippedSum
     from dpjax.typing import Key, Params, Scalar
 
-PHASES = ("restart", "difference")
+PHASES = ("restart", "difference", "local")
 _ROUNDING = 1e-3
 """How far two compiled programs may disagree on one float32 norm, relatively."""
 
@@ -34,7 +34,12 @@ class Recursive(Protocol):
 
     @property
     def restart_every(self) -> int:
-        """T."""
+        """T, in rounds."""
+        ...
+
+    @property
+    def steps_per_round(self) -> int:
+        """K; 1 where there are no local steps."""
         ...
 
     @property
@@ -56,6 +61,10 @@ class Recursive(Protocol):
         """Return which examples take part in the steps of this phase."""
         ...
 
+    def multiplier(self, phase: str) -> float:
+        """Return the noise multiplier of a phase: what is accounted."""
+        ...
+
     def radius(
         self, phase: str, params: "Params", state: "Diff2State"
     ) -> "float | Scalar":
@@ -70,41 +79,61 @@ class Recursive(Protocol):
 def check(mechanism: Recursive) -> None:
     """Raise ValueError unless the facts shared by these mechanisms make sense."""
     check_clip(clip_norm=mechanism.clip_norm, style="flat")
-    bound, ratio = mechanism.difference_clip_norm, mechanism.noise_ratio
+    check_radius("difference_clip_norm", mechanism.difference_clip_norm)
+    check_noise(mechanism.noise_multiplier)
+    check_ratio("noise_ratio", mechanism.noise_ratio)
+
+
+def check_radius(name: str, bound: float) -> None:
+    """Raise ValueError unless ``bound`` clips differences."""
     if not (bound > 0 and math.isfinite(bound)):
         raise ValueError(
-            f"difference_clip_norm={bound} must be positive and finite; it bounds each "
+            f"{name}={bound} must be positive and finite; it bounds each "
             "example's gradient difference per unit of the step's length"
         )
-    check_noise(mechanism.noise_multiplier)
+
+
+def check_ratio(name: str, ratio: float) -> None:
+    """Raise ValueError unless ``ratio`` scales a noise multiplier."""
     if not (ratio > 0 and math.isfinite(ratio)):
         raise ValueError(
-            f"noise_ratio={ratio} must be positive and finite: the noise multiplier of "
+            f"{name}={ratio} must be positive and finite: the noise multiplier of "
             "differences over that of restarts"
         )
 
 
 def phase(mechanism: Recursive, step: int) -> str:
-    """Return "restart" at every T-th step from the first on, else "difference"."""
-    return "difference" if step % mechanism.restart_every else "restart"
+    """Return "restart" in every T-th round from the first on, else "difference".
+
+    That is the first step of a round; the others are "local".
+    """
+    number, position = divmod(step, mechanism.steps_per_round)
+    if position:
+        return "local"
+    return "difference" if number % mechanism.restart_every else "restart"
 
 
 def multiplier(mechanism: Recursive, phase: str) -> float:
-    """Return the noise multiplier z of a phase: what is accounted."""
+    """Return the noise multiplier of the steps that are not local."""
     ratio = {"restart": 1.0, "difference": mechanism.noise_ratio}[phase]
     return ratio * mechanism.noise_multiplier
 
 
 def event(mechanism: Recursive, steps: int) -> "DpEvent":
-    """Return the restarts and the differences among the first ``steps``, composed."""
+    """Return the releases of each phase among the first ``steps``, composed."""
     import dp_accounting as dp
 
-    restarts = math.ceil(steps / mechanism.restart_every)
-    counts = {"restart": restarts, "difference": steps - restarts}
+    rounds = math.ceil(steps / mechanism.steps_per_round)
+    restarts = math.ceil(rounds / mechanism.restart_every)
+    counts = {
+        "restart": restarts,
+        "difference": rounds - restarts,
+        "local": steps - rounds,
+    }
     return dp.ComposedDpEvent(
         [
             mechanism.sampling_of(phase).compose(
-                multiplier(mechanism, phase),
+                mechanism.multiplier(phase),
                 steps=count,
                 num_examples=mechanism.num_examples,
             )
@@ -112,6 +141,17 @@ def event(mechanism: Recursive, steps: int) -> "DpEvent":
             if count
         ]
     )
+
+
+def _is_due(mechanism: Recursive, phase: str, step: "int | Scalar") -> "bool | Scalar":
+    """Whether ``step``, which may be traced, is of this phase."""
+    import jax.numpy as jnp
+
+    number, position = jnp.divmod(jnp.asarray(step), mechanism.steps_per_round)
+    if phase == "local":
+        return position != 0
+    restart = number % mechanism.restart_every == 0
+    return (position == 0) & (restart == (phase == "restart"))
 
 
 def init(params: "Params") -> "Diff2State":
@@ -145,7 +185,7 @@ def query(
     return Query(points, signs=(1.0, -1.0), clip_norm=radius, phase=phase)
 
 
-def release(
+def noisy_sum(
     mechanism: Recursive,
     clipped: "ClippedSum",
     state: "Diff2State",
@@ -153,18 +193,20 @@ def release(
     *,
     key: "Key",
     step: "int | Scalar",
-) -> "tuple[Params, Diff2State]":
-    """Return the next estimate and state.
+    workers: int = 1,
+    senders: range = range(1),
+) -> "Params":
+    """Return the sum with the noise of ``senders``, who are some of ``workers``.
 
-    All NaN if the seal is broken, the sum was clipped further out than the query's radius,
-    or it is of the other phase than ``step`` has.
+    All workers together add the mechanism's noise, each ``1 / sqrt(workers)`` of it. All
+    NaN if the seal is broken, the sum was clipped further out than the query's radius, or
+    it is of the other phase than ``step`` has.
     """
     import jax.numpy as jnp
 
-    from dpjax.differences import advance
-    from dpjax.noise import noisy_mean
+    from dpjax import noise
 
-    phase, every = clipped.phase, mechanism.restart_every
+    phase = clipped.phase
     if phase not in PHASES:
         raise ValueError(
             f"phase={phase!r} of the sum must be one of {', '.join(PHASES)}: ask the engine "
@@ -173,22 +215,53 @@ def release(
     if params is None:
         raise ValueError("params are missing: differences are clipped by their change")
     radius = mechanism.radius(phase, params, state)
+    # The very float that the sum was clipped to: the norm of the step, computed anew here,
+    # may differ from it in the last digits.
+    stddev = mechanism.noise_stddev(phase, jnp.maximum(radius, clipped.l2_bound))
     # What is accounted at this step; a comparison with NaN is never true.
-    due = (jnp.asarray(step) % every == 0) == (phase == "restart")
-    sampling = mechanism.sampling_of(phase)
-    mean = noisy_mean(
+    due = _is_due(mechanism, phase, step)
+    return noise.noisy_sum(
         clipped,
         l2_bound=jnp.where(due, radius * (1 + _ROUNDING), jnp.nan),
-        # The very float that the sum was clipped to: the norm of the step, computed anew
-        # here, may differ from it in the last digits.
-        stddev=mechanism.noise_stddev(phase, jnp.maximum(radius, clipped.l2_bound)),
-        divisor=sampling.expected_batch_size(mechanism.num_examples),
+        stddev=stddev / math.sqrt(workers),
         key=key,
         step=step,
+        streams=senders,
     )
+
+
+def release(
+    mechanism: Recursive,
+    clipped: "ClippedSum",
+    state: "Diff2State",
+    params: "Params",
+    *,
+    key: "Key",
+    step: "int | Scalar",
+    workers: int = 1,
+) -> "tuple[Params, Diff2State]":
+    """Return the next estimate and state; see ``noisy_sum`` for when they are NaN."""
+    import jax
+    import jax.numpy as jnp
+
+    from dpjax.differences import advance
+
+    total = noisy_sum(
+        mechanism,
+        clipped,
+        state,
+        params,
+        key=key,
+        step=step,
+        workers=workers,
+        senders=range(workers),
+    )
+    sampling = mechanism.sampling_of(clipped.phase)
+    size = sampling.expected_batch_size(mechanism.num_examples)
+    mean = jax.tree.map(lambda x: x / size, total)
     # The step that is accounted is the one that counts.
     state = state._replace(count=jnp.asarray(step, jnp.int32))
-    state = advance(state, mean, params, restart=phase == "restart")
+    state = advance(state, mean, params, restart=clipped.phase == "restart")
     return state.estimate, state
 
 

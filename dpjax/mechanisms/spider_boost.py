@@ -82,13 +82,22 @@ class SpiderBoost:
         """The period of the sampling."""
         return self.sampling.period
 
+    @property
+    def steps_per_round(self) -> int:
+        """Every step is a round: there are no local ones."""
+        return 1
+
     def sampling_of(self, phase: str) -> Sampling:
         """Return the part of the sampling that draws this phase."""
         return self.sampling.first if phase == "restart" else self.sampling.rest
 
+    def multiplier(self, phase: str) -> float:
+        """Return the noise multiplier of a phase: what is accounted."""
+        return recursion.multiplier(self, phase)
+
     def noise_stddev(self, phase: str, radius: "float | Scalar") -> "float | Scalar":
         """Return the standard deviation of the noise on a sum clipped to ``radius``."""
-        return recursion.multiplier(self, phase) * radius
+        return self.multiplier(phase) * radius
 
     def event(self, steps: int | None = None) -> "DpEvent":
         """Return the sampled Gaussians of ``steps`` (all, by default), restarts apart."""

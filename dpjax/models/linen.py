@@ -3,6 +3,9 @@
 Flax is imported only in ``dpjax.models``; the rest of dpjax sees pure functions.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 from flax import linen as nn
 from jaxtyping import Array
 
@@ -41,3 +44,31 @@ def array_model(module: nn.Module, *, field: str) -> Model:
         return module.apply({"params": params}, example[field][None])[0]
 
     return Model(init, apply)
+
+
+def token_model(module: nn.Module, *, reads: Sequence[str]) -> Model:
+    """Turn a linen module of the tokens of one example into a model.
+
+    Args:
+        module: Called with what the example has under the keys ``reads``, None where it
+            has nothing. Its only variables are parameters and it draws no randomness, so
+            the key given to ``apply`` is not used.
+        reads: "tokens", which every example has, and what else the module reads.
+
+    Returns:
+        The model.
+    """
+
+    def init(key: Key, example: Example) -> Params:
+        return module.init(key, *_inputs(example, reads))["params"]
+
+    def apply(params: Params, example: Example, key: Key) -> Any:
+        del key
+        return module.apply({"params": params}, *_inputs(example, reads))
+
+    return Model(init, apply)
+
+
+def _inputs(example: Example, reads: Sequence[str]) -> list[Array | None]:
+    first, *rest = reads
+    return [example[first], *(example.get(key) for key in rest)]

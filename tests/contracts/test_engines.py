@@ -11,12 +11,14 @@ import pytest
 
 from dpjax.clipping import (
     Query,
+    Slope,
     auto,
     bookkeeping,
     clipped_grad,
     ghost,
     microbatched,
     plain,
+    planned,
     vmap,
 )
 from dpjax.sensitive import SEAL, ClippedSum, reveal
@@ -130,7 +132,9 @@ MASK = [True, True, False, True, True, True, False, True]
 @pytest.mark.parametrize("clip_norm", [0.3, 1e6])
 def test_engine_equals_the_reference(engine, style, case, clip_norm):
     loss, params, examples = CASES[case]
-    query = Query((params,), clip_norm=clip_norm, style=style, residual=True)
+    query = Query(
+        (params,), clip_norm=clip_norm, style=style, residual=True, count=True
+    )
     batch = batch_of(examples, mask=MASK, index=[5, 9, 0, 2, 7, 1, 0, 4])
     check_engine_contract(engine, loss, query, batch, KEY)
 
@@ -144,7 +148,12 @@ def test_gradients_are_clipped_to_the_outer_norm_first(engine, style):
     )["norms"]
     outer = float(np.median(norms))  # Half of the gradients are longer.
     query = Query(
-        (params,), clip_norm=outer / 3, style=style, residual=True, outer_norm=outer
+        (params,),
+        clip_norm=outer / 3,
+        style=style,
+        residual=True,
+        count=True,
+        outer_norm=outer,
     )
     check_engine_contract(engine, loss, query, batch_of(examples, mask=MASK), KEY)
 
@@ -157,7 +166,13 @@ def test_one_example_moves_the_residual_by_at_most_what_lies_between(engine, cli
         big = {"x": examples["x"], "y": examples["y"] * scale}
         for i in range(8):
             one = batch_of(big, mask=np.arange(8) == i)
-            query = Query((params,), clip_norm=clip_norm, residual=True, outer_norm=0.7)
+            query = Query(
+                (params,),
+                clip_norm=clip_norm,
+                residual=True,
+                count=True,
+                outer_norm=0.7,
+            )
             clipped, _ = run(engine, loss, query, one)
             assert norm(clipped.residual) <= 0.7 - clip_norm
 
@@ -174,7 +189,9 @@ def test_sums_of_different_outer_norms_do_not_merge():
 def test_difference_of_two_points_equals_the_reference(engine, case):
     loss, params, examples = CASES[case]
     other = jax.tree.map(lambda p: p + 0.1 * jnp.cos(p), params)
-    query = Query((params, other), clip_norm=0.3, signs=(1.0, -1.0), residual=True)
+    query = Query(
+        (params, other), clip_norm=0.3, signs=(1.0, -1.0), residual=True, count=True
+    )
     check_engine_contract(engine, loss, query, batch_of(examples, mask=MASK), KEY)
 
 
@@ -184,6 +201,46 @@ def test_difference_of_equal_points_with_zero_radius_is_zero(engine):
     query = Query((params, params), clip_norm=0.0, signs=(1.0, -1.0))
     clipped, _ = run(engine, loss, query, batch_of(examples))
     assert norm(clipped.total) == 0.0
+
+
+def slope_query(params, *, clip_norm, **options):
+    direction = jax.tree.map(lambda p: jnp.cos(3 * p), params)
+    slope = Slope(direction, 0.05)
+    return Query((params,), clip_norm=clip_norm, slope=slope, **options)
+
+
+@all_engines
+@pytest.mark.parametrize("clip_norm", [0.3, 1e6])
+def test_slopes_equal_the_reference(engine, clip_norm):
+    """The loss has dropout: both points must drop the same units."""
+    loss, params, examples = CASES["network"]
+    query = slope_query(params, clip_norm=clip_norm, residual=True)
+    batch = batch_of(examples, mask=MASK, index=[5, 9, 0, 2, 7, 1, 0, 4])
+    # Float32 losses are rounded before they are subtracted.
+    check_engine_contract(engine, loss, query, batch, KEY, rtol=1e-4)
+
+
+@all_engines
+def test_the_slope_of_one_example_counts_within_the_clip_norm_or_not_at_all(engine):
+    loss, params, examples = CASES["network"]
+    query = slope_query(params, clip_norm=0.1)
+    for scale in (1e-3, 1.0, 1e12, np.nan):
+        y = examples["y"] * scale
+        for i in range(8):
+            one = batch_of({"x": examples["x"], "y": y}, mask=np.arange(8) == i)
+            clipped, statistics = run(engine, loss, query, one)
+            assert norm(clipped.total) <= 0.1
+            found = reveal(statistics)["nonfinite"]
+            np.testing.assert_array_equal(found, (np.arange(8) == i) & np.isnan(scale))
+
+
+def test_slopes_are_refused_by_engines_that_would_not_answer_them():
+    loss, params, examples = CASES["network"]
+    query = slope_query(params, clip_norm=1.0)
+    with pytest.raises(ValueError, match="residual or slope"):
+        plain(loss, query, batch_of(examples), KEY)
+    with pytest.raises(ValueError, match="this query is of slopes; use micro"):
+        planned(memory_budget=1e9)(loss, query, batch_of(examples), KEY)
 
 
 @all_engines
@@ -207,9 +264,10 @@ def test_contribution_of_one_example_never_exceeds_the_clip_norm(engine, style):
         big = {"x": examples["x"], "y": examples["y"] * scale}
         for i in range(8):
             one = batch_of(big, mask=np.arange(8) == i)
-            query = Query((params,), clip_norm=0.1, style=style)
+            query = Query((params,), clip_norm=0.1, style=style, count=True)
             clipped, _ = run(engine, loss, query, one)
             assert norm(clipped.total) <= 0.1
+            assert abs(clipped.count) == 0.5
 
 
 @all_engines
@@ -229,13 +287,14 @@ def test_neighbouring_batches_differ_by_at_most_the_bound(engine, style, seed, c
 def test_nonfinite_examples_are_zeroed_counted_and_harmless(engine, style, bad):
     loss, params, examples = CASES["network"]
     broken = {**examples, "y": examples["y"].at[3].set(bad)}
-    query = Query((params,), clip_norm=0.5, style=style, residual=True)
+    query = Query((params,), clip_norm=0.5, style=style, residual=True, count=True)
     clipped, statistics = run(engine, loss, query, batch_of(broken))
     without = batch_of(examples, mask=np.arange(8) != 3)
     expected, _ = run(engine, loss, query, without)
     for part in ("total", "residual"):
         wanted = getattr(expected, part)
         assert_close(getattr(clipped, part), wanted, rtol=1e-6, scale=norm(wanted))
+    assert clipped.count == expected.count - 0.5  # It is not within.
     np.testing.assert_array_equal(reveal(statistics)["nonfinite"], np.arange(8) == 3)
 
 
@@ -243,7 +302,7 @@ def test_nonfinite_examples_are_zeroed_counted_and_harmless(engine, style, bad):
 def test_garbage_in_masked_rows_changes_nothing(engine):
     loss, params, examples = CASES["network"]
     garbage = jax.tree.map(lambda x: x.at[2].set(jnp.nan), examples)
-    query = Query((params,), clip_norm=0.5, residual=True)
+    query = Query((params,), clip_norm=0.5, residual=True, count=True)
     mask = np.arange(8) != 2
     clean = run(engine, loss, query, batch_of(examples, mask=mask))
     dirty = run(engine, loss, query, batch_of(garbage, mask=mask))
@@ -253,21 +312,23 @@ def test_garbage_in_masked_rows_changes_nothing(engine):
 @all_engines
 def test_batch_of_padding_only_sums_to_zero(engine):
     loss, params, examples = CASES["network"]
-    query = Query((params,), clip_norm=0.5, residual=True)
+    query = Query((params,), clip_norm=0.5, residual=True, count=True)
     clipped, _ = run(engine, loss, query, batch_of(examples, mask=np.zeros(8, bool)))
     assert norm(clipped.total) == 0.0
     assert norm(clipped.residual) == 0.0
+    assert clipped.count == 0.0
 
 
 @all_engines
 def test_order_and_slot_of_examples_do_not_matter(engine):
     loss, params, examples = CASES["network"]
-    query = Query((params,), clip_norm=0.5)
+    query = Query((params,), clip_norm=0.5, count=True)
     order = np.array([3, 1, 7, 0, 2, 6, 5, 4])
     straight, _ = run(engine, loss, query, batch_of(examples))
     shuffled = jax.tree.map(lambda x: x[order], examples)
     moved, statistics = run(engine, loss, query, batch_of(shuffled, index=order))
     assert_close(moved.total, straight.total, rtol=1e-6, scale=norm(straight.total))
+    assert moved.count == straight.count
     _, plain_order = run(engine, loss, query, batch_of(examples))
     np.testing.assert_allclose(
         reveal(statistics)["norms"], reveal(plain_order)["norms"][order], rtol=1e-6
@@ -277,7 +338,7 @@ def test_order_and_slot_of_examples_do_not_matter(engine):
 @all_engines
 def test_merge_over_a_split_batch_equals_the_whole(engine):
     loss, params, examples = CASES["network"]
-    query = Query((params,), clip_norm=0.5, residual=True)
+    query = Query((params,), clip_norm=0.5, residual=True, count=True)
     whole, _ = run(engine, loss, query, batch_of(examples))
     halves = [
         run(engine, loss, query, batch_of(examples, mask=mask))[0]
@@ -286,6 +347,7 @@ def test_merge_over_a_split_batch_equals_the_whole(engine):
     merged = halves[0].merge(halves[1])
     assert_close(merged.total, whole.total, rtol=1e-6, scale=norm(whole.total))
     assert_close(merged.residual, whole.residual, rtol=1e-6, scale=norm(whole.residual))
+    assert merged.count == whole.count
     assert merged.seal == np.float32(SEAL)
 
 
@@ -359,7 +421,7 @@ def test_plain_engine_is_the_gradient_of_the_summed_loss():
     mask = np.array(MASK)
     batch = batch_of(examples, mask=mask)
     gradient, statistics = plain(loss, Query((params,), clip_norm=np.inf), batch, KEY)
-    expected, _, _ = _unclipped(loss, params, batch)
+    expected, *_ = _unclipped(loss, params, batch)
     assert_close(gradient.total, expected, rtol=1e-5, scale=norm(expected))
     assert float(gradient.l2_bound) == np.inf
     assert np.isnan(reveal(statistics)["norms"][mask]).all()
@@ -379,13 +441,10 @@ def test_plain_engine_uses_no_per_example_gradients():
 
 def test_plain_engine_refuses_what_it_cannot_answer():
     loss, params, examples = CASES["network"]
-    with pytest.raises(ValueError, match="without residual"):
-        plain(
-            loss,
-            Query((params,), clip_norm=1.0, residual=True),
-            batch_of(examples),
-            KEY,
-        )
+    for extra in ("residual", "count"):
+        query = Query((params,), clip_norm=1.0, **{extra: True})
+        with pytest.raises(ValueError, match=f"without residual .* {extra}=True"):
+            plain(loss, query, batch_of(examples), KEY)
 
 
 def test_microbatch_size_must_divide_the_batch():
@@ -428,7 +487,7 @@ def test_clipped_grad_takes_plain_examples_and_knows_its_sensitivity():
     grad = clipped_grad(loss, clip_norm=0.25)
     assert grad.sensitivity() == 0.25
     total, _ = jax.jit(grad.__call__)(params, examples, KEY)
-    expected, _, _ = _unclipped(loss, params, batch_of(examples), clip_norm=0.25)
+    expected, *_ = _unclipped(loss, params, batch_of(examples), clip_norm=0.25)
     assert_close(total.total, expected, rtol=1e-5, scale=norm(expected))
     assert isinstance(total, ClippedSum)
 

@@ -11,16 +11,22 @@ import numpy as np
 import pytest
 
 import dpjax
+from dpjax.directions import gaussian_direction
 from dpjax.mechanisms import (
+    AdaptiveDpSgd,
+    BandMf,
     DiceSgd,
     Diff2,
+    Diff2BvrLSgd,
     DpSgd,
+    DpZero,
     NonPrivate,
     PrivatizedErrorFeedback,
     SpiderBoost,
 )
 from dpjax.noise import root_key
 from dpjax.sampling import (
+    CyclicPoisson,
     FullBatch,
     PeriodicPoisson,
     Poisson,
@@ -58,6 +64,21 @@ def diff2(**changes):
     return Diff2(**(facts | changes))
 
 
+def bvr_l_sgd(**changes):
+    facts = {
+        "clip_norm": 0.5,
+        "difference_clip_norm": 0.8,
+        "local_clip_norm": 0.6,
+        "restart_every": 2,
+        "noise_multiplier": 20.0,
+        "noise_ratio": 2.0,
+        "local_noise_ratio": 0.25,
+        "sampling": PeriodicPoisson(period=3, first_rate=1.0, rate=0.1),
+        **PLAN,
+    }
+    return Diff2BvrLSgd(**(facts | changes))
+
+
 def spider_boost(**changes):
     facts = {
         "clip_norm": 0.5,
@@ -68,6 +89,18 @@ def spider_boost(**changes):
         **PLAN,
     }
     return SpiderBoost(**(facts | changes))
+
+
+def dp_zero(**changes):
+    facts = {
+        "clip_norm": 0.5,
+        "smoothing": 1e-3,
+        "direction_seed": 7,
+        "noise_multiplier": 4.0,
+        "sampling": Poisson(rate=0.1),
+        **PLAN,
+    }
+    return DpZero(**(facts | changes))
 
 
 def dice_sgd(accounting, **changes):
@@ -86,12 +119,44 @@ def dice_sgd(accounting, **changes):
     return DiceSgd(**(facts | changes))
 
 
+def band_mf(**changes):
+    facts = {
+        "clip_norm": 0.5,
+        "clip_style": "flat",
+        "noise_multiplier": 4.0,
+        "bands": 3,
+        "strategy": "square_root",
+        "sampling": CyclicPoisson(cycle=4, rate=0.4),
+        **PLAN,
+    }
+    return BandMf(**(facts | changes))
+
+
+def adaptive(**changes):
+    facts = {
+        "initial_clip_norm": 0.5,
+        "min_clip_norm": 1e-3,
+        "max_clip_norm": 10.0,
+        "target_quantile": 0.7,
+        "clip_learning_rate": 0.2,
+        "count_share": 0.36,
+        "noise_multiplier": 4.0,
+        "sampling": Poisson(rate=0.1),
+        **PLAN,
+    }
+    return AdaptiveDpSgd(**(facts | changes))
+
+
 MECHANISMS = {
     "dp_sgd poisson": dp_sgd(),
     "dp_sgd per layer": dp_sgd(clip_style="per_layer"),
     "dp_sgd truncated": dp_sgd(sampling=TruncatedPoisson(rate=0.1, capacity=130)),
     "dp_sgd full batch": dp_sgd(sampling=FullBatch()),
     "dp_sgd shuffled": dp_sgd(sampling=ShuffledFixed(batch_size=100)),
+    "dp_sgd cyclic": dp_sgd(sampling=CyclicPoisson(cycle=5, rate=0.5)),
+    "adaptive": adaptive(),
+    "band_mf": band_mf(),
+    "band_mf fixed order": band_mf(sampling=CyclicPoisson(cycle=5, rate=1.0)),
     "dice_sgd": dice_sgd("conservative", clip_style="automatic", outer_norm=None),
     "dice_sgd full batch": dice_sgd("conservative", sampling=FullBatch()),
     "dice_sgd outer clip": dice_sgd("outer_clip", error_clip_norm=None),
@@ -110,8 +175,10 @@ MECHANISMS = {
         sampling=Poisson(rate=0.1),
         **PLAN,
     ),
+    "dp_zero": dp_zero(),
     "diff2": diff2(),
     "diff2 four workers": diff2(noisy_workers=4),
+    "diff2 bvr-l-sgd": bvr_l_sgd(),
     "spider boost": spider_boost(),
     "spider boost capped": spider_boost(difference_clip_norm=50.0),
     "non-private": NonPrivate(sampling=ShuffledFixed(batch_size=100), **PLAN),
@@ -128,6 +195,7 @@ class Kind(NamedTuple):
     bound: float
     stddev: float
     divisor: float
+    every: int = 5  # steps from one of this phase to another
 
 
 def kinds(name):
@@ -136,8 +204,14 @@ def kinds(name):
     if isinstance(mechanism, DpSgd):
         size = mechanism.expected_batch_size
         return {"gradient": Kind(0, 0.5, 2.0, size)}
+    if isinstance(mechanism, DpZero):
+        return {"slope": Kind(0, 0.5, 2.0, mechanism.expected_batch_size)}
     return {
         "non-private": {"gradient": Kind(0, math.inf, 0.0, 100.0)},
+        "adaptive": {"gradient": Kind(0, 0.5, 4 * 0.5 / 0.8, 100.0)},
+        # The norm of 1, 1/2, 3/8 is 1.179248.
+        "band_mf": {"gradient": Kind(0, 0.5, 4 * 0.5 * 1.179248, 100.0)},
+        "band_mf fixed order": {"gradient": Kind(0, 0.5, 4 * 0.5 * 1.179248, 200.0)},
         # 2 C2 + C1; G; sqrt(5) C1 + 5 (G - C1) in 5 epochs; sqrt(C1^2 + 2 C2^2).
         "dice_sgd": {"gradient": Kind(0, 0.5, 20 * 2.0, 100.0)},
         "dice_sgd full batch": {"gradient": Kind(0, 0.5, 20 * 2.0, 1000.0)},
@@ -153,6 +227,12 @@ def kinds(name):
         "diff2 four workers": {
             "restart": Kind(0, 0.5, 20.0, 1000.0),
             "difference": Kind(1, 0.8, 64.0, 1000.0),
+        },
+        # z2 C2 and z3 C3; all examples, but for local steps.
+        "diff2 bvr-l-sgd": {
+            "restart": Kind(0, 0.5, 10.0, 1000.0, every=6),
+            "difference": Kind(3, 0.8, 32.0, 1000.0, every=6),
+            "local": Kind(2, 0.6, 3.0, 100.0, every=6),
         },
         "spider boost": {
             "restart": Kind(0, 0.5, 2.0, 200.0),
@@ -180,6 +260,8 @@ def moved_by_one(mechanism, like):
 
 
 def release(mechanism, clipped, step):
+    if isinstance(mechanism, DpZero):
+        return slopes_released(mechanism, clipped, step)
     state, params = moved_by_one(mechanism, clipped.total)
     asked = mechanism.query(clipped.phase, params, state)
     if asked.residual:
@@ -188,8 +270,41 @@ def release(mechanism, clipped, step):
             residual=jax.tree.map(jnp.zeros_like, clipped.total),
             outer_norm=jnp.float32(asked.outer_norm),
         )
+    if asked.count:
+        clipped = dataclasses.replace(clipped, count=jnp.float32(0))
+    if "count" in getattr(state, "_fields", ()):
+        state = state._replace(count=jnp.int32(step))
     mean, _ = _compiled_release(mechanism)(clipped, state, params, root_key(0), step)
     return mean
+
+
+def slopes_released(mechanism, clipped, step):
+    """Each entry of the sum is a sum of slopes, released with a root key of its own."""
+    totals, treedef = jax.tree.flatten(clipped.total)
+    count = sum(t.size for t in totals)
+    words = jax.random.bits(jax.random.key(0), (count, 2, 2), jnp.uint32)
+    roots = jax.random.wrap_key_data(words)
+    flat = jnp.concatenate([jnp.ravel(t) for t in totals])
+    asked = dataclasses.replace(clipped, total=flat)
+    found = _compiled_slopes(mechanism)(asked, roots, step)
+    parts = np.split(found, np.cumsum([t.size for t in totals])[:-1])
+    shaped = [p.reshape(t.shape) for p, t in zip(parts, totals, strict=True)]
+    return treedef.unflatten(shaped)
+
+
+@functools.cache
+def _compiled_slopes(mechanism):
+    params = {"w": jnp.zeros(3)}
+
+    def one(total, asked, root, step):
+        asked = dataclasses.replace(asked, total=total)
+        state = mechanism.init(params)._replace(step=step)
+        out, _ = mechanism.release(asked, state, params, key=root, step=step)
+        u = gaussian_direction(params, seed=7, step=step)["w"]
+        return jnp.dot(out["w"], u) / jnp.dot(u, u)
+
+    each = jax.vmap(one, in_axes=(0, None, 0, None))
+    return compiled(lambda asked, roots, step: each(asked.total, asked, roots, step))
 
 
 @functools.cache
@@ -206,9 +321,9 @@ def releases(name, phase):
     mechanism = MECHANISMS[name]
 
     def run(clipped, i):
-        first, period = kinds(name)[phase].step, 5
+        kind = kinds(name)[phase]
         asked = dataclasses.replace(clipped, phase=phase)
-        return release(mechanism, asked, first + period * i)
+        return release(mechanism, asked, kind.step + kind.every * i)
 
     return run
 
@@ -266,7 +381,8 @@ def test_the_query_asks_for_what_the_release_takes(name, phase):
         asked.points, (params, {"w": jnp.zeros(3)}), strict=False
     ):
         np.testing.assert_array_equal(point["w"], expected["w"])
-    assert asked.signs == ((1.0, -1.0) if phase == "difference" else (1.0,))
+    differs = phase in ("difference", "local")
+    assert asked.signs == ((1.0, -1.0) if differs else (1.0,))
 
 
 @pytest.mark.parametrize(
@@ -292,7 +408,7 @@ def test_replacing_a_fact_moves_everything_derived_from_it(name, fact):
         for kind in KINDS
         for harm in ("seal", "bound", "step")
         if harm == "seal" or kind[0] in PRIVATE
-        if harm != "step" or kind[1] != "gradient"
+        if harm != "step" or kind[1] not in ("gradient", "slope")
     ],
 )
 def test_a_sum_that_was_tampered_with_comes_out_as_nan(name, phase, harm):
@@ -344,6 +460,42 @@ def test_calibration_meets_the_target_from_below(name, target):
             lambda: dp_sgd(sampling=ShuffledFixed(batch_size=2000)),
             "batch_size=2000 exceeds num_examples=1000",
         ),
+        (lambda: dp_zero(smoothing=0.0), "smoothing=0.0 must be positive and finite"),
+        (
+            lambda: dp_zero(direction_seed=None),
+            "direction_seed=None must be an integer",
+        ),
+        (lambda: dp_zero(clip_norm=0.0), "clip_norm=0.0 must be positive"),
+        (
+            lambda: adaptive(initial_clip_norm=20.0),
+            "initial_clip_norm=20.0 must be between min_clip_norm=0.001 and "
+            "max_clip_norm=10.0",
+        ),
+        (lambda: adaptive(min_clip_norm=0.0), "clip_norm=0.0 must be positive"),
+        (lambda: adaptive(max_clip_norm=math.inf), "clip_norm=inf must be positive"),
+        (lambda: adaptive(target_quantile=1.0), r"target_quantile=1.0 must be in \(0"),
+        (lambda: adaptive(count_share=0.0), r"count_share=0.0 must be in \(0, 1\)"),
+        (
+            lambda: adaptive(clip_learning_rate=0.0),
+            "clip_learning_rate=0.0 must be positive",
+        ),
+        (lambda: adaptive(noise_multiplier=-1.0), "noise_multiplier=-1.0 must be"),
+        (lambda: band_mf(bands=0), "bands=0 must be an integer of at least 1"),
+        (lambda: band_mf(bands=51), "bands=51 exceeds steps=50"),
+        (lambda: band_mf(strategy="optimal"), "strategy='optimal' is unknown"),
+        (lambda: band_mf(clip_norm=0.0), "clip_norm=0.0 must be positive"),
+        (lambda: band_mf(noise_multiplier=-1.0), "noise_multiplier=-1.0 must be"),
+        (
+            lambda: band_mf(bands=5),
+            r"CyclicPoisson\(cycle=4, rate=0.4\) .* twice within bands=5 steps, .* use "
+            r"CyclicPoisson\(cycle=5",
+        ),
+        (
+            lambda: band_mf(sampling=ShuffledFixed(batch_size=100)),
+            "with rate=1.0 for batches in a fixed order",
+        ),
+        (lambda: band_mf(sampling=Poisson(rate=0.1)), "which has no analysis"),
+        (lambda: band_mf(sampling=FullBatch()), "which has no analysis"),
         (lambda: diff2(clip_norm=0.0), "clip_norm=0.0 must be positive"),
         (
             lambda: diff2(difference_clip_norm=0.0),
@@ -358,6 +510,23 @@ def test_calibration_meets_the_target_from_below(name, target):
             "noisy_workers=1001 exceeds num_examples=1000",
         ),
         (lambda: diff2(sampling=Poisson(rate=0.1)), "for Poisson batches use Spider"),
+        (
+            lambda: bvr_l_sgd(sampling=Poisson(rate=0.1)),
+            "must be PeriodicPoisson.*without local steps use Diff2",
+        ),
+        (
+            lambda: bvr_l_sgd(sampling=ShuffledFixed(batch_size=10)),
+            "must be PeriodicPoisson.*without local steps use Diff2",
+        ),
+        (
+            lambda: bvr_l_sgd(local_clip_norm=0.0),
+            "local_clip_norm=0.0 must be positive",
+        ),
+        (
+            lambda: bvr_l_sgd(local_noise_ratio=math.inf),
+            "local_noise_ratio=inf must be positive and finite",
+        ),
+        (lambda: bvr_l_sgd(restart_every=0), "restart_every=0 must be an integer"),
         (lambda: spider_boost(sampling=FullBatch()), "for full batches use Diff2"),
         (lambda: spider_boost(sampling=Poisson(rate=0.1)), "must be PeriodicPoisson"),
         (lambda: spider_boost(difference_clip_norm=-1.0), "difference_clip_norm=-1.0"),

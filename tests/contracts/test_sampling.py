@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dpjax.sampling import (
+    CyclicPoisson,
     FullBatch,
     PeriodicPoisson,
     Poisson,
@@ -14,13 +15,15 @@ from dpjax.sampling import (
     TruncatedPoisson,
     secret_seed,
 )
-from tests.checks import check_poisson
+from tests.checks import check_cyclic, check_poisson
 
 SAMPLINGS = {
     "poisson": Poisson(rate=0.1),
     "poisson of rate 1": Poisson(rate=1.0),
     "truncated": TruncatedPoisson(rate=0.1, capacity=25),
     "periodic": PeriodicPoisson(period=4, first_rate=0.3, rate=0.05),
+    "cyclic": CyclicPoisson(cycle=3, rate=0.25),
+    "cyclic of rate 1": CyclicPoisson(cycle=3, rate=1.0),
     "full": FullBatch(),
     "shuffled": ShuffledFixed(batch_size=16),
 }
@@ -63,7 +66,9 @@ def test_draws_are_distinct_indices_in_range(sampling):
         assert ((indices >= 0) & (indices < N)).all()
 
 
-@pytest.mark.parametrize("name", ["poisson", "periodic", "truncated", "shuffled"])
+@pytest.mark.parametrize(
+    "name", ["poisson", "periodic", "truncated", "cyclic", "shuffled"]
+)
 def test_seeds_and_steps_draw_differently(name):
     sampling = SAMPLINGS[name]
     draws = {
@@ -118,6 +123,41 @@ def test_periodic_poisson_draws_and_accounts_its_parts_in_turn():
     )
 
 
+@pytest.mark.parametrize(("cycle", "rate"), [(3, 0.3), (2, 0.6)])
+def test_cyclic_poisson_draws_what_is_accounted(cycle, rate):
+    check_cyclic(CyclicPoisson(cycle=cycle, rate=rate), num_examples=N)
+
+
+def test_cyclic_poisson_of_rate_1_takes_the_parts_in_a_fixed_order():
+    sampling = SAMPLINGS["cyclic of rate 1"]
+    parts = [set(draw(sampling, step)) for step in range(6)]
+    assert parts[:3] == parts[3:]
+    assert sorted(i for part in parts[:3] for i in part) == list(range(N))
+
+
+def test_a_cycle_of_one_is_poisson_sampling():
+    cyclic, plain = CyclicPoisson(cycle=1, rate=0.1), Poisson(rate=0.1)
+    for step in range(5):
+        np.testing.assert_array_equal(draw(cyclic, step), draw(plain, step))
+    composed = [s.compose(1.0, steps=7, num_examples=N) for s in (cyclic, plain)]
+    assert composed[0] == composed[1]
+
+
+def test_parts_of_a_cycle_are_even_and_independent_choices():
+    """Each example's own: so that adding one moves no other."""
+    sampling = CyclicPoisson(cycle=4, rate=1.0)
+    seats = np.empty((100, N), int)
+    for seed in range(100):
+        for part in range(4):
+            seats[seed, draw(sampling, part, seed)] = part
+    counts = np.bincount(seats.ravel(), minlength=4)
+    # Four standard errors of a share of 1/4 in 20,000.
+    assert np.abs(counts / seats.size - 0.25).max() < 4 * math.sqrt(3 / 16 / 20_000)
+    # Sizes of parts vary as independent choices do: 200 * 1/4 * 3/4.
+    sizes = (seats == 0).sum(axis=1)
+    assert abs(sizes.var() / 37.5 - 1) < 5 * math.sqrt(2 / 100)
+
+
 def test_truncated_poisson_draws_what_is_accounted():
     sampling = SAMPLINGS["truncated"]
     event = sampling.compose(1.0, steps=7, num_examples=N)
@@ -168,6 +208,8 @@ def test_full_batch_is_everyone_every_time():
             lambda: PeriodicPoisson(period=0, first_rate=0.5, rate=0.1),
             "period=0 must be an integer",
         ),
+        (lambda: CyclicPoisson(cycle=0, rate=0.1), "cycle=0 must be an integer"),
+        (lambda: CyclicPoisson(cycle=2, rate=1.1), "rate=1.1 must be in"),
         (lambda: Poisson(rate=float("nan")), "rate=nan must be in"),
         (
             lambda: TruncatedPoisson(rate=0.1, capacity=0),

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from dpjax.data.arrays import ArraySource
-from dpjax.data.batches import check_labels, fingerprint, overlap, read_steps
+from dpjax.data.batches import (
+    check_labels,
+    check_tokens,
+    fingerprint,
+    overlap,
+    read_steps,
+)
 
 N = 40
 SOURCE = ArraySource(
@@ -209,3 +215,14 @@ def test_overlap_is_the_part_of_held_out_records_that_were_trained_on():
     assert overlap(source, ArraySource({"x": rows[:100]})) == 1.0
     half = ArraySource({"x": rows[1150:1250]})
     assert overlap(source, half) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("where", "value"), [(0, -1), (2, 7)])
+def test_check_tokens_names_the_first_offender(where, value):
+    tokens = np.arange(6, dtype=np.int32).reshape(3, 2)
+    check_tokens(ArraySource({"tokens": tokens}), vocab_size=7)
+    tokens[where, 1] = value
+    with pytest.raises(
+        ValueError, match=f"token {value} of example {where} is outside"
+    ):
+        check_tokens(ArraySource({"tokens": tokens}), vocab_size=7)

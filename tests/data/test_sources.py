@@ -5,8 +5,9 @@ import pytest
 
 from dpjax.data.arrays import ArraySource, digits, npz
 from dpjax.data.images import image_folder
-from dpjax.data.text import text_lines
+from dpjax.data.text import labelled_texts, text_blocks, text_lines, text_pairs
 from dpjax.data.tfds import tfds_source
+from dpjax.data.tokenizers import byte_level
 
 PIXELS = np.random.default_rng(0).integers(256, size=(20, 5, 4, 3), dtype=np.uint8)
 LABELS = np.arange(20) % 3
@@ -21,7 +22,24 @@ def build_npz(tmp_path):
 
 def build_text(tmp_path):
     (tmp_path / "lines.txt").write_text("one\ntwo\nthree\nfour\nfive\nsix\nseven\n")
-    return text_lines(path=str(tmp_path / "lines.txt"), length=4)
+    path, tokenizer = str(tmp_path / "lines.txt"), byte_level(specials=())
+    return text_lines(path=path, length=4, tokenizer=tokenizer)
+
+
+def build_blocks(tmp_path):
+    (tmp_path / "text.txt").write_text("abcdefghijklmnopqrstuvwxyz")
+    path, tokenizer = str(tmp_path / "text.txt"), byte_level(specials=())
+    return text_blocks(path=path, length=4, tokenizer=tokenizer, start=0.0, stop=1.0)
+
+
+def build_table(build, tmp_path, **options):
+    (tmp_path / "table.csv").write_text(
+        "a,b\n" + "".join(f"{i * 'x'},{i}\n" for i in range(9))
+    )
+    return build(
+        path=str(tmp_path / "table.csv"), delimiter=",", columns=(), length=6,
+        template=("{a}", "<eos>"), tokenizer=byte_level(specials=("<eos>",)), **options,
+    )  # fmt: skip
 
 
 def build_folder(request, *, cache):
@@ -39,6 +57,7 @@ def build_tfds(request, *, in_memory):
     )
 
 
+TOKENS = {"tokens": ("int32", 1), "mask": ("bool", 1)}
 IMAGE = {"image": ("float32", 3), "label": ("int32", 0)}
 SOURCES = {  # name -> (build(request, tmp_path), length, {key: (dtype, ndim)})
     "arrays": (
@@ -76,7 +95,18 @@ SOURCES = {  # name -> (build(request, tmp_path), length, {key: (dtype, ndim)})
     "text": (
         lambda request, tmp_path: build_text(tmp_path),
         7,
-        {"tokens": ("int32", 1), "mask": ("bool", 1)},
+        TOKENS,
+    ),
+    "blocks": (lambda request, tmp_path: build_blocks(tmp_path), 7, TOKENS),
+    "labelled_texts": (
+        lambda request, tmp_path: build_table(labelled_texts, tmp_path, label="b"),
+        9,
+        TOKENS | {"label": ("int32", 0)},
+    ),
+    "text_pairs": (
+        lambda request, tmp_path: build_table(text_pairs, tmp_path, target=1),
+        9,
+        TOKENS | {"weights": ("float32", 1)},
     ),
 }
 

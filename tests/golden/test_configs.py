@@ -38,6 +38,13 @@ def test_recipe_passes_the_checks(name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
+def test_its_variants_pass_the_checks_too(name):
+    recipe = importlib.import_module(f"configs.{name}")
+    for variant in getattr(recipe, "VARIANTS", ()):
+        check(recipe.get_config(variant).to_dict())
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_recipe_says_how_to_run_it(name):
     text = importlib.import_module(f"configs.{name}").__doc__
     assert f"--config=configs/{name}.py" in text

@@ -217,6 +217,64 @@ def test_workers_cost_noise_and_no_epsilon():
     assert many.event() == one.event()
 
 
+@pytest.mark.parametrize("phase", ["restart", "difference"])
+def test_a_release_is_the_sum_of_what_the_workers_of_all_shards_send(phase):
+    loss, params, examples = engines.CASES["linear"]
+    mechanism = diff2(noisy_workers=3, num_examples=8)
+    at = {"restart": 5, "difference": 6}[phase]
+    state = mechanism.init(jax.tree.map(lambda p: 0.9 * p, params))
+    state = state._replace(estimate=jax.tree.map(jnp.cos, params))
+    query = mechanism.query(phase, params, state)
+    merged, messages = query.empty(), []
+    for worker, shard in enumerate(([0, 3, 4, 7], [1], [2, 5, 6])):
+        mask = np.isin(np.arange(8), shard)
+        clipped, _ = engines.run(
+            engines.vmap, loss, query, batch_of(examples, mask=mask)
+        )
+        messages.append(
+            mechanism.message(clipped, state, params, key=ROOT, step=at, worker=worker)
+        )
+        merged = merged.merge(clipped)
+    whole, _ = engines.run(engines.vmap, loss, query, batch_of(examples))
+    total = jax.tree.map(lambda *parts: sum(parts) / 8, *messages)
+    if phase == "difference":
+        total = jax.tree.map(jnp.add, total, state.estimate)
+    noise = float(mechanism.noise_stddev(phase, query.clip_norm))
+    for of_all in (merged, whole):
+        found, _ = mechanism.release(of_all, state, params, key=ROOT, step=at)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * noise),
+            found,
+            total,
+        )
+
+
+def test_each_message_has_the_noise_of_a_whole_release_and_shares_it_with_none():
+    mechanism, params = diff2(noisy_workers=9), {"w": jnp.zeros(20_000)}
+    state = mechanism.init(params)
+    empty = mechanism.query("restart", params, state).empty()
+    send = compiled(
+        functools.partial(mechanism.message, key=ROOT, step=0),
+        static_argnames="worker",
+    )
+    drawn = [send(empty, state, params, worker=k)["w"] for k in (0, 8)]
+    for one in drawn:
+        # By hand: 20 * .5, whatever the number of workers. Five standard errors.
+        assert np.std(one) == pytest.approx(10.0, rel=0.025)
+    assert abs(np.corrcoef(drawn)[0, 1]) < 6 / math.sqrt(20_000)
+    broken = dataclasses.replace(empty, l2_bound=empty.l2_bound * 1.01)
+    assert np.isnan(send(broken, state, params, worker=0)["w"]).all()
+
+
+@pytest.mark.parametrize("worker", [-1, 9])
+def test_a_worker_that_there_is_not_sends_nothing(worker):
+    mechanism, params = diff2(noisy_workers=9), {"w": jnp.zeros(3)}
+    state = mechanism.init(params)
+    empty = mechanism.query("restart", params, state).empty()
+    with pytest.raises(ValueError, match=f"worker={worker} must be in"):
+        mechanism.message(empty, state, params, key=ROOT, step=0, worker=worker)
+
+
 @pytest.mark.parametrize("fact", ["clip_norm", "difference_clip_norm"])
 def test_a_radius_moves_its_noise_and_no_epsilon(fact):
     mechanism = diff2()

@@ -1,0 +1,367 @@
+"""Pretrained weights: Hugging Face's safetensors to our parameters, and back.
+
+Conversions reorder numbers and change no value (but a file in bfloat16 or float16 comes
+out as float32). Nothing is fetched unless a path names a model of the Hugging Face hub.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes  # noqa: F401 - lets numpy read bfloat16
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from dpjax.models.layouts import LAYOUTS, NOT_PARAMETERS, Layout, Rule
+from dpjax.typing import Example, Key, Model, Params
+
+Tensors = Mapping[str, np.ndarray]
+
+
+def pretrained(
+    model: Model,
+    *,
+    path: str,
+    family: str,
+    fresh: Sequence[str],
+    skip: Sequence[str],
+) -> Model:
+    """Start a model from weights in the Hugging Face format.
+
+    Names and shapes are checked whenever ``init`` is traced (also by ``jax.eval_shape``);
+    the numbers are read only when it runs.
+
+    Args:
+        model: Of ``family``, scanned or not.
+        path: A safetensors file; a folder with ``model.safetensors`` or its index of
+            parts; or the name of a model on the hub, "OWNER/NAME" or "OWNER/NAME@REVISION",
+            which needs ``huggingface_hub`` (the extra ``hub``).
+        family: "gpt2", "bert", "roberta", "vit" or "llama".
+        fresh: Regular expressions of parameters ("head/.*") that the file does not give:
+            they start as in ``model``.
+        skip: Regular expressions of tensors of the file that are left out.
+
+    Returns:
+        A model whose ``init`` gives these weights as float32.
+
+    Raises:
+        FileNotFoundError: If there is no such file, nor a way to fetch it.
+        ValueError: If the family is unknown. From ``init``, if tensors are missing or left
+            over, have other shapes (another vocabulary), or are tied here and not there.
+    """
+    layout = _layout(family)
+    files = _resolve(path)
+
+    def init(key: Key, example: Example) -> Params:
+        params = model.init(key, example)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+        headers = _named(layout, _read(files, data=False), skip=skip)
+        given = _without(shapes, fresh)
+        _parts(layout, headers, given)
+
+        def load() -> dict[str, np.ndarray]:
+            tensors = _named(layout, _read(files, data=True), skip=skip)
+            return _gather(_parts(layout, tensors, given), given)
+
+        # Not as constants of the program: they are as large as the model.
+        return _unflatten(_flatten(params) | jax.pure_callback(load, given))
+
+    return model._replace(init=init)
+
+
+def from_hf(
+    tensors: Tensors,
+    like: Params,
+    *,
+    family: str,
+    fresh: Sequence[str] = (),
+    skip: Sequence[str] = (),
+) -> Params:
+    """Convert tensors with Hugging Face's names to parameters.
+
+    Args:
+        tensors: All tensors of a model.
+        like: Parameters of the model, or their shapes; the result has the same tree.
+        family: As for ``pretrained``.
+        fresh: Parameters that the tensors do not give; they are taken from ``like``.
+        skip: Tensors to leave out.
+
+    Raises:
+        ValueError: If tensors are missing or left over, have other shapes, or are tied
+            here and not there.
+    """
+    layout = _layout(family)
+    given = _without(like, fresh)
+    parts = _parts(layout, _named(layout, tensors, skip=skip), given)
+    return _unflatten(_flatten(like) | _gather(parts, given))
+
+
+def to_hf(params: Params, *, family: str) -> dict[str, np.ndarray]:
+    """Convert parameters to tensors with Hugging Face's names; tied ones come once.
+
+    Raises:
+        ValueError: If a parameter is not of the family.
+    """
+    flat = {
+        name: np.asarray(leaf) for name, leaf in _separate(_flatten(params)).items()
+    }
+    rules = _rules(_layout(family), flat)
+    left = sorted(set(flat) - {name for rule in rules for name in rule.ours})
+    if left:
+        raise ValueError(f"family={family!r} has no parameters {left}")
+    return {
+        rule.theirs: np.ascontiguousarray(
+            rule.transform.join([flat[name] for name in rule.ours])
+        )
+        for rule in rules
+    }
+
+
+def read(path: str) -> dict[str, np.ndarray]:
+    """Read the tensors of a file, folder or model of the hub, as ``pretrained`` would."""
+    return dict(_read(_resolve(path), data=True))
+
+
+def write(path: str, params: Params, *, family: str) -> None:
+    """Write parameters to a safetensors file that Hugging Face's models load."""
+    # Without this entry transformers refuses the file.
+    save_file(to_hf(params, family=family), path, metadata={"format": "pt"})
+
+
+def _layout(family: str) -> Layout:
+    if family not in LAYOUTS:
+        raise ValueError(f"{family=} is unknown; choose from {[*LAYOUTS]}")
+    return LAYOUTS[family]
+
+
+def _named(layout: Layout, tensors: Tensors, *, skip: Sequence[str]) -> Tensors:
+    """Return the tensors under today's names, without buffers and what is skipped."""
+    for pattern in skip:
+        if not any(re.fullmatch(pattern, name) for name in tensors):
+            raise ValueError(f"skip={pattern!r} matches none of {sorted(tensors)}")
+    known = [re.escape(rule.theirs).replace(r"\{\}", r"\d+") for rule in layout.rules]
+    named = {}
+    for name, tensor in tensors.items():
+        if _matches(name, (*skip, *NOT_PARAMETERS)):
+            continue
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+        if not _matches(name, known) and _matches(layout.prefix + name, known):
+            name = layout.prefix + name
+        named[name] = tensor
+    return named
+
+
+def _without(like: Params, fresh: Sequence[str]) -> dict[str, Any]:
+    """Return the leaves by name, those of ``fresh`` left out."""
+    names = _flatten(like)
+    for pattern in fresh:
+        if not any(re.fullmatch(pattern, name) for name in names):
+            raise ValueError(f"fresh={pattern!r} matches none of {sorted(names)}")
+    return {name: leaf for name, leaf in names.items() if not _matches(name, fresh)}
+
+
+def _parts(
+    layout: Layout, tensors: Tensors, given: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """Return views of the tensors as parameters of separate layers, checked."""
+    views = {name: np.broadcast_to(np.float32(0), x.shape) for name, x in given.items()}
+    shapes = {name: view.shape for name, view in _separate(views).items()}
+    rules = _rules(layout, shapes)
+    _check_names(layout, rules, tensors)
+    parts = {
+        name: part
+        for rule in rules
+        for name, part in zip(
+            rule.ours, rule.transform.split(tensors[rule.theirs]), strict=True
+        )
+    }
+    _check_shapes(rules, tensors, parts, shapes)
+    return parts
+
+
+def _check_names(layout: Layout, rules: list[Rule], tensors: Tensors) -> None:
+    wanted = {rule.theirs for rule in rules}
+    copies = {
+        name: source
+        for name, source in layout.copies.items()
+        if name in tensors and name not in wanted and source in tensors
+    }
+    for name, source in copies.items():
+        if not np.array_equal(tensors[name], tensors[source]):
+            raise ValueError(
+                f"tensors {name!r} and {source!r} differ, and are one in this model; "
+                "the weights are of a model with an untied head"
+            )
+    missing = sorted(wanted - set(tensors))
+    surplus = sorted(set(tensors) - wanted - set(copies))
+    if missing or surplus:
+        raise ValueError(
+            "the weights do not fit the model: "
+            + "; ".join(
+                f"{len(names)} tensors {what}: {', '.join(names)}"
+                for what, names in (("missing", missing), ("left over", surplus))
+                if names
+            )
+            + ". Check sizes and head; name parameters that start anew in fresh=, and "
+            "tensors to leave out in skip="
+        )
+
+
+_SIZES = {"token/embedding": "vocab_size", "position": "length"}
+
+
+def _check_shapes(
+    rules: list[Rule],
+    tensors: Tensors,
+    parts: Mapping[str, np.ndarray],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> None:
+    wrong = []
+    for rule in rules:
+        for name in rule.ours:
+            if parts[name].shape != shapes[name]:
+                key = _SIZES.get(name)
+                wrong.append(
+                    f"{rule.theirs} is {list(tensors[rule.theirs].shape)}, which makes "
+                    f"{name} {list(parts[name].shape)}, not {list(shapes[name])}"
+                    + (f" (see {key}=)" if key else "")
+                )
+    if wrong:
+        raise ValueError(
+            "the weights are of a model of other sizes: " + "; ".join(wrong)
+        )
+
+
+def _rules(layout: Layout, ours: Mapping[str, Any]) -> list[Rule]:
+    """Return the rules of which all parameters are there, one for each layer."""
+    layers = {re.match(r"layers_(\d+)/", name) for name in ours} - {None}
+    numbers = sorted({int(match[1]) for match in layers if match})
+    expanded = []
+    for rule in layout.rules:
+        for i in numbers if "{}" in rule.theirs else (0,):
+            names = tuple(name.format(i) for name in rule.ours)
+            if all(name in ours for name in names):
+                expanded.append(Rule(rule.theirs.format(i), names, rule.transform))
+    return expanded
+
+
+def _separate(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return scanned parameters as those of separate layers."""
+    separate = {}
+    for name, leaf in flat.items():
+        if name.startswith("layers/"):
+            rest = name.removeprefix("layers/")
+            separate |= {f"layers_{i}/{rest}": leaf[i] for i in range(len(leaf))}
+        else:
+            separate[name] = leaf
+    return separate
+
+
+def _gather(
+    parts: Mapping[str, np.ndarray], given: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """Return the float32 parameters of ``given``, layers stacked where they are there."""
+    gathered = {}
+    for name, leaf in given.items():
+        if name.startswith("layers/"):
+            rest = name.removeprefix("layers/")
+            layers = [parts[f"layers_{i}/{rest}"] for i in range(leaf.shape[0])]
+            gathered[name] = np.stack(layers).astype(np.float32)
+        else:
+            gathered[name] = np.array(parts[name], np.float32)
+    return gathered
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
+def _flatten(params: Params) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in leaves
+    }
+
+
+def _unflatten(flat: Mapping[str, Any]) -> Params:
+    tree: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *groups, last = name.split("/")
+        inner = tree
+        for group in groups:
+            inner = inner.setdefault(group, {})
+        inner[last] = leaf
+    return tree
+
+
+def _read(files: Sequence[Path], *, data: bool) -> Tensors:
+    """Return the tensors of files; without ``data``, zeros that take no memory."""
+    tensors = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="np") as opened:
+                for name in opened.keys():  # noqa: SIM118 - it is no dict
+                    shape = opened.get_slice(name).get_shape()
+                    tensors[name] = (
+                        opened.get_tensor(name)
+                        if data
+                        else np.broadcast_to(np.float32(0), shape)
+                    )
+        except SafetensorError as error:
+            raise ValueError(
+                f"{str(file)!r} is no safetensors file: {error}"
+            ) from error
+    return tensors
+
+
+def _resolve(path: str) -> list[Path]:
+    """Return the safetensors files of a path or of a model of the hub."""
+    local = Path(path)
+    if local.is_file():
+        return [local]
+    folder = local if local.is_dir() else _fetch(path)
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        parts = json.loads(index.read_text())["weight_map"].values()
+        return [folder / part for part in sorted(set(parts))]
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    found = sorted(file.name for file in folder.iterdir())
+    raise FileNotFoundError(
+        f"path={path!r} has no model.safetensors, only {found}; weights in another format "
+        "must be saved as safetensors first"
+    )
+
+
+def _fetch(path: str) -> Path:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w.-]+)?", path):
+        raise FileNotFoundError(f"path={path!r} does not exist")
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise FileNotFoundError(
+            f"path={path!r} does not exist; to fetch it from the Hugging Face hub, "
+            "install the extra: pip install 'dpjax[hub]'"
+        ) from None
+    name, _, revision = path.partition("@")
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name,
+            revision=revision or None,
+            allow_patterns=["model*.safetensors", "model.safetensors.index.json"],
+        )
+    except (
+        OSError
+    ) as error:  # whatever goes wrong: no network, no such model, no access
+        raise FileNotFoundError(
+            f"path={path!r} does not exist, and the Hugging Face hub does not give it "
+            f"({type(error).__name__}). Without network, download the folder elsewhere "
+            "and give its path"
+        ) from error
+    return Path(folder)

@@ -1,0 +1,192 @@
+"""Every family of transformers under every engine, and what the analysis makes of them.
+
+What a model is asked for (scan, remat, bfloat16; tied or not; which head) and what the
+engine is asked for go round over families and engines: few compilations meet them all.
+"""
+
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+
+import dpjax
+from dpjax.clipping import Query, auto, bookkeeping, ghost
+from dpjax.losses import causal_lm, classification, masked_lm
+from dpjax.models import bert
+from dpjax.models.gpt2 import gpt2
+from dpjax.models.llama import llama
+from dpjax.models.vit import vit
+from dpjax.sensitive import reveal
+from tests.checks import batch_of, clip, compiled, norm
+from tests.contracts.test_zoo import INDEX, KEY, MASK, check_sum
+from tests.contracts.zoo import BF16, B
+
+ENGINES = {"bookkeeping": bookkeeping, "ghost": ghost, "auto": auto}
+PLAIN = {"dtype": "float32", "scan": False, "remat": False, "layers": 1}
+REMAT = {"dtype": "float32", "scan": False, "remat": True, "layers": 1}
+SCAN = {"dtype": "float32", "scan": True, "remat": False, "layers": 2}
+SCAN_REMAT = {"dtype": "float32", "scan": True, "remat": True, "layers": 2}
+LOW_SCAN = {"dtype": "bfloat16", "scan": True, "remat": False, "layers": 2}
+LOW_REMAT = {"dtype": "bfloat16", "scan": True, "remat": True, "layers": 2}
+DIFFERENCE = {"signs": (1.0, -1.0), "style": "flat", "residual": False}
+FLAT = {"signs": (1.0,), "style": "flat", "residual": True}
+LAYERS = {"signs": (1.0,), "style": "per_layer", "residual": True}
+
+
+def make_gpt2(**run):
+    model = gpt2(vocab_size=11, length=8, width=8, heads=2, **run)
+    return model, causal_lm(model)
+
+
+def make_llama(*, tied, **run):
+    model = llama(
+        vocab_size=11, length=8, width=8, heads=4, kv_heads=2, hidden=12,
+        rotary_base=1e4, epsilon=1e-6, tied=tied, **run,
+    )  # fmt: skip
+    return model, causal_lm(model)
+
+
+def make_vit(**run):
+    model = vit(
+        num_classes=3, image_size=4, patch=2, width=8, heads=2, hidden=12,
+        epsilon=1e-6, **run,
+    )  # fmt: skip
+    return model, classification(model)
+
+
+def make_bert(*, head, **run):
+    encoder = bert.Encoder(
+        vocab_size=11, length=8, first_position=2, segments=2, width=8, heads=2,
+        hidden=12, epsilon=1e-5, **run,
+    )  # fmt: skip
+    if head == "token":
+        model = bert.masked_lm(encoder=encoder)
+        return model, masked_lm(model, mask_token=10, rate=0.5)
+    if head == "infill":
+        model = bert.infilling(encoder=encoder, mask_token=10, label_tokens=(4, 7, 2))
+    else:
+        model = bert.classifier(encoder=encoder, num_classes=3)
+    return model, classification(model)
+
+
+CASES = {
+    "gpt2-bookkeeping": (make_gpt2, PLAIN, LAYERS),
+    "gpt2-ghost": (make_gpt2, SCAN_REMAT, DIFFERENCE),
+    "gpt2-auto": (make_gpt2, LOW_SCAN, FLAT),
+    "llama-bookkeeping": (make_llama, {"tied": False, **SCAN_REMAT}, FLAT),
+    "llama-ghost": (make_llama, {"tied": True, **REMAT}, LAYERS),
+    "llama-auto": (make_llama, {"tied": False, **SCAN}, DIFFERENCE),
+    "vit-bookkeeping": (make_vit, LOW_SCAN, FLAT),
+    "vit-ghost": (make_vit, LOW_REMAT, FLAT),
+    "vit-auto": (make_vit, REMAT, LAYERS),
+    "bert-bookkeeping": (make_bert, {"head": "class", **SCAN}, DIFFERENCE),
+    "bert-ghost": (make_bert, {"head": "token", **PLAIN}, FLAT),
+    "bert-auto": (make_bert, {"head": "infill", **SCAN_REMAT}, FLAT),
+}
+
+
+def draw_examples():
+    rng = np.random.default_rng(5)
+    tokens = rng.integers(0, 10, (B, 6)).astype(np.int32)
+    tokens[np.arange(B), [1, 0, 3, 2]] = 10  # one mask token each
+    return {
+        "tokens": tokens,
+        "mask": np.arange(6)[None] < np.array([6, 3, 5, 4])[:, None],
+        "segments": rng.integers(0, 2, (B, 6)).astype(np.int32),
+        "image": rng.normal(size=(B, 4, 4, 3)).astype(np.float32),
+        "label": np.array([0, 2, 1, 2], np.int32),
+    }
+
+
+def draw_params(shapes, seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda x: (0.4 * rng.normal(size=x.shape)).astype(np.float32), shapes
+    )
+
+
+def shapes_of(model):
+    one = jax.tree.map(lambda x: x[0], draw_examples())
+    return jax.eval_shape(model.init, jax.random.key(0), one), one
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_engine_equals_per_example_gradients(name):
+    build, run, asked = CASES[name]
+    model, loss = build(**run)
+    shapes, _ = shapes_of(model)
+    points = tuple(draw_params(shapes, seed) for seed in range(len(asked["signs"])))
+    examples = draw_examples()
+    rows, norms = signed_gradients(loss, points, asked["signs"], examples)
+    clip_norm = float(np.mean(norms[MASK]))  # some rows are clipped, some are not
+    engine = ENGINES[name.split("-")[1]]
+
+    @compiled
+    def ask(points, batch, key):
+        return engine(loss, Query(points, clip_norm=clip_norm, **asked), batch, key)
+
+    batch = batch_of(examples, mask=MASK, index=INDEX)
+    clipped, statistics = ask(points, batch, KEY)
+    tolerance = BF16 if run["dtype"] == "bfloat16" else 5e-5
+    kept = [rows[i] for i in np.flatnonzero(MASK)]
+    parts = [clip(row, clip_norm, asked["style"]) for row in kept]
+    check_sum(clipped.total, parts, like=kept, tolerance=tolerance)
+    if asked["residual"]:
+        rest = [
+            jax.tree.map(np.subtract, row, part)
+            for row, part in zip(kept, parts, strict=True)
+        ]
+        check_sum(clipped.residual, rest, like=kept, tolerance=tolerance)
+    np.testing.assert_allclose(reveal(statistics)["norms"], norms * MASK, tolerance)
+
+
+def signed_gradients(loss, points, signs, examples):
+    """Return for each example ``sum_k signs[k] grad loss(points[k])``, and its norm."""
+
+    @compiled
+    def run(params, examples, key):
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, INDEX)
+        return jax.vmap(jax.grad(loss), (None, 0, 0))(params, examples, keys)
+
+    vectors = [
+        jax.tree.map(
+            lambda g, s=s: s * np.asarray(g, np.float64), run(p, examples, KEY)
+        )
+        for p, s in zip(points, signs, strict=True)
+    ]
+    whole = jax.tree.map(lambda *parts: sum(parts), *vectors)
+    rows = [jax.tree.map(lambda g, i=i: g[i], whole) for i in range(B)]
+    return rows, np.array([norm(row) for row in rows])
+
+
+@pytest.mark.parametrize(
+    "run", [PLAIN, LOW_REMAT], ids=["plain", "bfloat16 scan remat"]
+)
+@pytest.mark.parametrize(
+    "build",
+    [
+        make_gpt2,
+        functools.partial(make_llama, tied=False),
+        functools.partial(make_llama, tied=True),
+        make_vit,
+        functools.partial(make_bert, head="class"),
+        functools.partial(make_bert, head="token"),
+        functools.partial(make_bert, head="infill"),
+    ],
+)
+def test_every_layer_has_a_fast_rule(build, run):
+    model, loss = build(**run)
+    rows = {row.path: row for row in dpjax.explain(loss, *shapes_of(model))}
+    for path, row in rows.items():
+        if path == "class":
+            # Joined to the patches: its gradient is one vector, which costs nothing.
+            assert row.rule == "fallback"
+        elif path.endswith(("kernel", "embedding", "segment")):
+            assert row.rule in ("dense", "embedding", "tied"), row
+        else:
+            assert row.rule == "elementwise", row
+    tied = [path for path, row in rows.items() if row.rule == "tied"]
+    has_head = any(re.fullmatch(r"head/(out/)?kernel", path) for path in rows)
+    assert tied == ([] if has_head else ["token/embedding"])

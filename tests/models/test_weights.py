@@ -1,0 +1,320 @@
+"""Weights in the Hugging Face format: what transformers computes, we compute."""
+
+import functools
+import json
+import pathlib
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from dpjax.models import bert, weights
+from dpjax.models.gpt2 import gpt2
+from dpjax.models.llama import llama
+from dpjax.models.vit import vit
+from tests.checks import compiled
+
+HF = pathlib.Path(__file__).parents[1] / "golden" / "hf"
+PLAIN = {"dtype": "float32", "scan": False, "remat": False}
+SCANNED = {"dtype": "float32", "scan": True, "remat": False}
+
+
+def encoder(vocab_size, length, layers, width, heads, hidden, *, roberta, **run):
+    return bert.Encoder(
+        vocab_size=vocab_size, length=length, layers=layers, width=width, heads=heads,
+        hidden=hidden, first_position=2 if roberta else 0,
+        segments=1 if roberta else 2, epsilon=1e-5 if roberta else 1e-12, **run,
+    )  # fmt: skip
+
+
+MODELS = {
+    "gpt2_a": lambda **run: gpt2(
+        vocab_size=17, length=12, layers=2, width=16, heads=2, **run
+    ),
+    "gpt2_b": lambda **run: gpt2(
+        vocab_size=29, length=7, layers=3, width=18, heads=3, **run
+    ),
+    "llama_a": lambda **run: llama(
+        vocab_size=17, length=16, layers=2, width=16, heads=4, kv_heads=2, hidden=20,
+        rotary_base=1e4, epsilon=1e-6, tied=False, **run,
+    ),
+    "llama_b": lambda **run: llama(
+        vocab_size=23, length=16, layers=3, width=24, heads=4, kv_heads=1, hidden=16,
+        rotary_base=5e5, epsilon=1e-5, tied=True, **run,
+    ),
+    "vit_a": lambda **run: vit(
+        num_classes=3, image_size=8, patch=4, layers=2, width=16, heads=2, hidden=24,
+        epsilon=1e-12, **run,
+    ),
+    "vit_b": lambda **run: vit(
+        num_classes=5, image_size=6, patch=2, layers=3, width=24, heads=3, hidden=20,
+        epsilon=1e-12, **run,
+    ),
+    "bert_class": lambda **run: bert.classifier(
+        encoder=encoder(17, 12, 2, 16, 2, 24, roberta=False, **run), num_classes=3
+    ),
+    "bert_token": lambda **run: bert.masked_lm(
+        encoder=encoder(29, 9, 3, 24, 4, 20, roberta=False, **run)
+    ),
+    "roberta_class": lambda **run: bert.classifier(
+        encoder=encoder(17, 12, 2, 16, 4, 24, roberta=True, **run), num_classes=2
+    ),
+    "roberta_token": lambda **run: bert.masked_lm(
+        encoder=encoder(29, 9, 3, 24, 2, 20, roberta=True, **run)
+    ),
+}  # fmt: skip
+
+
+@functools.cache
+def expected():
+    return load_file(HF / "expected.safetensors")
+
+
+def examples_of(name):
+    given = {k.split("/")[1]: v for k, v in expected().items() if k.startswith(name)}
+    if "pixel_values" in given:
+        return {"image": given["pixel_values"].transpose(0, 2, 3, 1)}
+    examples = {"tokens": given["input_ids"]}
+    if "attention_mask" in given:
+        examples["mask"] = given["attention_mask"].astype(bool)
+    if "token_type_ids" in given:
+        examples["segments"] = given["token_type_ids"]
+    return examples
+
+
+def shapes_of(model, name):
+    one = jax.tree.map(lambda x: x[0], examples_of(name))
+    return jax.eval_shape(model.init, jax.random.key(0), one)
+
+
+def params_of(model, name):
+    family = name.split("_")[0]
+    tensors = load_file(HF / f"{name}.safetensors")
+    return weights.from_hf(tensors, shapes_of(model, name), family=family)
+
+
+@pytest.mark.parametrize("run", [PLAIN, SCANNED], ids=["plain", "scan"])
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_transformers(name, run):
+    model, examples = MODELS[name](**run), examples_of(name)
+    params = params_of(model, name)
+    apply = compiled(jax.vmap(model.apply, in_axes=(None, 0, None)))
+    logits = apply(params, examples, jax.random.key(0))
+    right = expected()[f"{name}/logits"]
+    if "mask" in examples and logits.ndim == 3:
+        # What is said about padding is read by nobody.
+        logits, right = logits[examples["mask"]], right[examples["mask"]]
+    np.testing.assert_allclose(logits, right, rtol=1e-4, atol=1e-4)
+    # The test can tell: the logits are no constants.
+    assert np.std(right) > 0.1
+
+
+@pytest.mark.parametrize("run", [PLAIN, SCANNED], ids=["plain", "scan"])
+@pytest.mark.parametrize("name", MODELS)
+def test_there_and_back_gives_the_same_tensors(name, run, tmp_path):
+    family = name.split("_")[0]
+    params = params_of(MODELS[name](**run), name)
+    file = str(tmp_path / "model.safetensors")
+    weights.write(file, params, family=family)
+    before, after = load_file(HF / f"{name}.safetensors"), weights.read(file)
+    assert sorted(before) == sorted(after)
+    for key, tensor in before.items():
+        np.testing.assert_array_equal(after[key], tensor, err_msg=key)
+
+
+def small(vocab_size=17, **changes):
+    sizes = {
+        "vocab_size": vocab_size,
+        "length": 12,
+        "layers": 2,
+        "width": 16,
+        "heads": 2,
+    }
+    return gpt2(**sizes | PLAIN | changes)
+
+
+def load_into(tensors, model=None, *, family="gpt2", name="gpt2_a", **options):
+    model = model or small()
+    return weights.from_hf(tensors, shapes_of(model, name), family=family, **options)
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return load_file(HF / "gpt2_a.safetensors")
+
+
+def test_missing_and_surplus_tensors_are_listed(tensors):
+    wrong = dict(tensors)
+    for name in ("transformer.h.1.mlp.c_fc.bias", "transformer.ln_f.weight"):
+        del wrong[name]
+    wrong["transformer.h.2.ln_1.bias"] = np.zeros(16, np.float32)
+    with pytest.raises(
+        ValueError,
+        match=r"2 tensors missing: transformer.h.1.mlp.c_fc.bias, transformer.ln_f.weight; "
+        r"1 tensors left over: transformer.h.2.ln_1.bias\. .*fresh=.*skip=",
+    ):
+        load_into(wrong)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"vocab_size": 18},
+            r"transformer.wte.weight is \[17, 16\].*not \[18, 16\] \(see vocab_size=\)",
+        ),
+        (
+            {"length": 13},
+            r"transformer.wpe.weight is \[12, 16\].*not \[13, 16\] \(see length=\)",
+        ),
+        ({"layers": 1}, r"12 tensors left over: transformer.h.1"),
+        ({"layers": 3}, r"12 tensors missing: transformer.h.2"),
+        (
+            {"width": 8},
+            r"transformer.h.0.attn.c_attn.weight is \[16, 48\], which makes "
+            r"layers_0/attention/key/kernel \[16, 16\], not \[8, 8\]",
+        ),
+    ],
+)
+def test_a_model_of_other_sizes_is_refused(tensors, changes, message):
+    with pytest.raises(ValueError, match=message):
+        load_into(tensors, small(**changes))
+
+
+def test_old_and_partial_files_are_understood(tensors):
+    """As on the hub: no prefix, masks among the tensors, the tied head stored twice."""
+    bare = {name.removeprefix("transformer."): x for name, x in tensors.items()}
+    for i in range(2):
+        bare[f"h.{i}.attn.bias"] = np.ones((1, 1, 12, 12), np.float32)
+        bare[f"h.{i}.attn.masked_bias"] = np.float32(-1e4)
+    bare["lm_head.weight"] = tensors["transformer.wte.weight"]
+    jax.tree.map(np.testing.assert_array_equal, load_into(bare), load_into(tensors))
+    bert_tensors = load_file(HF / "bert_token.safetensors")
+    old = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): x
+        for name, x in bert_tensors.items()
+    }
+    old["bert.embeddings.position_ids"] = np.arange(9)[None]
+    model = MODELS["bert_token"](**PLAIN)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        load_into(old, model, family="bert", name="bert_token"),
+        params_of(model, "bert_token"),
+    )
+
+
+def test_an_untied_head_is_refused_where_the_model_ties_it(tensors):
+    untied = tensors | {"lm_head.weight": tensors["transformer.wte.weight"] + 1}
+    with pytest.raises(ValueError, match=r"'lm_head.weight' and .* differ"):
+        load_into(untied)
+
+
+def test_fresh_and_skip_say_what_is_not_loaded_and_must_match_something():
+    """A classifier from a masked language model: the usual start of fine-tuning."""
+    source = load_file(HF / "roberta_token.safetensors")
+    encoder_ = encoder(29, 9, 3, 24, 2, 20, roberta=True, **PLAIN)
+    model = bert.classifier(encoder=encoder_, num_classes=2)
+    like = jax.tree.map(
+        lambda x: np.full(x.shape, 7, np.float32), shapes_of(model, "roberta_token")
+    )
+    options = {"family": "roberta", "fresh": ("head/.*",), "skip": (r"lm_head\..*",)}
+    params = weights.from_hf(source, like, **options)
+    assert {float(x.min()) for x in jax.tree.leaves(params["head"])} == {7.0}
+    np.testing.assert_array_equal(
+        params["token"]["embedding"],
+        source["roberta.embeddings.word_embeddings.weight"],
+    )
+    for key in ("fresh", "skip"):
+        with pytest.raises(ValueError, match=f"{key}='lm_haed.*' matches none of"):
+            weights.from_hf(source, like, **options | {key: ("lm_haed.*",)})
+
+
+def test_half_precision_files_come_out_as_float32(tensors, tmp_path):
+    low = {name: x.astype(jnp.bfloat16) for name, x in tensors.items()}
+    save_file(low, tmp_path / "model.safetensors")
+    params = load_into(weights.read(str(tmp_path)))
+    for leaf, exact in zip(
+        jax.tree.leaves(params), jax.tree.leaves(load_into(tensors)), strict=True
+    ):
+        assert leaf.dtype == np.float32
+        np.testing.assert_allclose(leaf, exact, rtol=2**-8)
+
+
+def test_pretrained_starts_from_the_file_and_checks_it_before_it_runs(tmp_path):
+    example = jax.tree.map(lambda x: x[0], examples_of("llama_b"))
+    path = str(HF / "llama_b.safetensors")
+    options = {"path": path, "family": "llama", "fresh": (), "skip": ()}
+    model = weights.pretrained(MODELS["llama_b"](**SCANNED), **options)
+    params = compiled(model.init)(jax.random.key(0), example)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        params,
+        params_of(MODELS["llama_b"](**SCANNED), "llama_b"),
+    )
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    other = weights.pretrained(MODELS["llama_a"](**PLAIN), **options)
+    with pytest.raises(ValueError, match=r"tensors missing: lm_head.weight"):
+        jax.eval_shape(other.init, jax.random.key(0), example)
+
+
+def test_weights_in_parts_are_read_by_their_index(tensors, tmp_path):
+    names = sorted(tensors)
+    half = len(names) // 2
+    parts = {"model-1.safetensors": names[:half], "model-2.safetensors": names[half:]}
+    for file, held in parts.items():
+        save_file({name: tensors[name] for name in held}, tmp_path / file)
+    index = {name: file for file, held in parts.items() for name in held}
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": index})
+    )
+    again = weights.read(str(tmp_path))
+    assert sorted(again) == names
+    for name in names:
+        np.testing.assert_array_equal(again[name], tensors[name])
+
+
+def test_paths_without_weights_are_explained(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"family='bart' is unknown; .*'roberta'"):
+        load_into({}, family="bart")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"only \['pytorch_model.bin'\]"):
+        weights.read(str(tmp_path))
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"not weights")
+    with pytest.raises(ValueError, match="is no safetensors file"):
+        weights.read(str(file))
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        weights.read(str(tmp_path / "no" / "such" / "folder"))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(FileNotFoundError, match=r"pip install 'dpjax\[hub\]'"):
+        weights.read("openai-community/gpt2")
+
+
+def test_the_hub_is_asked_for_the_revision_and_its_failure_is_explained(
+    tensors, tmp_path, monkeypatch
+):
+    """A stand-in of huggingface_hub: tests fetch nothing."""
+    asked = []
+
+    def snapshot_download(name, *, revision, allow_patterns):
+        asked.append((name, revision))
+        if name == "absent/model":
+            raise FileNotFoundError("offline")  # what its own errors are, too
+        return str(tmp_path)
+
+    hub = types.ModuleType("huggingface_hub")
+    hub.snapshot_download = snapshot_download
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert sorted(weights.read("someone/model@abc123")) == sorted(tensors)
+    assert asked == [("someone/model", "abc123")]
+    with pytest.raises(
+        FileNotFoundError, match=r"hub does not give it.*Without network"
+    ):
+        weights.read("absent/model")
