@@ -187,7 +187,7 @@ class DiceSgd:
             delta=self.delta,
         )
         # Longer ones would only be seen better, and cost PLD memory without end.
-        late = min(longest - self.clip_norm, self._error_bound, 2 * self.noise_stddev)
+        late = min(longest - self.clip_norm, self._error_bound, 4 * self.noise_stddev)
         changing = DpSgd(
             clip_norm=math.hypot(self.clip_norm, late),
             clip_style="flat",
