@@ -388,7 +388,7 @@ def test_where_gradients_are_not_bounded_the_attack_has_a_length_all_the_same(
         attacked.append(mechanism)
         return 50.0
 
-    monkeypatch.setattr(dpjax.accounting, "epsilon", epsilon)
+    monkeypatch.setattr("dpjax.accounting.epsilon", epsilon)
     assert plan.attacked_epsilon() >= 50
     assert 0.2 < attacked[0].noise_multiplier < 0.25
 
