@@ -1,11 +1,15 @@
 """Run a sweep: each cell in a folder of its own, what is finished only once.
 
     python -m experiments.ablate SWEEP --out=DIR [--workers=N] [--only=I,J,...]
+        [--launcher=local|slurm] [--accelerator=cpu|gpu:MODEL] [--minutes=N] [--sbatch=...]
 
 SWEEP          FILE[:VARIANT], a Python file; see experiments/sweep.py and sweeps/
 --out=DIR      receives sweep.json, and a folder for each run with result.json
---workers=N    processes at a time; 1, this one, if not given
+--workers=N    processes at a time; this one alone if not given
 --only=I,J     only these cells, in this process: what a task of a job array calls
+--launcher=slurm submit what is left as an array, a cell a task, at most --workers at a time;
+               local, here, if not given. For it are --accelerator and --minutes of each task,
+               and --sbatch="...", further options of sbatch
 
 The same command again runs what failed or is missing; a run that was cut short goes on
 from its checkpoint. `python -m experiments.gather DIR` shows what there is. One process for
@@ -17,6 +21,7 @@ by a signal (run the same command again to go on).
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,7 +35,8 @@ from dpjax.config import ConfigError
 from experiments import options, sweep, timing
 from experiments.sweep import Run, Sweep
 
-_OPTIONS = ("out", "workers", "only")
+_SLURM = ("accelerator", "minutes", "sbatch")
+_OPTIONS = ("out", "workers", "only", "launcher", *_SLURM)
 
 
 class Plan(NamedTuple):
@@ -38,8 +44,9 @@ class Plan(NamedTuple):
 
     sweep: Sweep
     out: Path
-    workers: int
+    workers: int | None
     only: tuple[int, ...] | None
+    slurm: dict[str, str] | None
 
 
 def main(argv: list[str]) -> int:
@@ -60,8 +67,11 @@ def main(argv: list[str]) -> int:
         if not sweep.is_finished(plan.out, plan.sweep.runs[i].name)
     ]
     print(f"{len(pending)} of {len(chosen)} cells to run")
-    if plan.workers > 1 and len(pending) > 1:
-        return _share(plan, pending)
+    if plan.slurm is not None and pending:
+        return _submit(plan, pending)
+    workers = min(plan.workers or 1, len(pending))
+    if workers > 1:
+        return _share(plan, pending, workers)
     return _run_all(pending, plan.out, argv)
 
 
@@ -126,15 +136,46 @@ def _result(run: Run, folder: Path) -> dict[str, Any]:
     return {**result, "seconds": time.perf_counter() - start, "config": run.config}
 
 
-def _share(plan: Plan, pending: Sequence[Run]) -> int:
-    """Run the cells in processes of their own, each with its share."""
-    workers = min(plan.workers, len(pending))
+def _submit(plan: Plan, pending: Sequence[Run]) -> int:
+    """Submit the cells as an array of jobs."""
+    from launch import slurm
+    from launch.job import Job, LaunchError
+
+    assert plan.slurm is not None
+    minutes = plan.slurm.get("minutes")
+    stem = Path(plan.sweep.source.partition(":")[0]).stem
+    try:
+        job = Job(
+            name=re.sub("[^a-z0-9]+", "-", stem.lower()).strip("-")[:40],
+            command=(*_command(plan), f"--only={slurm.INDEX}"),
+            accelerator=plan.slurm.get("accelerator", "cpu"),
+            minutes=None if minutes is None else options.positive("minutes", minutes),
+            directory=str(Path.cwd()),
+        )
+        array = slurm.submit_array(
+            job,
+            slurm.Options(sbatch=plan.slurm.get("sbatch", "")),
+            [run.index for run in pending],
+            at_once=plan.workers,
+        )
+    except LaunchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"job array {array}; see python -m experiments.gather {plan.out}")
+    return 0
+
+
+def _command(plan: Plan) -> list[str]:
     command = [sys.executable, "-m", "experiments.ablate", plan.sweep.source]
+    return [*command, f"--out={plan.out}"]
+
+
+def _share(plan: Plan, pending: Sequence[Run], workers: int) -> int:
+    """Run the cells in processes of their own, each with its share."""
     processes = []
     for i in range(workers):
         share = ",".join(str(run.index) for run in pending[i::workers])
-        arguments = [f"--out={plan.out}", f"--only={share}"]
-        processes.append(subprocess.Popen([*command, *arguments]))
+        processes.append(subprocess.Popen([*_command(plan), f"--only={share}"]))
 
     def stop(number: int, frame: FrameType | None) -> None:
         del number, frame
@@ -165,14 +206,28 @@ def _plan(argv: list[str]) -> Plan:
     given = options.read([a for a in argv if a not in sources], _OPTIONS)
     if "out" not in given:
         raise ConfigError("--out=DIR is missing; see --help")
-    workers = options.positive("workers", given.get("workers", "1"))
+    workers = None
+    if "workers" in given:
+        workers = options.positive("workers", given["workers"])
+    slurm = _slurm_options(given)
     loaded = sweep.load(sources[0])
     only = None
     if "only" in given:
         only = tuple(
             _index(text, len(loaded.runs)) for text in given["only"].split(",")
         )
-    return Plan(loaded, Path(given["out"]), workers, only)
+    return Plan(loaded, Path(given["out"]), workers, only, slurm)
+
+
+def _slurm_options(given: dict[str, str]) -> dict[str, str] | None:
+    launcher = given.get("launcher", "local")
+    options.choices("launcher", launcher, ("local", "slurm"))
+    found = {name: given[name] for name in _SLURM if name in given}
+    if launcher == "slurm":
+        return found
+    if found:
+        raise ConfigError(f"--{next(iter(found))} is for --launcher=slurm")
+    return None
 
 
 def _index(text: str, count: int) -> int:

@@ -1,14 +1,14 @@
 """Gather a sweep: its table, what failed or is missing, its plot and what it cost.
 
     python -m experiments.gather DIR [--out=FILE.json] [--with=DIR,...] [--resubmit]
-        [--workers=N] [--choose=LABEL,...] [--chosen=FILE.json]
+        [--workers=N --launcher=local|slurm ...] [--choose=LABEL,...] [--chosen=FILE.json]
         [--plot=FILE.png --x=LABEL --lines=LABEL]
 
 DIR                the folder of a sweep that experiments.ablate wrote
 --out=FILE.json    receives rows and cost
 --with=DIR,...     further sweeps on the same data: their runs count in the cost
 --resubmit         run what failed or is missing, and that only, before anything else
---workers=N        processes for that; 1 if not given
+--workers=N, ...   for that, and the other options of experiments.ablate
 --choose=LABEL,... keep, of rows that differ in these labels only, the best
 --chosen=FILE.json receives these choices: what a sweep of other seeds reads
 --plot=FILE.png    scores against --x, a line for each value of --lines, a panel for each
@@ -29,10 +29,11 @@ from typing import Any, NamedTuple
 from dpjax.config import ConfigError
 from experiments import ablate, options, summary, sweep, timing
 
+_RUNNING = ("workers", "launcher", "accelerator", "minutes", "sbatch")
 _OPTIONS = (
     "out",
     "with",
-    "workers",
+    *_RUNNING,
     "choose",
     "chosen",
     "plot",
@@ -47,7 +48,6 @@ class Plan(NamedTuple):
     directory: Path
     others: tuple[Path, ...]
     resubmit: bool
-    workers: str
     given: dict[str, str]
 
 
@@ -104,9 +104,9 @@ def _report(plan: Plan, argv: list[str]) -> int:
 
 def _resubmit(plan: Plan) -> None:
     manifest = sweep.read_json(plan.directory / sweep.MANIFEST)
-    ablate.main(
-        [manifest["sweep"], f"--out={plan.directory}", f"--workers={plan.workers}"]
-    )
+    how = [f"--{name}={plan.given[name]}" for name in _RUNNING if name in plan.given]
+    if ablate.main([manifest["sweep"], f"--out={plan.directory}", *how]) == 2:
+        raise ConfigError(f"{manifest['sweep']} could not be run again")
 
 
 def _plan(argv: list[str]) -> Plan:
@@ -124,12 +124,13 @@ def _plan(argv: list[str]) -> Plan:
     for option, suffix in (("out", ".json"), ("chosen", ".json"), ("plot", ".png")):
         if option in given:
             options.file(option, given[option], suffix)
+    if "--resubmit" not in argv and (stray := set(_RUNNING) & set(given)):
+        raise ConfigError(f"--{stray.pop()} is for --resubmit")
     _check_labels(Path(directories[0]), given)
     return Plan(
         Path(directories[0]),
         others,
         "--resubmit" in argv,
-        str(options.positive("workers", given.get("workers", "1"))),
         given,
     )
 

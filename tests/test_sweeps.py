@@ -14,6 +14,7 @@ import scipy.stats
 from dpjax import train as loop
 from dpjax.config import ConfigError, digest
 from experiments import ablate, gather, summary, sweep
+from launch import slurm
 from tests.runs import tiny
 
 SWEEP = """
@@ -177,6 +178,27 @@ def test_workers_share_the_cells(tmp_path, monkeypatch):
     assert all(f"--out={out}" in command for command in commands)
 
 
+def test_slurm_gets_an_array_of_what_is_left(tmp_path, monkeypatch, capsys):
+    source, out = sweep_file(tmp_path), tmp_path / "runs"
+    Trainer(monkeypatch, fail=[(2.0, 2)])
+    assert ablate.main([source, f"--out={out}", "--only=1,3"]) == 1
+    calls = []
+    monkeypatch.setattr(slurm, "submit", lambda job, given: calls.append((job, given)))
+    options = ["--workers=2", "--minutes=30", "--sbatch=--mem=8G"]
+    command = [str(out), "--resubmit", "--launcher=slurm", *options]
+    assert gather.main(command) == 1
+    ((job, given),) = calls
+    assert job.command[-3:] == (source, f"--out={out}", "--only={index}")
+    assert (job.name, job.minutes) == ("sweep", 30)
+    assert (given.array, given.sbatch) == ("0,2-3%2", "--mem=8G")
+    # What Slurm runs is the command of one cell.
+    assert "experiments.ablate" in slurm.render(job, given).text
+    monkeypatch.undo()
+    missing = [source, f"--out={out}", "--launcher=slurm", "--accelerator=tpu:v5"]
+    assert ablate.main(missing) == 2
+    assert "slurm takes 'cpu' or 'gpu'" in capsys.readouterr().err
+
+
 def test_rows_are_means_with_the_interval_of_student(tmp_path, monkeypatch):
     out = tmp_path / "runs"
     Trainer(monkeypatch, fail=[(2.0, 3)])
@@ -309,6 +331,9 @@ def test_wrong_arguments_are_told(tmp_path, capsys):
         "--ouf=x is unknown": (ablate, [source, "--ouf=x"]),
         "--only=4 must be a cell, 0 to 3": (ablate, [source, "--out=x", "--only=4"]),
         "--workers=0 must be": (ablate, [source, "--out=x", "--workers=0"]),
+        "--launcher=pbs is unknown": (ablate, [source, "--out=x", "--launcher=pbs"]),
+        "--minutes is for --launcher": (ablate, [source, "--out=x", "--minutes=3"]),
+        "--workers is for --resubmit": (gather, [str(tmp_path), "--workers=2"]),
         "has no variant fast": (ablate, [f"{source}:fast", "--out=x"]),
         "name one folder": (gather, []),
         "has no sweep.json": (gather, ["tests"]),

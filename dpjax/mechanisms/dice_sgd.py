@@ -186,7 +186,8 @@ class DiceSgd:
             steps=steps,
             delta=self.delta,
         )
-        late = min(longest - self.clip_norm, self._error_bound)
+        # Longer ones would only be seen better, and cost PLD memory without end.
+        late = min(longest - self.clip_norm, self._error_bound, 4 * self.noise_stddev)
         changing = DpSgd(
             clip_norm=math.hypot(self.clip_norm, late),
             clip_style="flat",

@@ -372,6 +372,27 @@ def test_on_changing_directions_the_claim_is_exact_at_one_outer_norm():
     assert dpjax.epsilon(longer) == pytest.approx(1.998, abs=1e-3)
 
 
+def test_where_gradients_are_not_bounded_the_attack_has_a_length_all_the_same(
+    monkeypatch,
+):
+    """A PLD of DP-SGD with noise 1/1000 of the clip norm would take all memory there is."""
+    plan = dice(
+        accounting="paper",
+        accept_unproven_epsilon=True,
+        noise_multiplier=Z,
+        **(CIFAR | {"error_scale": "mean", "steps": 2}),
+    )
+    attacked = []
+
+    def epsilon(mechanism, steps):
+        attacked.append(mechanism)
+        return 50.0
+
+    monkeypatch.setattr("dpjax.accounting.epsilon", epsilon)
+    assert plan.attacked_epsilon() >= 50
+    assert 0.2 < attacked[0].noise_multiplier < 0.25
+
+
 def test_on_one_direction_the_claim_is_false_at_the_same_outer_norm():
     """Case 8: delta(2) is about 1.45e-4 where 1e-5 is claimed. Forward recursion."""
     residual, stddev, count = math.sqrt(2), 1.527, 200_000
