@@ -16,7 +16,7 @@ train: .venv/installed
 		--config=configs/digits_mlp_dpsgd.py --workdir=$(WORKDIR)
 
 test: .venv/installed
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses=2 --dist=worksteal
 
 # SkyPilot reads what launch writes for it. 460 MB, and an environment of its own: it wants
 # an older click than the other tools.
