@@ -10,9 +10,6 @@ from pathlib import Path
 import hypothesis
 import jax
 
-# A script, run by hand: it needs torch and transformers, which no test does.
-collect_ignore = ["golden/make_hf_fixtures.py"]
-
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Recompiling is most of what the tests cost; the cache is keyed by the program.
