@@ -23,7 +23,6 @@ from dpjax.mechanisms import (
     Mechanism,
     PrivatizedErrorFeedback,
     SpiderBoost,
-    recursion,
 )
 from dpjax.typing import Params
 
@@ -188,8 +187,8 @@ def _(mechanism: Any) -> View:
     phases = [mechanism.phase(step) for step in range(mechanism.steps)]
     # Steps of length 1, so the radius is the same at all differences.
     states = {"x": jnp.float32(1.0)}, mechanism.init({"x": jnp.float32(0.0)})
-    radius = {p: float(mechanism.radius(p, *states)) for p in recursion.PHASES}
-    spread = {p: float(mechanism.noise_stddev(p, radius[p])) for p in recursion.PHASES}
+    radius = {p: float(mechanism.radius(p, *states)) for p in set(phases)}
+    spread = {p: float(mechanism.noise_stddev(p, radius[p])) for p in set(phases)}
 
     def read(phase: str, mean: Params, before: Any, after: Any) -> jax.Array:
         del after
