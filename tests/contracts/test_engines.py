@@ -237,7 +237,7 @@ def test_the_slope_of_one_example_counts_within_the_clip_norm_or_not_at_all(engi
 def test_slopes_are_refused_by_engines_that_would_not_answer_them():
     loss, params, examples = CASES["network"]
     query = slope_query(params, clip_norm=1.0)
-    with pytest.raises(ValueError, match="residual or slope"):
+    with pytest.raises(ValueError, match="residual, count or slope"):
         plain(loss, query, batch_of(examples), KEY)
     with pytest.raises(ValueError, match="this query is of slopes; use micro"):
         planned(memory_budget=1e9)(loss, query, batch_of(examples), KEY)
