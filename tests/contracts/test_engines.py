@@ -443,7 +443,7 @@ def test_plain_engine_refuses_what_it_cannot_answer():
     loss, params, examples = CASES["network"]
     for extra in ("residual", "count"):
         query = Query((params,), clip_norm=1.0, **{extra: True})
-        with pytest.raises(ValueError, match=f"without residual .* {extra}=True"):
+        with pytest.raises(ValueError, match=f"without residual.* {extra}=True"):
             plain(loss, query, batch_of(examples), KEY)
 
 
