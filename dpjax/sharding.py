@@ -77,8 +77,8 @@ class Layout:
     def of_state(self, state: PyTree, params: Params) -> PyTree | None:
         """Return the sharding of each leaf of a state; None on one device.
 
-        A leaf whose path ends like that of a parameter, and whose shape is the same, is
-        placed like it: moments, averages, error memories. All others are repeated.
+        A leaf whose path and shape end like those of a parameter is placed like it:
+        moments, averages, error memories, past noises. All others are repeated.
         """
         if self.devices == 1:
             return None
@@ -95,9 +95,13 @@ class Layout:
             text = jax.tree_util.keystr(path)
             ends = [end for end in known if text.endswith(end)]
             like = max(ends, key=len, default=None)
-            if like is None or known[like] != leaf.shape:
+            if like is None:
                 return self.whole
-            return self._named(self._spec(names[like], leaf.shape))
+            leading = len(leaf.shape) - len(known[like])
+            if leading < 0 or known[like] != leaf.shape[leading:]:
+                return self.whole
+            spec = self._spec(names[like], known[like])
+            return self._named(PartitionSpec(*(None,) * leading, *spec))
 
         return jax.tree.map_with_path(sharding, state)
 

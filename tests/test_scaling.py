@@ -5,11 +5,15 @@ import math
 import numpy as np
 import pytest
 
-from experiments import scaling
+from dpjax.models.mlp import mlp
+from experiments import scaling, workloads
 from experiments.scaling import Accelerator, Plan
 
 
-def test_a_step_reduces_one_gradient_and_shares_the_flops():
+def test_a_step_reduces_one_gradient_and_shares_the_flops(monkeypatch):
+    model = mlp(features=(), num_classes=10, activation="relu")
+    recipe = workloads._images(model, side=8, channels=1, size=16)
+    monkeypatch.setitem(workloads.WORKLOADS, "mlp", lambda: recipe)
     one, four = (scaling.count("mlp", mesh, 16) for mesh in ((1, 1), (4, 1)))
     assert one["chunk"]["collectives"] == four["chunk"]["collectives"] == {}
     assert one["end"]["collectives"] == {}

@@ -116,7 +116,9 @@ def sums_on(layout, engine, loss, query, chunks):
 def known(name):
     params, moved, batch = data()
     query = {
-        "residual": Query((params,), clip_norm=0.5, residual=True, outer_norm=2.0),
+        "residual": Query(
+            (params,), clip_norm=0.5, residual=True, outer_norm=2.0, count=True
+        ),
         "difference": Query((params, moved), signs=(1.0, -1.0), clip_norm=0.05),
     }[name]
     return query, batch, reference(two_layers, query, batch, KEY)
@@ -127,7 +129,7 @@ def known(name):
 )
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine_sums_the_same_on_every_mesh(engine, query, mesh):
-    query, batch, (total, residual, _, norms) = known(query)
+    query, batch, (total, residual, count, norms) = known(query)
     _, (statistics,), found = sums_on(
         layout_of(mesh), ENGINES[engine], two_layers, query, [batch]
     )
@@ -135,6 +137,7 @@ def test_every_engine_sums_the_same_on_every_mesh(engine, query, mesh):
     assert_close(found.total, total, rtol=1e-5, scale=scale)
     if query.residual:
         assert_close(found.residual, residual, rtol=1e-5, scale=scale)
+        assert float(found.count) == count
     np.testing.assert_allclose(reveal(statistics)["norms"], norms, rtol=1e-4)
     assert float(found.seal) == np.float32(SEAL)
     assert float(found.l2_bound) == np.float32(query.clip_norm)
@@ -214,6 +217,20 @@ def test_partial_sums_with_a_broken_seal_or_different_bounds_poison_their_sum():
     for bad in wrong:
         for stacked in (stack(good, bad), stack(bad, good)):
             assert np.isnan(opened(stacked.merged(), l2_bound=1.0)["w"]).all()
+
+
+def test_the_sum_of_partial_sums_is_what_merging_them_gives():
+    parts = [
+        dataclasses.replace(
+            ClippedSum.zeros({"w": jnp.ones(2)}, l2_bound=1.0, outer_norm=2.0),
+            total={"w": jnp.array([i, 1.0])},
+            residual={"w": jnp.array([2.0, i])},
+            count=jnp.float32(i),
+        )
+        for i in range(4)
+    ]
+    merged, expected = stack(*parts).merged(), functools.reduce(ClippedSum.merge, parts)
+    jax.tree.map(np.testing.assert_array_equal, merged, expected)
 
 
 def test_partial_sums_are_not_released():
@@ -365,6 +382,7 @@ def test_moments_and_averages_are_split_like_their_parameters():
         "adam": optax.adam(0.1).init(params),
         "average": params,
         "row": {"a": {"kernel": jnp.ones(3)}},  # a factored moment: of another shape
+        "recent": {"a": {"kernel": jnp.ones((2, 3, 8))}},
         "key": root_key(0),
     }
     placed = layout.put(state, params)
@@ -377,7 +395,10 @@ def test_moments_and_averages_are_split_like_their_parameters():
         "['adam'][0].mu['a']['kernel']",
         "['adam'][0].nu['a']['kernel']",
         "['average']['a']['kernel']",
+        "['recent']['a']['kernel']",
     }
+    recent = placed["recent"]["a"]["kernel"].sharding
+    assert recent.spec == PartitionSpec(None, None, "fsdp")
     assert placed["average"]["a"]["kernel"].sharding.spec == PartitionSpec(None, "fsdp")
 
 
