@@ -101,7 +101,9 @@ class Layout:
             if leading < 0 or known[like] != leaf.shape[leading:]:
                 return self.whole
             spec = self._spec(names[like], known[like])
-            return self._named(PartitionSpec(*(None,) * leading, *spec))
+            return self._named(
+                PartitionSpec(*(None,) * leading, *spec) if spec else _WHOLE
+            )
 
         return jax.tree.map_with_path(sharding, state)
 

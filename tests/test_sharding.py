@@ -382,7 +382,7 @@ def test_moments_and_averages_are_split_like_their_parameters():
         "adam": optax.adam(0.1).init(params),
         "average": params,
         "row": {"a": {"kernel": jnp.ones(3)}},  # a factored moment: of another shape
-        "recent": {"a": {"kernel": jnp.ones((2, 3, 8))}},
+        "recent": {"a": {"kernel": jnp.ones((2, 3, 8)), "bias": jnp.ones((2, 8))}},
         "key": root_key(0),
     }
     placed = layout.put(state, params)
@@ -397,8 +397,9 @@ def test_moments_and_averages_are_split_like_their_parameters():
         "['average']['a']['kernel']",
         "['recent']['a']['kernel']",
     }
-    recent = placed["recent"]["a"]["kernel"].sharding
-    assert recent.spec == PartitionSpec(None, None, "fsdp")
+    recent = placed["recent"]["a"]
+    assert recent["kernel"].sharding.spec == PartitionSpec(None, None, "fsdp")
+    assert recent["bias"].sharding == layout.whole
     assert placed["average"]["a"]["kernel"].sharding.spec == PartitionSpec(None, "fsdp")
 
 
