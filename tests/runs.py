@@ -15,6 +15,24 @@ from tests import tiny_config
 
 ROOT = Path(__file__).parent.parent
 
+SWEEP = """
+from experiments.sweep import Cell, grid, seeded
+from tests import tiny_config
+
+BEST = "highest"
+
+def config():
+    config = tiny_config.get_config()
+    config.mechanism.steps = 2
+    config.optimizer.name = "dpjax.optimizers:tunable_sgd"
+    return config
+
+def cells():
+    for values in grid(lr={rates}):
+        overrides = {{"optimizer.learning_rate": values["lr"]}}
+        yield from seeded([Cell(values, overrides)], {seeds})
+"""
+
 
 def tiny(variant="dpsgd", **changes):
     """``tiny_config`` as plain dicts, with keys changed as in ``**{"run.seed": 1}``."""
@@ -72,3 +90,9 @@ def command(*arguments, **options):
         text=True,
         **options,
     )
+
+
+def sweep_file(directory, *, rates=(1.0, 2.0), seeds=(1, 2)):
+    path = directory / "sweep.py"
+    path.write_text(SWEEP.format(rates=rates, seeds=seeds))
+    return str(path)

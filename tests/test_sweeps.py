@@ -15,31 +15,7 @@ from dpjax import train as loop
 from dpjax.config import ConfigError, digest
 from experiments import ablate, gather, summary, sweep
 from launch import slurm
-from tests.runs import tiny
-
-SWEEP = """
-from experiments.sweep import Cell, grid, seeded
-from tests import tiny_config
-
-BEST = "highest"
-
-def config():
-    config = tiny_config.get_config()
-    config.mechanism.steps = 2
-    config.optimizer.name = "dpjax.optimizers:tunable_sgd"
-    return config
-
-def cells():
-    for values in grid(lr={rates}):
-        overrides = {{"optimizer.learning_rate": values["lr"]}}
-        yield from seeded([Cell(values, overrides)], {seeds})
-"""
-
-
-def sweep_file(directory, *, rates=(1.0, 2.0), seeds=(1, 2)):
-    path = directory / "sweep.py"
-    path.write_text(SWEEP.format(rates=rates, seeds=seeds))
-    return str(path)
+from tests.runs import SWEEP, sweep_file, tiny
 
 
 @pytest.fixture(autouse=True)

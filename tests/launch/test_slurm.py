@@ -1,5 +1,7 @@
 """End to end on a real Slurm: many processes, sweeps, and going on after a preemption."""
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,28 +9,40 @@ from typing import NamedTuple
 
 import pytest
 
-from dpjax.train import train
+from experiments import gather, summary, sweep
 from launch import slurm
 from launch.job import Job
 from tests.launch import cluster
-from tests.runs import ROOT, assert_same_export, metrics, tiny
+from tests.runs import ROOT, assert_same_export, sweep_file
 
 pytestmark = pytest.mark.slurm
 
 ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax-tests"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",
 }
-TRAINING = {"mechanism.steps": 40, "run.log_every": 1, "run.checkpoint_every": 1000}
+TRAIN = (sys.executable, "-m", "experiments.train", "--workdir=run")
+GATHER = (sys.executable, "-m", "experiments.gather")
+# What tests/test_processes.py trains, for longer.
+LONG = {
+    "mesh.data": 2,
+    "mesh.fsdp": 2,
+    "model.features": "()",
+    "mechanism.steps": 150,
+    "run.log_every": 1000,
+    "run.eval_every": 1000,
+    "run.checkpoint_every": 1000,
+}
 
-# Run 2 fails; runs 1 and 5 are told to stop, and have saved, the first time. The number of
-# the job of run 5, the last one, is that of the whole array.
-SWEEP = """
+# Stand-ins for a trainer, where what counts is the order of things: tasks 1 and 3 are told
+# to stop, and have saved, the first time. The number of the job of task 3, the last one, is
+# that of the whole array.
+ARRAY = """
 echo "start $1"
-case "$1,${SLURM_RESTART_COUNT:-0}" in 2,*) exit 3 ;; 1,0 | 5,0) exit 75 ;; esac
-echo done > "result-$1"
+case "$1,${SLURM_RESTART_COUNT:-0}" in 1,0 | 3,0) exit 75 ;; esac
 """
-GATHER = "for i in 0 1 2 5; do [[ -e result-$i ]] || echo failed: $i; done"
 
 # Runs until it is told to stop; the second process takes longer to save.
 STOPPED = """
@@ -57,6 +71,12 @@ class Submitted(NamedTuple):
         """Whether both processes of STOPPED run."""
         return all((self.folder / f"ready-{index}").exists() for index in range(2))
 
+    @property
+    def ledger(self):
+        """A line for each step that a training has released."""
+        path = self.folder / "run" / "ledger.txt"
+        return path.read_text().splitlines() if path.exists() else []
+
     def ended(self):
         """Wait for the end; return the states of the job, or of its tasks by index."""
         states = cluster.wait_for(self.id)
@@ -70,94 +90,82 @@ def jobs(tmp_path_factory):
         pytest.skip(f"end to end on Slurm: no {', '.join(missing)} (see .ci/run)")
     with cluster.slurm(tmp_path_factory.mktemp("slurm")):
         started = submit_all(tmp_path_factory.mktemp)
-        preempt(started)
+        interrupt(started)
         yield started
 
 
 def submit_all(new_folder):
-    def submit(name, *command, hosts=1):
-        folder = new_folder(name)
-        job = Job(
-            name=name,
-            command=command,
-            hosts=hosts,
-            directory=str(folder),
-            environment=ENVIRONMENT,
-        )
-        return Submitted(slurm.submit(job, slurm.Options()), folder)
-
+    training = (*TRAIN, f"--config={ROOT / 'tests' / 'tiny_config.py'}")
+    training += tuple(f"--config.{key}={value}" for key, value in LONG.items())
+    stopped = ("bash", "-c", STOPPED)
     return {
-        "train": submit("train", *training_command()),
-        "stopped": submit("stopped", "bash", "-c", STOPPED, hosts=2),
-        "cancelled": submit("cancelled", "bash", "-c", STOPPED, hosts=2),
-        "peers": submit("peers", sys.executable, "-m", "tests.launch.peers", hosts=2),
+        name: submit(new_folder(name), name, *command, hosts=2, devices_per_process=2)
+        for name, command in {
+            "preempted": training,
+            "undisturbed": training,
+            "stopped": stopped,
+            "cancelled": stopped,
+        }.items()
+    } | {
+        "array": submit(
+            new_folder("array"),
+            "array",
+            *("bash", "-c", ARRAY, "run", "{index}"),
+            options=slurm.Options(array=slurm.ranges([0, 1, 3])),
+        ),
         **submit_sweep(new_folder("sweep")),
     }
 
 
-def training_command():
-    config = ROOT / "tests" / "tiny_config.py"
-    flags = [f"--config.{key}={value}" for key, value in TRAINING.items()]
-    module = (sys.executable, "-m", "experiments.train")
-    return (*module, f"--config={config}", *flags, "--workdir=run")
+def submit(folder, name, *command, options=None, **changes):
+    fields = {"directory": str(folder), "environment": ENVIRONMENT}
+    job = Job(name=name, command=command, **fields, **changes)
+    return Submitted(slurm.submit(job, options or slurm.Options()), folder)
 
 
 def submit_sweep(folder):
-    run = Job(
-        name="sweep",
-        command=("bash", "-c", SWEEP, "run", "{index}"),
-        directory=str(folder),
-    )
-    gather = Job(name="gather", command=("bash", "-c", GATHER), directory=str(folder))
-    array = slurm.submit_array(run, slurm.Options(), [5, 0, 2, 1], at_once=3)
-    after = slurm.submit(gather, slurm.Options(after=array))
-    return {"sweep": Submitted(array, folder), "gather": Submitted(after, folder)}
+    """Of a sweep, run 0 is well, run 1 diverges, run 2 is cancelled before it starts."""
+    source = sweep_file(folder, rates=(1.0, 1e38, 2.0), seeds=(1,))
+    ablate = (sys.executable, "-m", "experiments.ablate", source, "--out=runs")
+    said = subprocess.run(
+        [*ablate, "--launcher=slurm", "--workers=2"],
+        cwd=folder,
+        env=os.environ | ENVIRONMENT | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    array = array_of(said)
+    subprocess.run(["scancel", f"{array}_2"], check=True)
+    again = (*GATHER, "runs", "--resubmit", "--launcher=slurm")
+    after = slurm.Options(after=array)
+    return {
+        "sweep": Submitted(array, folder),
+        "gather": submit(folder, "gather", *again, options=after),
+    }
 
 
-def preempt(started):
+def array_of(said):
+    """The number of the array that experiments.ablate has submitted."""
+    return re.search(r"^job array (\d+);", said, re.MULTILINE)[1]
+
+
+def interrupt(started):
     """Send running jobs what Slurm sends to make room, before a time limit, at the end."""
-    training = started["train"]
-    cluster.until(
-        lambda: last_step(training.folder / "run") >= 3, training.describe, seconds=120
-    )
-    subprocess.run(["scontrol", "requeue", training.id], check=True)
-    for name, words in (
-        ("stopped", ["scancel", "--signal=TERM"]),
-        ("cancelled", ["scancel"]),
+    for name, ready, words in (
+        ("stopped", Submitted.ready, ["scancel", "--signal=TERM"]),
+        ("cancelled", Submitted.ready, ["scancel"]),
+        ("preempted", lambda job: len(job.ledger) >= 3, ["scontrol", "requeue"]),
     ):
         job = started[name]
-        cluster.until(job.ready, job.describe)
+        cluster.until(lambda: ready(job), job.describe, seconds=120)  # noqa: B023
         subprocess.run([*words, job.id], check=True)
 
 
-def last_step(workdir):
-    try:
-        return metrics(workdir)[-1]["step"]
-    except (OSError, ValueError, IndexError):
-        return 0
-
-
-def test_processes_on_two_nodes_find_each_other(jobs):
-    peers = jobs["peers"]
-    assert peers.ended() == {"": "COMPLETED"}, peers.log
-    for index in range(2):
-        assert f"process {index} of 2, 1 devices: 3" in peers.log
-
-
-def test_one_failing_run_of_a_sweep_stops_no_other_and_is_listed(jobs):
-    sweep, gather = jobs["sweep"], jobs["gather"]
-    assert gather.ended() == {"": "COMPLETED"}
-    done = dict.fromkeys(("0", "1", "5"), "COMPLETED")
-    assert sweep.ended() == done | {"2": "FAILED"}
-    log = gather.folder / f"slurm-gather-{gather.id}.out"
-    assert log.read_text() == "failed: 2\n"
-
-
-def test_of_a_sweep_only_the_runs_that_were_preempted_run_again(jobs):
-    jobs["gather"].ended()
-    lines = jobs["sweep"].log.splitlines()
-    starts = sorted(line for line in lines if line.startswith("start"))
-    assert starts == [f"start {index}" for index in (0, 1, 1, 2, 5, 5)]
+def test_of_an_array_only_the_tasks_that_were_preempted_run_again(jobs):
+    assert set(jobs["array"].ended().values()) == {"COMPLETED"}
+    starts = sorted(li for li in jobs["array"].log.splitlines() if "start" in li)
+    assert starts == [f"start {index}" for index in (0, 1, 1, 3, 3)]
 
 
 def test_every_process_may_finish_saving_before_the_job_runs_again(jobs):
@@ -174,9 +182,41 @@ def test_a_cancelled_job_does_not_run_again(jobs):
     assert cancelled.log.count("start 0") == 1
 
 
-def test_a_preempted_run_ends_bitwise_like_an_undisturbed_one(jobs, tmp_path):
-    train(tiny(**TRAINING), tmp_path)
-    training = jobs["train"]
-    assert training.ended() == {"": "COMPLETED"}, training.log
-    assert training.log.count("saving after this step") == 1
-    assert_same_export(training.folder / "run", tmp_path)
+def test_a_sweep_is_gathered_and_only_what_failed_or_is_missing_runs_again(
+    jobs, capsys
+):
+    first, gathering = jobs["sweep"], jobs["gather"]
+    assert first.ended() == {"0": "COMPLETED", "1": "FAILED"}, first.log
+    assert gathering.ended() == {"": "FAILED"}  # since not all runs are finished
+    said = (first.folder / f"slurm-gather-{gathering.id}.out").read_text()
+    assert "2 of 3 cells to run" in said, said
+    assert "cell 1 failed: FloatingPointError" in said
+    assert "cell 2 missing" in said
+    again = Submitted(array_of(said), first.folder)
+    assert again.ended() == {"1": "FAILED", "2": "COMPLETED"}, again.log
+    out = first.folder / "runs"
+    assert gather.main([str(out)]) == 1
+    said = capsys.readouterr().out
+    assert "cell 1 failed: FloatingPointError" in said
+    assert "cell 2" not in said
+    results = summary.results(sweep.read_json(out / sweep.MANIFEST), out)
+    assert [result["status"] for result in results] == [
+        "finished",
+        "failed",
+        "finished",
+    ]
+    assert all(result["epsilon"] > 0 and result["score"] > 0 for result in results[::2])
+
+
+def test_a_preempted_run_of_two_nodes_ends_bitwise_like_an_undisturbed_one(jobs):
+    preempted, undisturbed = jobs["preempted"], jobs["undisturbed"]
+    for job in (preempted, undisturbed):
+        assert job.ended() == {"": "COMPLETED"}, job.log
+    saved = re.findall(r"interrupted: saved step (\d+) of 150", preempted.log)
+    assert len(saved) == 2
+    assert len(set(saved)) == 1
+    assert "interrupted" not in undisturbed.log
+    assert_same_export(preempted.folder / "run", undisturbed.folder / "run")
+    # With a fingerprint of each release, and the mesh, processes and device it ran on.
+    assert preempted.ledger == undisturbed.ledger
+    assert preempted.ledger[-1].endswith(" 2x2/2/cpu")
