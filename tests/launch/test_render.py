@@ -1,6 +1,7 @@
 """What each scheduler would get, judged by its own schema, parser or linter."""
 
 import copy
+import json
 import os
 import stat
 import subprocess
@@ -128,9 +129,10 @@ def test_shellcheck_would_find_something():
 
 
 def accepted(document):
-    """Read by the types that are generated from the schemas of JobSet and Kubernetes.
+    """Read by the types that are generated from the APIs of JobSet and Kubernetes.
 
-    They drop keys that they do not know, so what comes out must be what went in.
+    JobSet's own schema, in its CRD, is in no package. The types drop keys that they do not
+    know, so what comes out must be what went in.
     """
     return JobsetV1alpha2JobSet.from_dict(document).to_dict() == document
 
@@ -153,32 +155,41 @@ def test_a_jobset_with_a_wrong_key_or_type_is_not_accepted():
 
 READ_BY_SKY = """
 import json, sys, sky
-task = sky.Task.from_yaml_str(sys.stdin.read())
-(resources,) = task.resources
-print(json.dumps([task.num_nodes, resources.accelerators]))
+for text in json.load(sys.stdin):
+    try:
+        task = sky.Task.from_yaml_str(text)
+    except Exception as error:
+        print("refused:", *str(error).split())
+    else:
+        (resources,) = task.resources
+        print(task.num_nodes, resources.accelerators)
 """
 
 
-def read_by_sky(text):
+def read_by_sky(*texts):
+    """What SkyPilot reads in each task, or why it refuses it."""
     python = ROOT / ".venv-sky" / "bin" / "python"
-    if not python.exists():
-        pytest.skip("SkyPilot's own parser: it is not installed, see make test-sky")
-    return subprocess.run(
+    if not python.with_name("sky").exists():
+        pytest.skip("SkyPilot's own parser: see make .venv-sky/installed")
+    done = subprocess.run(
         [python, "-c", READ_BY_SKY],
-        input=text,
+        input=json.dumps(texts),
         capture_output=True,
         text=True,
         check=False,
     )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-len(texts) :]
 
 
 def test_sky_reads_its_task(tmp_path):
     changes = EXAMPLE_CALLS["sky.yaml"][1] | {"directory": str(tmp_path)}
-    done = read_by_sky(made("sky", **changes).text)
-    assert done.stdout.splitlines()[-1:] == ['[2, {"H100": 8}]'], done.stderr
-    typo = read_by_sky("num_node: 2\nrun: true\n")
-    assert typo.returncode != 0
-    assert "num_nodes" in typo.stderr
+    text = made("sky", **changes).text
+    typo = text.replace("num_nodes", "num_node")
+    read, refused = read_by_sky(text, typo)
+    assert read == "2 {'H100': 8}"
+    assert refused.startswith("refused: ")
+    assert "num_nodes" in refused
 
 
 def sky_arguments(tmp_path, **changes):
