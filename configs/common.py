@@ -33,6 +33,7 @@ def base() -> ConfigDict:
             "keep_checkpoints": 2,
             "writers": (),  # besides JSONL: "tensorboard", "wandb"
             "log_sensitive": False,
+            "self_check": False,
             "dry_run": False,
         }
     )

@@ -18,6 +18,7 @@ import optax
 from dpjax import config as configs
 from dpjax import processes, report
 from dpjax.accounting import epsilon
+from dpjax.audit.self_check import self_check
 from dpjax.checkpoint import Checkpoints, export, flatten_params
 from dpjax.clipping import Query
 from dpjax.data.batches import StepBatch, batches
@@ -77,6 +78,8 @@ def plan(config: Mapping[str, Any]) -> str:
     shapes = check_parts(experiment)
     start = report.start_block(config, mechanism, parameters=_size(shapes))
     card = report.card_of(config, mechanism, mechanism.steps)
+    if config["run"]["self_check"]:
+        start = f"{self_check(experiment)}\n\n{start}"
     return (
         f"{start}\n\nIf all {mechanism.steps} steps are taken:\n\n{card.to_markdown()}"
     )
@@ -99,6 +102,7 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
 
     Raises:
         ConfigError: The config is wrong, or ``workdir`` holds a run of another one.
+        SelfCheckError: ``run.self_check`` found a part that breaks the guarantee.
         CheckpointError: There are checkpoints, but none is usable.
         NoiseReuseError: A replayed step came out differently.
         FloatingPointError: Training diverged.
@@ -107,6 +111,8 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
     experiment = build_experiment(config)
     shapes = check_parts(experiment)
     mechanism, run = experiment.mechanism, config["run"]
+    if run["self_check"]:
+        print(self_check(experiment))
     metric, score = report.metric_name(config), math.nan
     identity = report.identity(config, mechanism, experiment.data_fingerprint)
     _check_same_everywhere(identity)

@@ -118,23 +118,37 @@ def attack_scores(
     return Scores(*(known.score(y, rates) for y in seen))
 
 
+def silence(
+    mechanism: Mechanism, *, trials: int, steps: int, seed: int
+) -> NDArray[np.float64]:
+    """Return what the attacker reads, ``[trials, steps]``, if nobody has a gradient.
+
+    N(0, 1) throughout if the noise is what is accounted.
+    """
+    nobody = np.zeros((trials, steps, 1), bool)
+    draws = Draws(nobody, nobody[:0])
+    seen = _observe(mechanism, view(mechanism), draws, seed=seed, engine=vmap)
+    return seen[0]
+
+
 def _observe(
     mechanism: Mechanism, known: View, draws: Draws, *, seed: int, engine: Engine
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return what the attacker reads, ``[n, T]``, with and without the target."""
-    trials, steps, rows = draws.inside.shape
+    trials, (steps, rows) = len(draws.inside), draws.inside.shape[1:]
     masks = np.concatenate([draws.inside, draws.outside])
     gradients = np.full(rows, -known.gradient / 2, np.float32)
     gradients[0] = known.gradient
-    words = jax.random.bits(jax.random.key(seed), (2 * trials, 2, 2), jnp.uint32)
+    runs = len(masks)
+    words = jax.random.bits(jax.random.key(seed), (runs, 2, 2), jnp.uint32)
     keys = jax.random.wrap_key_data(words, impl="threefry2x32")
     run = _runner(mechanism, engine)
     point = {"x": jnp.float32(known.path(0))}
     state = known.start(mechanism.init(point))
     state = jax.tree.map(
-        lambda leaf: jnp.broadcast_to(leaf, (2 * trials, *leaf.shape)), state
+        lambda leaf: jnp.broadcast_to(leaf, (runs, *leaf.shape)), state
     )
-    seen = np.empty((2 * trials, steps))
+    seen = np.empty((runs, steps))
     for step in range(steps):
         point = {"x": jnp.float32(known.path(step))}
         state, y = run(

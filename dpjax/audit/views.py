@@ -68,6 +68,11 @@ def view(mechanism: Mechanism) -> View:
     )
 
 
+def has_view(mechanism: Mechanism) -> bool:
+    """Return whether a view of such a mechanism is known."""
+    return view.dispatch(type(mechanism)) is not view.dispatch(object)
+
+
 def memory_score(
     first: NDArray[np.float64], *, carry: float = 0.0, sticky: bool = False
 ) -> Scores:

@@ -1,0 +1,321 @@
+"""Checks of a run's own parts before its first step: ``run.self_check=True``.
+
+They run the configured loss, engine, sampler, mechanism and optimizer on a few real
+examples and on empty sums, and say only which checks passed: a number would be a statistic
+of private data without noise. That a check fails is a fact about the data, too; it stops
+the run, and is told to whoever started it.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array
+
+from dpjax.audit import distinguish
+from dpjax.audit.views import has_view
+from dpjax.clipping import Engine, vmap
+from dpjax.experiment import Experiment
+from dpjax.mechanisms import Mechanism
+from dpjax.noise import root_key
+from dpjax.sampling import (
+    FullBatch,
+    PeriodicPoisson,
+    Poisson,
+    ShuffledFixed,
+    secret_seed,
+)
+from dpjax.sensitive import ClippedSum, PerExample, reveal
+from dpjax.transforms import private
+from dpjax.typing import Batch, Params
+
+EXAMPLES = 8
+"""Real examples that are looked at."""
+_STEPS = 64
+_ROUNDING = 1e-4
+"""Of float32 sums and norms, relative to the bound."""
+
+
+Ask = Callable[[str, Params, Batch], tuple[ClippedSum, PerExample]]
+
+
+class SelfCheckError(ValueError):
+    """A part of the run does not do what its privacy rests on."""
+
+
+class Part(NamedTuple):
+    """What is checked: the experiment at fresh parameters, on a few examples.
+
+    ``ask`` and ``reference`` are ``(phase, params, batch) -> (ClippedSum, PerExample)``, by
+    the configured engine and by per-example gradients.
+    """
+
+    experiment: Experiment
+    params: Params
+    batch: Batch
+    ask: Ask
+    reference: Ask
+
+
+def self_check(experiment: Experiment) -> str:
+    """Run all checks.
+
+    Returns:
+        One line for each check: what was found to hold.
+
+    Raises:
+        SelfCheckError: The first check that failed, with what it means and the fix.
+    """
+    source = experiment.source
+    count = min(EXAMPLES, len(source))
+    index = [i * len(source) // count for i in range(count)]
+    rows = jax.tree.map(jnp.asarray, source[index])
+    blank = jax.tree.map(lambda column: jnp.zeros_like(column[0]), rows)
+    params = jax.jit(experiment.model.init)(jax.random.key(0), blank)
+    batch = Batch(rows, np.ones(count, bool), np.asarray(index, np.int32))
+    part = Part(
+        experiment,
+        params,
+        batch,
+        ask=_asking(experiment, experiment.engine, params),
+        reference=_asking(experiment, vmap, params),
+    )
+    lines = [check(part) for check in _checks(experiment.mechanism)]
+    return "\n".join(["self-check, all passed", *(f"  {line}" for line in lines)])
+
+
+def _checks(mechanism: Mechanism) -> tuple[Callable[[Part], str], ...]:
+    always = (check_finite, check_per_example, check_sampler, check_update)
+    if not mechanism.private:
+        return always
+    return (*always, check_sensitivity, check_engine, check_noise, check_shape_of_noise)
+
+
+def check_finite(part: Part) -> str:
+    """Loss and gradient are finite at the initial parameters."""
+    for phase, params in _points(part):
+        _, statistics = part.reference(phase, params, part.batch)
+        found = reveal(statistics)
+        if not np.isfinite(found["losses"]).all() or found["nonfinite"].any():
+            raise SelfCheckError(
+                "a loss or gradient is NaN or infinite at the initial parameters; such "
+                "examples would be dropped from every sum: correct the data or the loss"
+            )
+    return f"loss and gradient are finite on {len(part.batch.mask)} examples"
+
+
+def check_per_example(part: Part) -> str:
+    """Nothing of an example changes when all others are replaced."""
+    phase, params = _points(part)[0]
+    _, whole = part.reference(phase, params, part.batch)
+    count = len(part.batch.mask)
+    for kept in range(count):
+        # All other rows become copies of one other example.
+        other = (kept + 1) % count
+        rows = np.where(np.arange(count) == kept, kept, other)
+        examples = jax.tree.map(lambda x, rows=rows: x[rows], part.batch.examples)
+        index = np.asarray(part.batch.index)[rows]
+        _, alone = part.reference(
+            phase, params, Batch(examples, part.batch.mask, index)
+        )
+        for name in ("losses", "norms"):
+            one, two = (float(reveal(s)[name][kept]) for s in (whole, alone))
+            if not math.isclose(one, two, rel_tol=_ROUNDING, abs_tol=1e-6):
+                raise SelfCheckError(
+                    f"the {name} of an example depend on the other examples of its batch: "
+                    "the loss keeps a state or mixes examples (batch normalisation?), so "
+                    "clipping bounds nothing; use a loss of one example alone"
+                )
+    return "loss and norm of an example do not depend on the others"
+
+
+def check_sensitivity(part: Part) -> str:
+    """Removing one example moves the clipped sum by at most what release assumes."""
+    count = len(part.batch.mask)
+    for phase, params in _points(part):
+        whole, _ = part.ask(phase, params, part.batch)
+        bound = float(whole.l2_bound)
+        rest = float(whole.outer_norm) - bound
+        for left_out in range(count):
+            mask = np.arange(count) != left_out
+            without, _ = part.ask(phase, params, part.batch._replace(mask=mask))
+            for name, limit in (("total", bound), ("residual", rest)):
+                one, two = getattr(whole, name), getattr(without, name)
+                if one is None or math.isinf(limit):
+                    continue
+                moved = float(optax.tree.norm(jax.tree.map(jnp.subtract, one, two)))
+                # Rounding grows with the sums, which are the larger for a large bound.
+                slack = _ROUNDING * count * float(whole.l2_bound)
+                if not moved <= limit + slack:
+                    raise SelfCheckError(
+                        f"removing one example moves the {name} of the clipped sum by more "
+                        "than its bound: the engine clips wrongly for this loss; use "
+                        "config.compute.engine='vmap' and report the loss"
+                    )
+    return "one example moves the clipped sum by at most its bound"
+
+
+def check_engine(part: Part) -> str:
+    """The configured engine agrees with per-example gradients; chunks add up."""
+    for phase, params in _points(part):
+        ours, _ = part.ask(phase, params, part.batch)
+        reference, _ = part.reference(phase, params, part.batch)
+        count = len(part.batch.mask)
+        first = np.arange(count) < count // 2
+        halves = [
+            part.ask(phase, params, part.batch._replace(mask=mask))[0]
+            for mask in (first, ~first)
+        ]
+        limit = 1e-3 * float(ours.l2_bound) * count
+        for other in (reference, halves[0].merge(halves[1])):
+            apart = jax.tree.map(jnp.subtract, ours.total, other.total)
+            if not float(optax.tree.norm(apart)) <= limit:
+                raise SelfCheckError(
+                    "the engine's sum is not that of per-example gradients, or not the sum "
+                    "of its parts: use config.compute.engine='vmap' and report the loss"
+                )
+    return "the engine agrees with per-example gradients, whole and in chunks"
+
+
+def check_sampler(part: Part) -> str:
+    """Batches are as large and as often as the plan says."""
+    mechanism = part.experiment.mechanism
+    sampling, size = mechanism.sampling, mechanism.num_examples
+    steps, seed = min(mechanism.steps, _STEPS), secret_seed()
+    seen, sizes = np.zeros(size, int), np.zeros(steps)
+    for step in range(steps):
+        drawn = sampling.draw(step, num_examples=size, seed=seed)
+        if len(np.unique(drawn)) != len(drawn) or np.any((drawn < 0) | (drawn >= size)):
+            raise SelfCheckError(
+                f"{sampling} draws an example twice in a batch, or one that is not there"
+            )
+        seen[drawn] += 1
+        sizes[step] = len(drawn)
+    expected, spread = _expected_sizes(mechanism, steps)
+    most = sampling.max_participations(steps=steps, num_examples=size)
+    # Six standard errors; sizes that are fixed have none.
+    if abs(sizes.sum() - expected) > 6 * spread + 1e-6 or seen.max() > most:
+        raise SelfCheckError(
+            f"{sampling} draws batches of other sizes than are accounted, or one example "
+            f"more than {most} times in {steps} steps"
+        )
+    return f"{steps} batches are as the sampling is accounted"
+
+
+def _expected_sizes(mechanism: Mechanism, steps: int) -> tuple[float, float]:
+    """Return the expected sum of batch sizes, and its standard deviation."""
+    sampling, size = mechanism.sampling, mechanism.num_examples
+    match sampling:
+        case FullBatch() | ShuffledFixed():
+            return steps * mechanism.expected_batch_size, 0.0
+        case Poisson():
+            rates = np.full(steps, sampling.rate)
+        case PeriodicPoisson():
+            first = np.arange(steps) % sampling.period == 0
+            rates = np.where(first, sampling.first_rate, sampling.rate)
+        case _:
+            # Truncated batches are a little smaller than the constant that divides.
+            total = steps * mechanism.expected_batch_size
+            return total, total / 6
+    return size * rates.sum(), math.sqrt(size * np.sum(rates * (1 - rates)))
+
+
+def check_noise(part: Part) -> str:
+    """Noise of the accounted size reaches every parameter, fresh at each step."""
+    mechanism, params = part.experiment.mechanism, part.params
+    state, key = mechanism.init(params), root_key(0)
+    phase = mechanism.phase(0)
+    empty = mechanism.query(phase, params, state).empty()
+
+    @jax.jit
+    def release(key: Any, step: Array) -> Params:
+        return mechanism.release(empty, state, params, key=key, step=step)[0]
+
+    period = _period(mechanism, phase)
+    draws = [release(key, jnp.int32(period * i)) for i in range(6)]
+    leaves = list(zip(*(jax.tree.leaves(draw) for draw in draws), strict=True))
+    stacked = [np.stack([np.ravel(x) for x in leaf]) for leaf in leaves]
+    pooled = math.sqrt(np.mean(np.concatenate([x.ravel() for x in stacked]) ** 2))
+    for noise in stacked:
+        error = 6 / math.sqrt(2 * noise.size) + 0.02
+        if not abs(np.sqrt(np.mean(noise**2)) / pooled - 1) < error:
+            raise SelfCheckError(
+                "noise is not alike on all parameters: release adds too little to some"
+            )
+    rows = np.concatenate(stacked, axis=1)
+    if any(np.array_equal(rows[0], row) for row in rows[1:]):
+        raise SelfCheckError("two steps have the same noise: a key is used twice")
+    return "noise reaches every parameter, fresh at each step"
+
+
+def check_shape_of_noise(part: Part) -> str:
+    """Releases of no example are N(0, 1) in the units of an attacker who knows the plan."""
+    mechanism = part.experiment.mechanism
+    if not has_view(mechanism):
+        return f"moments of noise: not checked, {type(mechanism).__name__} has no view"
+    steps = min(mechanism.steps, 8)
+    y = distinguish.silence(mechanism, trials=2000, steps=steps, seed=0)
+    error = 6 / math.sqrt(y.size)
+    wrong = abs(y.mean()) > error or abs(y.var() - 1) > math.sqrt(2) * error
+    if wrong or abs(np.mean(y**4) - 3) > 10 * error:
+        raise SelfCheckError(
+            f"the noise of {type(mechanism).__name__} is not what is accounted: moments of "
+            "releases without examples are not those of N(0, noise_stddev^2)"
+        )
+    return f"mean, variance and tails of {y.size} noises are as accounted"
+
+
+def check_update(part: Part) -> str:
+    """The update is the optimizer's answer to the released gradient, and nothing else."""
+    experiment, params = part.experiment, part.params
+    mechanism, key = experiment.mechanism, root_key(0)
+    phase = mechanism.phase(0)
+    clipped, _ = part.ask(phase, params, part.batch)
+    state = mechanism.init(params)
+    mean, _ = mechanism.release(clipped, state, params, key=key, step=0)
+    for optimizer in (optax.identity(), experiment.optimizer):
+        expected, _ = optimizer.update(mean, optimizer.init(params), params)
+        transform = private(mechanism, optimizer, noise_key=key)
+        update: Any = transform.update
+        found, after = update(clipped, transform.init(params), params)
+        apart = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), found, expected)
+        scale = float(optax.tree.norm(expected)) + 1e-12
+        if int(after.step) != 1 or not max(jax.tree.leaves(apart)) <= 1e-4 * scale:
+            raise SelfCheckError(
+                "the update is not the optimizer's answer to the released gradient: "
+                "something else of the data reaches the parameters"
+            )
+    return "the update is the optimizer's answer to the released gradient"
+
+
+def _points(part: Part) -> list[tuple[str, Params]]:
+    """Return each phase, and the parameters at which it is asked."""
+    mechanism = part.experiment.mechanism
+    steps = range(min(mechanism.steps, _STEPS))
+    phases = dict.fromkeys(mechanism.phase(step) for step in steps)
+    # Differences are of two points: the initial one and this.
+    moved = jax.tree.map(lambda x: x + 0.01, part.params)
+    first = mechanism.phase(0)
+    return [(phase, part.params if phase == first else moved) for phase in phases]
+
+
+def _asking(experiment: Experiment, engine: Engine, start: Params) -> Ask:
+    """Compile the query of a first step, or of a second one at moved parameters."""
+    mechanism = experiment.mechanism
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def ask(phase: str, params: Params, batch: Batch) -> Any:
+        query = mechanism.query(phase, params, mechanism.init(start))
+        return engine(experiment.loss, query, batch, jax.random.key(0))
+
+    return ask
+
+
+def _period(mechanism: Mechanism, phase: str) -> int:
+    """Return the steps from one step of this phase to the next."""
+    return next(k for k in range(1, 10**6) if mechanism.phase(k) == phase)
