@@ -6,14 +6,19 @@ To audit a new mechanism: register its view (``dpjax.audit.views``) and add it h
 import dataclasses
 
 from dpjax.mechanisms import (
+    AdaptiveDpSgd,
+    BandMf,
     DiceSgd,
     Diff2,
+    Diff2BvrLSgd,
     DpSgd,
+    DpZero,
     Mechanism,
     PrivatizedErrorFeedback,
     SpiderBoost,
 )
 from dpjax.sampling import (
+    CyclicPoisson,
     FullBatch,
     PeriodicPoisson,
     Poisson,
@@ -79,6 +84,46 @@ _SPIDER = SpiderBoost(
     **_PLAN,
 )
 
+_BANDS = BandMf(
+    clip_norm=0.5,
+    clip_style="flat",
+    noise_multiplier=1.5,
+    bands=3,
+    strategy="square_root",
+    sampling=CyclicPoisson(cycle=3, rate=0.5),
+    **_PLAN,
+)
+_ZERO = DpZero(
+    clip_norm=0.5,
+    smoothing=0.1,
+    direction_seed=0,
+    noise_multiplier=1.5,
+    sampling=_POISSON,
+    **_PLAN,
+)
+_ADAPTIVE = AdaptiveDpSgd(
+    initial_clip_norm=0.5,
+    min_clip_norm=1e-3,
+    max_clip_norm=1e3,
+    target_quantile=0.5,
+    clip_learning_rate=0.2,
+    count_share=0.3,
+    noise_multiplier=1.5,
+    sampling=_POISSON,
+    **_PLAN,
+)
+_LOCAL = Diff2BvrLSgd(
+    clip_norm=0.5,
+    difference_clip_norm=0.7,
+    local_clip_norm=0.9,
+    restart_every=2,
+    noise_multiplier=2.0,
+    noise_ratio=1.5,
+    local_noise_ratio=1.0,
+    sampling=PeriodicPoisson(period=2, first_rate=1.0, rate=0.2),
+    **_PLAN,
+)
+
 SETTINGS: dict[str, Mechanism] = {
     "DpSgd, Poisson": _SGD,
     "DpSgd, Poisson, rare": dataclasses.replace(
@@ -130,6 +175,13 @@ SETTINGS: dict[str, Mechanism] = {
     "SpiderBoost, capped radius": dataclasses.replace(
         _SPIDER, difference_clip_norm=5.0, noise_ratio=1.3
     ),
+    "Diff2BvrLSgd": _LOCAL,
+    "BandMf": _BANDS,
+    "BandMf, fixed order": dataclasses.replace(
+        _BANDS, sampling=CyclicPoisson(cycle=3, rate=1.0), strategy="mean_error"
+    ),
+    "DpZero": _ZERO,
+    "AdaptiveDpSgd": _ADAPTIVE,
 }
 
 _PAPER = dataclasses.replace(

@@ -20,7 +20,7 @@ from dpjax.audit.views import View, view
 from dpjax.checks import check_positive_int
 from dpjax.clipping import Engine, vmap
 from dpjax.mechanisms import Mechanism
-from dpjax.sampling import FullBatch, PeriodicPoisson, Poisson, Sampling
+from dpjax.sampling import CyclicPoisson, FullBatch, PeriodicPoisson, Poisson, Sampling
 from dpjax.typing import Batch, Example, Key, Params
 
 ATTACKS = ("likelihood", "opposed", "reuse")
@@ -155,6 +155,7 @@ def _observe(
             mechanism.phase(step), point, state, masks[:, step], gradients, keys, step
         )
         seen[:, step] = y
+    seen = known.whiten(seen)
     return seen[:trials], seen[trials:]
 
 
@@ -264,4 +265,4 @@ def _least_gap(y: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _independent(sampling: Sampling) -> bool:
     # Exactly these: what is derived from them may have changed the draws.
-    return type(sampling) in (Poisson, PeriodicPoisson, FullBatch)
+    return type(sampling) in (Poisson, PeriodicPoisson, CyclicPoisson, FullBatch)

@@ -16,14 +16,21 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
+from dpjax.directions import gaussian_direction
 from dpjax.mechanisms import (
+    AdaptiveDpSgd,
+    BandMf,
     DiceSgd,
     Diff2,
+    Diff2BvrLSgd,
     DpSgd,
+    DpZero,
     Mechanism,
     PrivatizedErrorFeedback,
     SpiderBoost,
 )
+from dpjax.mechanisms.diff2_bvr_l_sgd import LocalState
+from dpjax.toeplitz import strategy_column
 from dpjax.typing import Params
 
 Scores = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
@@ -40,6 +47,7 @@ class View(NamedTuple):
             where it is known, or some other statistic that grows with the shifts.
         unclipped: Length of a gradient that nothing clips, if all steps are alike; else None.
         opposable: Whether y_t is the sum over a batch alone, without memory.
+        whiten: ``y[n, T] -> [n, T]``, what makes the noise of all steps independent.
         start: Mechanism's first state -> the state the attack begins with, such as one
             that other examples have left behind.
         path: Step -> the parameter at that step; the attacker's optimizer ignores releases.
@@ -51,6 +59,7 @@ class View(NamedTuple):
     score: Scores
     unclipped: float | None = None
     opposable: bool = False
+    whiten: Callable[[NDArray[np.float64]], NDArray[np.float64]] = lambda y: y
     start: Callable[[Any], Any] = lambda state: state
     path: Callable[[int], float] = lambda step: 1.0
 
@@ -186,19 +195,105 @@ def _(mechanism: DiceSgd) -> View:
     )
 
 
+@view.register
+def _(mechanism: AdaptiveDpSgd) -> View:
+    batch, share = mechanism.expected_batch_size, mechanism.count_share
+
+    def read(phase: str, mean: Params, before: Any, after: Any) -> jax.Array:
+        del phase
+        bound = before.clip_norm
+        total = _scalar(mean) * batch / mechanism.noise_stddev(bound)
+        # The clip norm is public: the count can be solved for, between the bounds.
+        moved = jnp.log(after.clip_norm / bound) / mechanism.clip_learning_rate
+        count = batch * (mechanism.target_quantile - 0.5 - moved)
+        # The target is clipped: it counts as -1/2.
+        return math.sqrt(1 - share) * total - math.sqrt(share) * (
+            count / mechanism.count_stddev
+        )
+
+    shifts = np.full(mechanism.steps, 1 / mechanism.noise_multiplier)
+    return View(
+        gradient=_huge(mechanism.max_clip_norm),
+        shifts=shifts,
+        read=read,
+        score=memory_score(shifts),
+    )
+
+
+@view.register
+def _(mechanism: DpZero) -> View:
+    scale = mechanism.expected_batch_size / mechanism.noise_stddev
+
+    def read(phase: str, mean: Params, before: Any, after: Any) -> jax.Array:
+        del phase, after
+        u = _scalar(
+            gaussian_direction(mean, seed=mechanism.direction_seed, step=before.step)
+        )
+        # The target's slope has the sign of the direction.
+        return _scalar(mean) / jnp.abs(u) * scale
+
+    shifts = np.full(mechanism.steps, 1 / mechanism.noise_multiplier)
+    return View(
+        # A direction may be short.
+        gradient=1e4 * mechanism.clip_norm,
+        shifts=shifts,
+        read=read,
+        score=memory_score(shifts),
+        opposable=True,
+    )
+
+
+@view.register
+def _(mechanism: BandMf) -> View:
+    bands, steps = mechanism.bands, mechanism.steps
+    column = strategy_column(mechanism.strategy, bands=bands, steps=steps)
+    shift = 1 / mechanism.noise_multiplier
+    scale = mechanism.expected_batch_size / mechanism.noise_stddev
+    strategy = sum(c * np.eye(steps, k=-k) for k, c in enumerate(column))
+    # Where the target shows, if it takes part at step t: row t of these.
+    shown = shift * np.asarray(strategy).T
+
+    def score(y: NDArray[np.float64], rates: NDArray[np.float64]) -> Any:
+        ratios = y @ shown.T - np.square(shown).sum(axis=1) / 2
+        cycle = getattr(mechanism.sampling, "cycle", 1)
+        # It has one turn in each cycle, in the same place: one of these.
+        rate = np.clip(rates.mean() * cycle, 0, 1)
+        with np.errstate(divide="ignore"):
+            each = np.logaddexp(np.log1p(-rate), np.log(rate) + ratios)
+        places = [each[:, place::cycle].sum(axis=1) for place in range(cycle)]
+        return np.logaddexp.reduce(places, axis=0) - math.log(cycle)
+
+    return View(
+        gradient=_huge(mechanism.clip_norm),
+        shifts=np.full(steps, shift),
+        read=lambda phase, mean, before, after: _scalar(mean) * scale,
+        score=score,
+        whiten=lambda y: y @ np.asarray(strategy)[: y.shape[1], : y.shape[1]].T,
+    )
+
+
 @view.register(Diff2)
 @view.register(SpiderBoost)
+@view.register(Diff2BvrLSgd)
 def _(mechanism: Any) -> View:
     phases = [mechanism.phase(step) for step in range(mechanism.steps)]
-    # Steps of length 1, so the radius is the same at all differences.
-    states = {"x": jnp.float32(1.0)}, mechanism.init({"x": jnp.float32(0.0)})
-    radius = {p: float(mechanism.radius(p, *states)) for p in set(phases)}
-    spread = {p: float(mechanism.noise_stddev(p, radius[p])) for p in set(phases)}
+    # All local steps have length 1, and so all rounds the same.
+    origin = mechanism.init({"x": jnp.float32(0.0)})
+    length = {"difference": mechanism.steps_per_round}
+    radius = {
+        p: float(
+            mechanism.radius(
+                p, {"x": jnp.float32(length.get(p, 1))}, _part(origin, p)
+            )
+        )
+        for p in set(phases)
+    }
+    spread = {p: float(mechanism.noise_stddev(p, radius[p])) for p in radius}
 
     def read(phase: str, mean: Params, before: Any, after: Any) -> jax.Array:
         del after
         size = mechanism.sampling_of(phase).expected_batch_size(mechanism.num_examples)
-        old = 0.0 if phase == "restart" else _scalar(before.estimate)
+        old = 0.0 if phase == "restart" else _scalar(_part(before, phase).estimate)
         return (_scalar(mean) - old) * size / spread[phase]
 
     shifts = np.array([radius[p] / spread[p] for p in phases])
@@ -209,6 +304,10 @@ def _(mechanism: Any) -> View:
         score=memory_score(shifts),
         path=lambda step: 1.0 + step,
     )
+
+
+def _part(state: Any, phase: str) -> Any:
+    return state.of(phase) if isinstance(state, LocalState) else state
 
 
 def _huge(bound: float) -> float:
