@@ -111,12 +111,14 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
     experiment = build_experiment(config)
     shapes = check_parts(experiment)
     mechanism, run = experiment.mechanism, config["run"]
-    if run["self_check"]:
-        print(self_check(experiment))
     metric, score = report.metric_name(config), math.nan
     identity = report.identity(config, mechanism, experiment.data_fingerprint)
     _check_same_everywhere(identity)
     layout, is_first = experiment.layout, processes.is_first()
+    if run["self_check"]:
+        passed = self_check(experiment)
+        if is_first:
+            print(passed)
     noise_key = processes.of_first(root_key(run["seed"]))
     transform = private(mechanism, experiment.optimizer, noise_key=noise_key)
     with (

@@ -8,6 +8,8 @@
                           that DIR already holds is resumed
 --config.GROUP.KEY=VALUE  change one key of the config
 --config.run.dry_run=True print the plan and the privacy card, train nothing
+--config.run.self_check=True  first test loss, engine, sampler, noise and update on a few
+                          real examples (dpjax.audit.self_check)
 
 One of several processes that train together, each started with the same command and
 --coordinator_address=HOST:PORT --num_processes=N --process_id=I (from 0, on HOST), or with

@@ -366,6 +366,7 @@ WRONG_VALUES = {
         "config.mechanism.sampling=3 must",
     ),
     "writers no tuple": ({"run.writers": 3}, "config.run.writers=3 must be a tuple"),
+    "self-check no bool": ({"run.self_check": 1}, "self_check=1 must be True"),
     "flag no bool": ({"run.log_sensitive": "no"}, "log_sensitive='no' must be True"),
     "seed no int": ({"run.seed": 1.5}, "config.run.seed=1.5 must be an integer"),
     "unknown provenance": (

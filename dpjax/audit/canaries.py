@@ -87,7 +87,9 @@ def make_canaries(
             leaf_of = np.repeat(np.arange(len(sizes)), sizes)
             flat = flat * (leaf_of[None] == (np.arange(count) % len(sizes))[:, None])
     parts = jnp.split(flat, np.cumsum(sizes)[:-1], axis=1)
-    vectors = [p.reshape(count, *leaf.shape) for p, leaf in zip(parts, leaves, strict=True)]
+    vectors = [
+        p.reshape(count, *leaf.shape) for p, leaf in zip(parts, leaves, strict=True)
+    ]
     return Canaries(_linear_loss, treedef.unflatten(vectors))
 
 
@@ -197,7 +199,7 @@ def _linear_loss(params: Params, example: Example, key: Key) -> Array:
     """The loss whose gradient is the canary, far too long to pass unclipped."""
     del key
     parts = jax.tree.map(lambda p, c: jnp.vdot(p, c), params, example)
-    return 1e4 * sum(jax.tree.leaves(parts))
+    return 1e4 * jnp.sum(jnp.stack(jax.tree.leaves(parts)))
 
 
 def _mislabelled(experiment: Experiment, count: int) -> dict[str, NDArray]:

@@ -76,12 +76,13 @@ def invert_by_descent(
         gradient = jax.grad(total)(params)
         dot = optax.tree.vdot(gradient, release)
         norms = optax.tree.norm(gradient) * optax.tree.norm(release)
-        return 1 - dot / (norms + 1e-12)
+        return jnp.asarray(1 - dot / (norms + 1e-12))
 
     def step(carry: Any, _: None) -> tuple[Any, None]:
         guess, state = carry
-        updates, state = optimizer.update(jax.grad(distance)(guess), state)
-        return (jnp.clip(optax.apply_updates(guess, updates), 0, 1), state), None
+        update: Any = optimizer.update
+        updates, state = update(jax.grad(distance)(guess), state)
+        return (jnp.clip(guess + updates, 0, 1), state), None
 
     start = (guess, optimizer.init(guess))
     (guess, _), _ = jax.jit(lambda s: jax.lax.scan(step, s, length=steps))(start)

@@ -46,7 +46,7 @@ def fourier_epsilon(
     # The grid of one loss is that of the sum: multiples of the step, wrapped around.
     first = math.floor(math.log1p(-plan.rate) / step) if plan.rate < 1 else None
     first = math.floor(low / step) if first is None else first
-    edges = (first + np.arange(size + 1)) * step
+    edges: Any = (first + np.arange(size + 1)) * step
     mass = np.diff(_loss_cdf(edges, plan), prepend=0.0)
     tail = max(0.0, 1.0 - mass.sum())
     at = first + np.arange(size + 1) - (1 if rounded == "down" else 0)
@@ -54,7 +54,7 @@ def fourier_epsilon(
     np.add.at(ring, at % size, mass)
     composed = np.fft.irfft(np.fft.rfft(ring) ** plan.steps, size)
     start = math.floor(low / step)
-    losses = (start + np.arange(size)) * step
+    losses: Any = (start + np.arange(size)) * step
     chance = np.maximum(composed[(start + np.arange(size)) % size], 0.0)
     escaped = plan.steps * tail if rounded == "up" else 0.0
     return _epsilon_of(losses, chance, delta - escaped)
@@ -88,9 +88,7 @@ def _range(plan: Sampled) -> tuple[float, float]:
     mean, variance, *_ = _cumulants(plan, sampled=True)
     spread = math.sqrt(plan.steps * variance)
     centre = plan.steps * mean
-    longest = (2 * (1 + 9 * plan.noise_multiplier) - 1) / (
-        2 * plan.noise_multiplier**2
-    )
+    longest = (2 * (1 + 9 * plan.noise_multiplier) - 1) / (2 * plan.noise_multiplier**2)
     return centre - 10 * spread - 2.0, centre + 12 * spread + min(longest, 30.0)
 
 
@@ -162,9 +160,7 @@ def _edgeworth(
     terms = (
         g3 * hermite[2] / 6,
         g4 * hermite[3] / 24 + g3**2 * hermite[5] / 72,
-        g5 * hermite[4] / 120
-        + g3 * g4 * hermite[6] / 144
-        + g3**3 * hermite[8] / 1296,
+        g5 * hermite[4] / 120 + g3 * g4 * hermite[6] / 144 + g3**3 * hermite[8] / 1296,
     )
     density = math.exp(-(u**2) / 2) / math.sqrt(2 * math.pi)
     return float(ndtr(u)) - density * sum(terms[:order])

@@ -282,9 +282,7 @@ def _(mechanism: Any) -> View:
     length = {"difference": mechanism.steps_per_round}
     radius = {
         p: float(
-            mechanism.radius(
-                p, {"x": jnp.float32(length.get(p, 1))}, _part(origin, p)
-            )
+            mechanism.radius(p, {"x": jnp.float32(length.get(p, 1))}, _part(origin, p))
         )
         for p in set(phases)
     }

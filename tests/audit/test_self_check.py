@@ -1,0 +1,182 @@
+"""The checks a user can run on a config: what ships passes, what is broken is named."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import dpjax
+from dpjax import train
+from dpjax.audit import self_check as checks
+from dpjax.audit.self_check import SelfCheckError, self_check
+from dpjax.clipping import vmap
+from dpjax.experiment import build_experiment
+from dpjax.sampling import Poisson
+from tests.runs import tiny
+
+
+@functools.cache
+def experiment(variant="dpsgd"):
+    return build_experiment(tiny(variant))
+
+
+def broken(**changes):
+    return dataclasses.replace(experiment(), **changes)
+
+
+def mechanism_as(mutant):
+    return broken(mechanism=mutant(**vars(experiment().mechanism)))
+
+
+def test_a_config_that_ships_passes_and_says_no_numbers_of_the_data(capsys):
+    config = tiny(**{"run.self_check": True, "run.dry_run": True})
+    printed = train.plan(config)
+    assert printed.startswith("self-check, all passed\n")
+    assert "one example moves the clipped sum by at most its bound" in printed
+    assert "noises are as accounted" in printed
+
+
+DIFF2 = {
+    "name": "dpjax.mechanisms.diff2:Diff2",
+    "clip_norm": 1.0,
+    "difference_clip_norm": 5.0,
+    "restart_every": 3,
+    "noise_multiplier": 4.0,
+    "noise_ratio": 1.0,
+    "noisy_workers": 1,
+    "sampling": {"name": "dpjax.sampling:FullBatch"},
+    "steps": 12,
+    "delta": 1e-5,
+}
+
+
+def test_differences_and_the_baseline_pass():
+    assert "all passed" in self_check(build_experiment(tiny(mechanism=DIFF2)))
+    passed = self_check(experiment("nonprivate"))
+    assert "noise" not in passed
+
+
+def clip_times_ten(loss, query, batch, key):
+    wide = dataclasses.replace(query, clip_norm=1e-3 * query.clip_norm)
+    clipped, statistics = vmap(loss, wide, batch, key)
+    total = jax.tree.map(lambda x: 1e4 * x, clipped.total)
+    return dataclasses.replace(
+        clipped, total=total, l2_bound=query.l2_bound
+    ), statistics
+
+
+def forgets_an_example(loss, query, batch, key):
+    mask = jnp.asarray(batch.mask).at[0].set(False)
+    return vmap(loss, query, batch._replace(mask=mask), key)
+
+
+@jax.custom_batching.custom_vmap
+def centred(x):
+    return x
+
+
+@centred.def_vmap
+def _(axis_size, in_batched, x):
+    """What batch normalisation does, smuggled past the missing batch axis."""
+    del axis_size
+    return (x - x.mean(axis=0) if in_batched[0] else x), in_batched[0]
+
+
+def leaking_loss(params, example, key):
+    honest = experiment().loss(params, example, key)
+    return honest + centred(example["image"].astype(jnp.float32).sum())
+
+
+class NoNoise(dpjax.DpSgd):
+    def release(self, clipped, state, params, *, key, step):
+        silent = dpjax.DpSgd(**vars(self) | {"noise_multiplier": 0.0})
+        return silent.release(clipped, state, params, key=key, step=step)
+
+
+class LessNoise(dpjax.DpSgd):
+    def release(self, clipped, state, params, *, key, step):
+        less = dpjax.DpSgd(
+            **vars(self) | {"noise_multiplier": 0.9 * self.noise_multiplier}
+        )
+        return less.release(clipped, state, params, key=key, step=step)
+
+
+class OneKey(dpjax.DpSgd):
+    def release(self, clipped, state, params, *, key, step):
+        return super().release(clipped, state, params, key=key, step=0 * step)
+
+
+class FirstLeafOnly(dpjax.DpSgd):
+    def release(self, clipped, state, params, *, key, step):
+        mean, state = super().release(clipped, state, params, key=key, step=step)
+        leaves, treedef = jax.tree.flatten(mean)
+        if len(leaves) > 1:
+            leaves[-1] = leaves[-1] / 10
+        return treedef.unflatten(leaves), state
+
+
+class TwiceTheRate(Poisson):
+    def draw(self, step, *, num_examples, seed):
+        twice = Poisson(rate=2 * self.rate)
+        return twice.draw(step, num_examples=num_examples, seed=seed)
+
+
+BROKEN = {
+    "clip x10": (lambda: broken(engine=clip_times_ten), "moves the total"),
+    "an example dropped": (
+        lambda: broken(engine=forgets_an_example),
+        "not that of per-example gradients",
+    ),
+    "batch statistics": (lambda: broken(loss=leaking_loss), "depend on the other"),
+    "not a number": (
+        lambda: broken(loss=lambda p, e, k: jnp.log(0.0 * experiment().loss(p, e, k))),
+        "is NaN or infinite",
+    ),
+    "no noise": (lambda: mechanism_as(NoNoise), "not alike on all"),
+    "less noise": (lambda: mechanism_as(LessNoise), "not what is accounted"),
+    "one key": (lambda: mechanism_as(OneKey), "the same noise"),
+    "one leaf": (lambda: mechanism_as(FirstLeafOnly), "not alike on all parameters"),
+    "rate x2": (
+        lambda: broken(
+            mechanism=dataclasses.replace(
+                experiment().mechanism, sampling=TwiceTheRate(rate=0.1)
+            )
+        ),
+        "of other sizes than are accounted",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_broken_is_named(name):
+    make, message = BROKEN[name]
+    with pytest.raises(SelfCheckError, match=message):
+        self_check(make())
+
+
+def test_an_update_that_is_not_of_the_release_is_named(monkeypatch):
+    def leaky(mechanism, optimizer, *, noise_key):
+        honest = dpjax.private(mechanism, optimizer, noise_key=noise_key)
+
+        def update(clipped, state, params=None, **extra):
+            out, state = honest.update(clipped, state, params, **extra)
+            return jax.tree.map(jnp.add, out, clipped.total), state
+
+        return optax.GradientTransformationExtraArgs(honest.init, update)
+
+    monkeypatch.setattr(checks, "private", leaky)
+    with pytest.raises(SelfCheckError, match="not the optimizer's answer"):
+        self_check(experiment())
+
+
+def test_a_run_that_fails_its_check_releases_nothing(monkeypatch, tmp_path):
+    def refuse(experiment):
+        raise SelfCheckError("no")
+
+    monkeypatch.setattr(train, "self_check", refuse)
+    with pytest.raises(SelfCheckError):
+        train.train(tiny(**{"run.self_check": True}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
