@@ -1,20 +1,24 @@
 """Attack what a config claims: is the epsilon on its privacy card true?
 
     python -m experiments.audit --config=configs/digits_mlp_dpsgd.py[:variant] --out=DIR
-        [--attack=A,B] [--trials=N] [--confidence=0.99] [--seed=N]
-        [--config.group.key=value ...]
+        [--attack=A,B] [--trials=N] [--canaries=N] [--confidence=0.99]
+        [--seed=N] [--config.group.key=value ...]
 
 --config=FILE[:VARIANT]  a config file; see configs/
 --out=DIR                receives audit.json, audit.md and audit.png
 --attack=A,B             likelihood, opposed, reuse: simulations of the mechanism on
                          worst-case neighbours (dpjax.audit.distinguish); all that apply if
                          not given
+                         dirac, random, per_layer, input: one real run (of DpSgd, steps and
+                         engine as configured) with canaries (dpjax.audit.canaries)
 --trials=N               simulated runs on each neighbour; 20000 if not given
+--canaries=N             of the run with canaries; 200 if not given
 --confidence=0.99        of all findings together
---seed=N                 of the simulation; 0 if not given
+--seed=N                 of the simulation and of the canaries; 0 if not given
 
-Nothing is trained. A verdict of "consistent" is no proof: it says that these attacks did not
-refute the claim.
+A run with canaries reads the private data and costs privacy as any run does; its report
+carries the noise of the releases. "consistent" is no proof: it says that these attacks did
+not refute the claim.
 
 Exit status: 0 consistent, 1 VIOLATED, 2 wrong config or input.
 """
@@ -28,8 +32,9 @@ from dpjax.config import ConfigError
 from experiments import options
 from experiments.config_flags import command_from
 
-ATTACKS = ("likelihood", "opposed", "reuse")
-_OPTIONS = ("attack", "trials", "confidence", "seed")
+SIMULATIONS = ("likelihood", "opposed", "reuse")
+CANARIES = ("dirac", "random", "per_layer", "input")
+_OPTIONS = ("attack", "trials", "canaries", "confidence", "seed")
 
 
 class Plan(NamedTuple):
@@ -38,6 +43,7 @@ class Plan(NamedTuple):
     config: dict[str, Any]
     attacks: list[str] | None
     trials: int
+    canaries: int
     confidence: float
     seed: int
     out: Path
@@ -64,8 +70,9 @@ def _plan(argv: list[str]) -> Plan:
     return Plan(
         attacks=None
         if attacks is None
-        else options.choices("attack", attacks, ATTACKS),
+        else options.choices("attack", attacks, (*SIMULATIONS, *CANARIES)),
         trials=options.positive("trials", given.get("trials", "20000")),
+        canaries=options.positive("canaries", given.get("canaries", "200")),
         confidence=options.fraction("confidence", given.get("confidence", "0.99")),
         seed=options.natural("seed", given.get("seed", "0")),
         **_config([a for a in argv if a not in own]),
@@ -90,23 +97,49 @@ def _run(plan: Plan) -> int:
     from dpjax.experiment import build_experiment
     from experiments import audit_report
 
-    mechanism = build_experiment(plan.config).mechanism
+    experiment = build_experiment(plan.config)
+    mechanism = experiment.mechanism
     card = report.card_of(plan.config, mechanism, mechanism.steps)
     if not card.private:
         raise ConfigError(
             f"the privacy card of this config is NOT PRIVATE ({card.flags[0]}): "
             "there is no claim to audit"
         )
-    findings = verdict.audit_mechanism(
-        mechanism,
-        trials=plan.trials,
-        seed=plan.seed,
-        confidence=plan.confidence,
-        attacks=plan.attacks,
-    )
+    findings = _findings(plan, experiment)
     audit_report.write(card, findings, plan.out)
     audit_report.print_summary(card, findings, plan.out)
     return int(verdict.worst(findings) == "VIOLATED")
+
+
+def _findings(plan: Plan, experiment: Any) -> list[Any]:
+    from dpjax.audit import distinguish, verdict
+
+    mechanism = experiment.mechanism
+    chosen = plan.attacks or list(distinguish.attacks_on(mechanism))
+    simulated = [a for a in chosen if a in SIMULATIONS]
+    # Each attack has the same share of the error.
+    error = (1 - plan.confidence) / len(chosen)
+    findings = []
+    if simulated:
+        findings = verdict.audit_mechanism(
+            mechanism,
+            trials=plan.trials,
+            seed=plan.seed,
+            confidence=1 - error * len(simulated),
+            attacks=simulated,
+        )
+    for kind in chosen:
+        if kind in CANARIES:
+            from dpjax.audit.canaries import canary_scores
+
+            scores = canary_scores(
+                plan.config, experiment, kind=kind, count=plan.canaries, seed=plan.seed
+            )
+            claim = verdict.claim_of(mechanism)
+            findings.append(
+                verdict.judge_one_run(*scores, claim, attack=kind, confidence=1 - error)
+            )
+    return findings
 
 
 if __name__ == "__main__":

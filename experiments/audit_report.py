@@ -51,7 +51,8 @@ def to_markdown(card: PrivacyCard, findings: Sequence[Finding]) -> str:
         f"| --- | --- | --- | --- | --- | --- | --- |\n{rows}\n\n"
         f"Bounds hold with confidence {findings[0].confidence:.4g} for each attack. "
         '"If Gaussian" assumes the trade-off curve of one Gaussian, and "posterior" is of '
-        "the attack, not of the mechanism: neither is part of the verdict. An attack that "
+        "the attack, not of the mechanism: neither is part of the verdict (nor, with "
+        "canaries, is the profile of delta). An attack that "
         "refutes nothing proves nothing.\n\n![ROC](audit.png)\n"
     )
 

@@ -2,10 +2,13 @@
 
 A canary takes part or not by a fair coin, and the auditor guesses the coins from the
 releases: what is left of them once the known sum over the real examples is taken away is
-compared with each canary's gradient.
+explained by the gradients of the canaries. Of the mechanisms whose step releases
+the sum itself (``DpSgd``), for models small enough that all canaries' gradients fit in
+memory.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -18,11 +21,11 @@ from numpy.typing import NDArray
 
 from dpjax.checks import check_positive_int
 from dpjax.data.batches import batches
-from dpjax.entropy import entropy
 from dpjax.experiment import Experiment
+from dpjax.mechanisms import DpSgd
 from dpjax.noise import root_key
 from dpjax.sampling import FullBatch, Poisson, secret_seed
-from dpjax.train import TrainState, init_state, make_train_step
+from dpjax.train import init_state, make_train_step
 from dpjax.transforms import private
 from dpjax.typing import Batch, Example, Key, Loss, Params
 
@@ -115,39 +118,56 @@ def canary_scores(
         seed: Of the coins and of ``make_canaries``. Noise and batches are secret.
 
     Raises:
-        ValueError: The sampling does not draw canaries as independent coins.
+        ValueError: The mechanism is not ``DpSgd``, or its sampling does not draw canaries
+            as independent coins.
     """
     mechanism = experiment.mechanism
+    if not isinstance(mechanism, DpSgd):
+        raise ValueError(
+            f"mechanism={type(mechanism).__name__} does not release the sum of one step, in "
+            "which canaries are looked for; use DpSgd"
+        )
     if not isinstance(mechanism.sampling, Poisson | FullBatch):
         raise ValueError(
             f"sampling={mechanism.sampling}: canaries are drawn by coins of their own, "
             "as Poisson and FullBatch do"
         )
     plain = dataclasses.replace(experiment, optimizer=optax.sgd(1 / mechanism.steps))
-    transform = private(mechanism, plain.optimizer, noise_key=root_key())
+    transform = private(
+        mechanism, plain.optimizer, noise_key=root_key(config["run"]["seed"])
+    )
     state = init_state(config, plain, transform)
     canaries = make_canaries(plain, state.params, kind=kind, count=count, seed=seed)
     members = np.asarray(jax.random.bernoulli(jax.random.key(seed + 1), shape=(count,)))
     hidden = dataclasses.replace(plain, loss=canaries.loss)
     step_real = make_train_step(config, plain, transform)
     step_canary = make_train_step(config, hidden, transform)
-    scores, own_seed = np.zeros(count), secret_seed()
+    scores, own_seed = np.zeros(count), secret_seed(config["run"]["seed"])
+    # From parameters before and after a step to the released sum.
+    scale = mechanism.expected_batch_size * mechanism.steps
+    spread = jnp.float32(mechanism.noise_stddev)
     for batch in _real_batches(config, plain):
-        phase, before = step_real.phase(batch.step), state.params
+        phase = step_real.phase(batch.step)
+        # The step gives its old state away.
+        before = jax.tree.map(jnp.copy, state.params)
         sums = step_real.begin(phase, state)
         for chunk in batch.chunks:
             sums, _ = step_real.accumulate(phase, state, sums, step_real.place(chunk))
-        known = jax.tree.map(jnp.copy, sums.merged().total)
+        real = sums.merged()
+        known, bound = jax.tree.map(jnp.copy, (real.total, real.l2_bound))
         drawn = mechanism.sampling.draw(batch.step, num_examples=count, seed=own_seed)
         taken = members & np.isin(np.arange(count), drawn)
         for chunk in _chunks(canaries, taken, config["compute"]["physical_batch_size"]):
             sums, _ = step_canary.accumulate(
                 phase, state, sums, step_canary.place(chunk)
             )
-        # The step gives its old state away.
-        before = jax.tree.map(jnp.copy, before)
         state, _ = step_real.finish(state, sums)
-        scores += _shown(canaries, before, state, known, mechanism)
+        rest = jax.tree.map(
+            lambda x, y, k: (x - y) * scale - k, before, state.params, known
+        )
+        scores += np.asarray(
+            _decoded(canaries.loss, before, canaries.examples, rest, bound, spread)
+        )
     return CanaryScores(scores, members)
 
 
@@ -156,7 +176,7 @@ def _real_batches(config: Mapping[str, Any], experiment: Experiment) -> Any:
     return batches(
         experiment.source,
         experiment.mechanism,
-        seed=int.from_bytes(entropy("sampling", seed=None), "big"),
+        seed=secret_seed(config["run"]["seed"]),
         physical_batch_size=rows,
         rows=experiment.layout.rows(rows),
     )
@@ -174,25 +194,25 @@ def _chunks(canaries: Canaries, taken: NDArray[np.bool_], rows: int) -> list[Bat
     return found
 
 
-def _shown(
-    canaries: Canaries, before: Params, state: TrainState, known: Params, mechanism: Any
-) -> NDArray[np.float64]:
-    """Return the inner product of each canary's unit gradient with what is unexplained."""
-    scale = mechanism.expected_batch_size * mechanism.steps
-    rest = jax.tree.map(
-        lambda x, y, k: (x - y) * scale - k, before, state.params, known
-    )
-    return np.asarray(_alignments(canaries.loss, before, canaries.examples, rest))
+@functools.partial(jax.jit, static_argnums=0)
+def _decoded(
+    loss: Loss, params: Params, examples: Any, rest: Params, bound: Array, spread: Array
+) -> Array:
+    """Return how much of each canary is in ``rest``, ``float32[m]``: about 1 if it is.
 
+    Least squares over the clipped gradients of all canaries, regularised by the noise of
+    standard deviation ``spread``.
+    """
 
-@jax.jit(static_argnums=0)
-def _alignments(loss: Loss, params: Params, examples: Any, rest: Params) -> Array:
     def one(example: Example) -> Array:
         gradient = jax.grad(loss)(params, example, jax.random.key(0))
-        parts = jax.tree.map(lambda g, r: jnp.vdot(g, r), gradient, rest)
-        return sum(jax.tree.leaves(parts)) / (optax.tree.norm(gradient) + 1e-12)
+        flat = jnp.concatenate([jnp.ravel(g) for g in jax.tree.leaves(gradient)])
+        return flat * jnp.minimum(1.0, bound / jnp.linalg.norm(flat))
 
-    return jax.lax.map(one, examples, batch_size=64)
+    rows = jax.lax.map(one, examples, batch_size=64)
+    seen = rows @ jnp.concatenate([jnp.ravel(r) for r in jax.tree.leaves(rest)])
+    ridge = jnp.square(spread) * jnp.eye(len(rows))
+    return jnp.linalg.solve(rows @ rows.T + ridge, seen)
 
 
 def _linear_loss(params: Params, example: Example, key: Key) -> Array:

@@ -13,6 +13,7 @@ import optax
 from jaxtyping import Array, Bool, Float
 from numpy.typing import NDArray
 
+from dpjax.clipping import vmap
 from dpjax.experiment import Experiment
 from dpjax.noise import root_key
 from dpjax.sampling import FullBatch, Poisson
@@ -38,7 +39,7 @@ def shadow_models(
 ) -> Params:
     """Train S models in one vectorised program, each on the examples it is given.
 
-    Each step asks the configured engine about all N examples, of which those drawn count;
+    Each step takes per-example gradients of all N examples, of which those drawn count;
     mechanism and optimizer are the configured ones. Coins are drawn on the device, so this
     is a simulation of the sampling.
 
@@ -75,7 +76,7 @@ def shadow_models(
             mask = member & jax.random.bernoulli(own, rate, (size,))
             query = mechanism.query(phase, params, state)
             batch = Batch(examples, mask, index)
-            clipped, _ = experiment.engine(experiment.loss, query, batch, own)
+            clipped, _ = vmap(experiment.loss, query, batch, own)
             mean, state = mechanism.release(clipped, state, params, key=root, step=t)
             updates, inner = experiment.optimizer.update(mean, inner, params)
             return (optax.apply_updates(params, updates), state, inner), None

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dpjax.accounting import epsilon, privacy_profile
-from dpjax.audit import bayes, distinguish, estimators
+from dpjax.audit import bayes, distinguish, estimators, one_run
 from dpjax.audit.estimators import Counts
 from dpjax.clipping import Engine, vmap
 from dpjax.mechanisms import Mechanism
@@ -52,7 +52,7 @@ class Finding:
 
     Attributes:
         attack: Its name.
-        trials: Runs on each neighbour whose answers were counted.
+        trials: Runs on each neighbour (or canaries) whose answers were counted.
         confidence: With which the bounds hold.
         counts: True and false positives and negatives of those runs.
         lower_bound: Of epsilon at the claim's delta; assumes nothing of the mechanism.
@@ -135,6 +135,61 @@ def judge(
         excess=excess,
         roc=tuple(estimators.roc(one, two)),
         verdict="VIOLATED" if violated else "consistent",
+    )
+
+
+def judge_one_run(
+    scores: ArrayLike,
+    members: ArrayLike,
+    claim: Claim,
+    *,
+    attack: str,
+    confidence: float,
+) -> Finding:
+    """Return what the canaries of one run say about a claim.
+
+    The lower bound, and the verdict, are those of one-run auditing, which assumes nothing
+    of the canaries; a third of them is guessed. The other numbers treat canaries as runs of
+    their own, which is exact only if they do not disturb each other, as Diracs.
+
+    Args:
+        scores: ``float[m]``, the higher, the more "in".
+        members: ``bool[m]``, the coins.
+        claim: What to test.
+        attack: Its name.
+        confidence: Of the lower bound.
+
+    Raises:
+        ValueError: Unequal lengths, or too few canaries to show anything.
+    """
+    values, coins = estimators.checked_scores(scores, np.asarray(members, np.float64))
+    guesses = len(values) // 6 * 2
+    given = {"delta": claim.delta, "confidence": confidence}
+    needed = 3 * one_run.canaries_needed(epsilon=0.0, **given) + 3
+    if len(values) < needed:
+        raise ValueError(
+            f"canaries={len(values)} are too few to show any epsilon at confidence="
+            f"{confidence:g}: at least {needed} are needed"
+        )
+    lower = one_run.audit(values, coins, guesses=guesses, **given)
+    size = int(min(coins.sum(), len(coins) - coins.sum()))
+    inside, outside = values[coins == 1][:size], values[coins == 0][:size]
+    at_delta = estimators.epsilon_at(claim.delta)
+    counts = estimators.split(inside, outside, at_delta, confidence=confidence)
+    gaussian = estimators.split(
+        inside, outside, estimators.mu_of, confidence=confidence
+    )
+    return Finding(
+        attack=attack,
+        trials=guesses,
+        confidence=confidence,
+        counts=counts,
+        lower_bound=lower,
+        gdp_lower_bound=estimators.gdp_lower_bound(gaussian, **given),
+        posterior=bayes.posterior(counts, delta=claim.delta, credibility=CREDIBILITY),
+        excess=_excess(inside, outside, claim, confidence=confidence),
+        roc=tuple(estimators.roc(inside, outside)),
+        verdict="VIOLATED" if lower > claim.epsilon else "consistent",
     )
 
 
