@@ -112,7 +112,7 @@ def _run(plan: Plan) -> int:
 
 
 def _findings(plan: Plan, experiment: Any) -> list[Any]:
-    from dpjax.audit import distinguish, verdict
+    from dpjax.audit import canaries, distinguish, verdict
 
     mechanism = experiment.mechanism
     chosen = plan.attacks or list(distinguish.attacks_on(mechanism))
@@ -130,9 +130,7 @@ def _findings(plan: Plan, experiment: Any) -> list[Any]:
         )
     for kind in chosen:
         if kind in CANARIES:
-            from dpjax.audit.canaries import canary_scores
-
-            scores = canary_scores(
+            scores = canaries.canary_scores(
                 plan.config, experiment, kind=kind, count=plan.canaries, seed=plan.seed
             )
             claim = verdict.claim_of(mechanism)

@@ -180,6 +180,7 @@ def inversion(sources: dict[str, Any]) -> Rows:
     """Invert one release of DP-SGD, for several batch sizes and noises."""
     import jax
     import jax.numpy as jnp
+    import numpy as np
 
     from dpjax.audit import inversion as attack
     from dpjax.clipping import clipped_grad
@@ -215,14 +216,14 @@ def inversion(sources: dict[str, Any]) -> Rows:
                     learning_rate=0.05,
                     key=jax.random.key(1),
                 )
-                truths = examples["image"]
+                truths = np.asarray(examples["image"])
                 rows.append(
                     {
                         "data": name,
                         "batch": size,
                         "sigma": noise,
                         "linear layer": attack.best_correlation(closed[:8], truths),
-                        "descent": attack.best_correlation(guess, truths),
+                        "descent": attack.best_correlation(np.asarray(guess), truths),
                     }
                 )
     return rows

@@ -44,8 +44,8 @@ def fourier_epsilon(
     low, high = _range(plan)
     step = (high - low) / size
     # The grid of one loss is that of the sum: multiples of the step, wrapped around.
-    first = math.floor(math.log1p(-plan.rate) / step) if plan.rate < 1 else None
-    first = math.floor(low / step) if first is None else first
+    least = math.log1p(-plan.rate) if plan.rate < 1 else low
+    first = math.floor(least / step)
     edges: Any = (first + np.arange(size + 1)) * step
     mass = np.diff(_loss_cdf(edges, plan), prepend=0.0)
     tail = max(0.0, 1.0 - mass.sum())
