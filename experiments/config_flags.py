@@ -102,7 +102,8 @@ def _peers(given: Mapping[str, Any]) -> dict[str, Any] | None:
     if missing:
         raise ConfigError(f"--{missing[0]} is missing; {', '.join(PEERS)} go together")
     address, count, number = (peers[name] for name in PEERS)
-    if not re.fullmatch(r"\S+:\d{1,5}", address):
+    port = re.fullmatch(r"\S+:(\d{1,5})", address)
+    if port is None or not 0 < int(port[1]) < 2**16:
         raise ConfigError(f"--coordinator_address={address} must be HOST:PORT")
     if not 0 <= number < count:
         raise ConfigError(

@@ -184,6 +184,8 @@ def _kill(process: subprocess.Popen[str]) -> None:
 
 
 def _free_port(wanted: int | None) -> int:
+    if wanted is not None and not 0 < wanted < 2**16:
+        raise LaunchError(f"port={wanted} must be from 1 to {2**16 - 1}")
     with socket.socket() as probe:
         try:
             probe.bind(("127.0.0.1", wanted or 0))

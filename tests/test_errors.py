@@ -59,6 +59,13 @@ WRONG_FLAGS = {
         ],
         "--coordinator_address=a must be HOST:PORT",
     ),
+    "a port that is none": (
+        [
+            *(TINY, "--workdir=x", "--coordinator_address=a:65536"),
+            *("--num_processes=2", "--process_id=0"),
+        ],
+        "--coordinator_address=a:65536 must be HOST:PORT",
+    ),
     "detected and given": (
         [TINY, "--workdir=x", "--distributed=auto", "--num_processes=2"],
         "--distributed=auto must be 'auto', and alone",

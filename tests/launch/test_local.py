@@ -154,7 +154,7 @@ def test_gpus_are_shared_out():
         devices_per_process=2,
         accelerator="gpu",
     )
-    shown = local.show(spec, local.Options(port=0)).splitlines()
+    shown = local.show(spec, local.Options()).splitlines()
     assert shown[0].startswith("CUDA_VISIBLE_DEVICES=0,1 true --coordinator_address=")
     assert shown[1].startswith("CUDA_VISIBLE_DEVICES=2,3 true --coordinator_address=")
     assert shown[1].endswith("--num_processes=2 --process_id=1 &")

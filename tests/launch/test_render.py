@@ -411,6 +411,7 @@ T = ("tpu", "--name=a", "--project=p", "--zone=z", "--runtime_version=r")
         ((*T, "--accelerator=tpu"), "a type is missing, as in tpu:v5litepod-16"),
         (("local", "--name=a", "--hosts=2"), "hosts=2: local takes at most 1"),
         (("local", "--name=a", "--port=x"), "port='x' must be a whole number"),
+        (("local", "--name=a", "--port=65536"), "port=65536 must be from 1 to 65535"),
     ],
 )
 def test_what_cannot_be_started_is_answered_in_one_line(argv, message, capsys):
