@@ -9,6 +9,7 @@ the whole parameters, and adds to a partial sum of its own. One reduction, after
 chunk of a step, makes one sum of them (``ClippedSum.merged``).
 """
 
+import collections
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
@@ -186,9 +187,14 @@ def make_layout(
         rules: See ``Rule``; the first that matches counts.
 
     Raises:
-        ValueError: There are not as many devices. One process may use fewer than it has.
+        ValueError: There are not as many devices, or some processes have more than others.
+            One process may use fewer than it has.
     """
     found = jax.device_count()
+    counts = collections.Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(str(counts[process]) for process in sorted(counts))
+        raise ValueError(f"the processes have {listed} devices; give each as many")
     if data is None:
         if found % fsdp:
             raise ValueError(f"fsdp={fsdp} does not divide the {found} devices")

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -416,6 +417,15 @@ def test_moments_and_averages_are_split_like_their_parameters():
 def test_a_mesh_that_does_not_match_the_devices_is_refused(mesh, message):
     with pytest.raises(ValueError, match=message):
         make_layout(**mesh, rules=LARGEST)
+
+
+def test_processes_with_different_numbers_of_devices_are_refused(monkeypatch):
+    found = [types.SimpleNamespace(process_index=i) for i in (0, 1, 1, 1)]
+    monkeypatch.setattr(jax, "devices", lambda: found)
+    with pytest.raises(
+        ValueError, match="processes have 1, 3 devices; give each as many"
+    ):
+        make_layout(data=None, fsdp=1, rules=LARGEST)
 
 
 @pytest.mark.parametrize(
