@@ -7,6 +7,7 @@ be caught. Slow and obvious on purpose.
 import dataclasses
 import functools
 import math
+from unittest import mock
 
 import dp_accounting as dp
 import jax
@@ -22,14 +23,20 @@ from dpjax.toeplitz import strategy_column
 from dpjax.typing import Batch
 
 # Compiling is most of the cost: this makes slow machine code, six times faster.
-compiled = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_cpu_use_fusion_emitters": False,
-        "xla_cpu_parallel_codegen_split_count": 1,
-    },
-)
+_CHEAP = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
+CHEAP_FLAGS = " ".join(f"--{name}={str(v).lower()}" for name, v in _CHEAP.items())
+"""The same as XLA_FLAGS, for processes."""
+
+compiled = functools.partial(jax.jit, compiler_options=_CHEAP)
+
+
+def compiled_cheaply():
+    """Make all that is passed to ``jax.jit`` in a with block ``compiled``."""
+    return mock.patch.object(jax, "jit", compiled)
 
 
 def batch_of(examples, *, mask=None, index=None):

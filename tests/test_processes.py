@@ -13,7 +13,7 @@ import pytest
 from dpjax.ledger import Ledger, NoiseReuseError
 from dpjax.train import Interrupted, train
 from experiments.train import main
-from tests.checks import assert_close, norm
+from tests.checks import CHEAP_FLAGS, assert_close, compiled_cheaply, norm
 from tests.runs import ROOT, assert_same_export, crash_after, exported, metrics, tiny
 
 TINY = "--config=tests/tiny_config.py"
@@ -30,6 +30,12 @@ def small(**changes):
     return tiny(**{"model.features": ()} | changes)
 
 
+def train_here(workdir, **changes):
+    """Train in this process."""
+    with compiled_cheaply():
+        train(small(**changes), workdir)
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -41,8 +47,8 @@ def two_processes(workdir, *, event=NEVER, flags=((), ())):
     environment = os.environ | {
         "JAX_NUM_CPU_DEVICES": "2",
         "JAX_COMPILATION_CACHE_DIR": ".cache/jax-tests",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "XLA_FLAGS": CHEAP_FLAGS,
     }
     port = free_port()
     peers = [
@@ -73,7 +79,7 @@ def two_processes(workdir, *, event=NEVER, flags=((), ())):
 def alone(tmp_path_factory):
     """A run of one process on one device."""
     workdir = tmp_path_factory.mktemp("alone")
-    train(small(), workdir)
+    train_here(workdir)
     return workdir
 
 
@@ -123,7 +129,7 @@ def test_a_run_goes_on_on_another_number_of_processes_and_devices(
     with monkeypatch.context() as patch:
         term_after(patch, 2)
         with pytest.raises(Interrupted, match="step 4 of"):
-            train(small(), tmp_path)
+            train_here(tmp_path)
     # A signal to one process stops both, after the same step.
     ended = two_processes(tmp_path, event="SIGTERM@5")
     assert [status for status, _ in ended] == [75, 75], ended
@@ -133,9 +139,9 @@ def test_a_run_goes_on_on_another_number_of_processes_and_devices(
     assert 6 <= int(step) < 12
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(tmp_path, elsewhere, ignore=lambda *_: ["elsewhere"])
-    train(small(**{"mesh.data": 4}), tmp_path)
+    train_here(tmp_path, **{"mesh.data": 4})
     assert_close_export(tmp_path, alone)
-    train(small(), elsewhere)
+    train_here(elsewhere)
     assert_close_export(elsewhere, alone)
     lines = (tmp_path / "ledger.txt").read_text().splitlines()
     layouts = [line.split()[2] for line in lines]
@@ -161,14 +167,14 @@ def test_steps_after_the_checkpoint_are_not_replayed_on_another_layout(
     with monkeypatch.context() as patch:
         crash_after(patch, 6)
         with pytest.raises(KeyboardInterrupt):
-            train(small(), tmp_path)
+            train_here(tmp_path)
     before = (tmp_path / "ledger.txt").read_text()
     with pytest.raises(
         NoiseReuseError, match="step 4 was released on 1x1/1/cpu, after"
     ):
-        train(small(**{"mesh.data": 4}), tmp_path)
+        train_here(tmp_path, **{"mesh.data": 4})
     assert (tmp_path / "ledger.txt").read_text() == before
-    train(small(), tmp_path)
+    train_here(tmp_path)
 
 
 def test_secrets_of_the_operating_system_are_those_of_the_first_process(tmp_path):

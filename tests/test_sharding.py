@@ -26,7 +26,14 @@ from dpjax.sensitive import SEAL, ClippedSum, opened, reveal
 from dpjax.sharding import make_layout
 from dpjax.train import init_state, make_train_step, sampling_seed
 from dpjax.transforms import private
-from tests.checks import assert_close, batch_of, compiled, norm, reference
+from tests.checks import (
+    assert_close,
+    batch_of,
+    compiled,
+    compiled_cheaply,
+    norm,
+    reference,
+)
 from tests.runs import tiny
 
 MESHES = [(1, 1), (8, 1), (4, 2), (2, 4)]
@@ -273,7 +280,26 @@ ADAPTIVE = {
         "delta": 1e-5,
     }
 }
-MECHANISMS = {"DP-SGD": {}, "DiceSGD": DICE, "DIFF2": DIFF2, "adaptive": ADAPTIVE}
+BAND_MF = {
+    "mechanism": {
+        "name": "dpjax.mechanisms.band_mf:BandMf",
+        "clip_norm": 1.0,
+        "clip_style": "flat",
+        "noise_multiplier": 4.0,
+        "bands": 3,
+        "strategy": "mean_error",
+        "sampling": {"name": "dpjax.sampling:CyclicPoisson", "cycle": 4, "rate": 0.4},
+        "steps": 12,
+        "delta": 1e-5,
+    }
+}
+MECHANISMS = {
+    "DP-SGD": {},
+    "DiceSGD": DICE,
+    "DIFF2": DIFF2,
+    "adaptive": ADAPTIVE,
+    "BandMF": BAND_MF,
+}
 
 
 class Run:
@@ -293,8 +319,9 @@ class Run:
         transform = private(
             self.mechanism, self.experiment.optimizer, noise_key=root_key(1)
         )
-        self.state = init_state(config, self.experiment, transform)
-        self.step = make_train_step(config, self.experiment, transform)
+        with compiled_cheaply():
+            self.state = init_state(config, self.experiment, transform)
+            self.step = make_train_step(config, self.experiment, transform)
 
     def batches(self):
         return batches(
