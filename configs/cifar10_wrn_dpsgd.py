@@ -49,6 +49,7 @@ def get_config(path: str = "cifar10") -> ConfigDict:
                 "num_classes": 10,
                 "groups": 16,
                 "weight_standardization": True,
+                "dtype": "float32",
             },
         }
     )

@@ -1,12 +1,13 @@
 """Measure what clipping costs, against the fastest gradient without privacy.
 
-    python -m experiments.benchmark --suite=clipping|mechanisms --out=FILE.json
+    python -m experiments.benchmark --suite=clipping|mechanisms|throughput --out=FILE.json
         [--workloads=A,B] [--engines=A,B] [--device=cpu|gpu] [--rounds=N]
         [--plot=FILE.png]
 
 --suite=clipping  clipped gradient sums of every engine
 --suite=mechanisms  clipped sums of a step of DP-SGD, DiceSGD and DIFF2, relative to DP-SGD
                     by the same engine
+--suite=throughput  examples per second of every engine, and the largest batch; GPU only
 --out=FILE.json   receives the rows and how they were measured
 --workloads=A,B   all that suit the device if not given
 --engines=A,B     all if not given; in clipping, vmap is always measured as the reference
@@ -30,7 +31,7 @@ from typing import Any, NamedTuple
 from experiments import options
 
 _OPTIONS = ("suite", "out", "workloads", "engines", "device", "rounds", "plot")
-_SUITES = ("clipping", "mechanisms")
+_SUITES = ("clipping", "mechanisms", "throughput")
 _PLATFORMS = {"cpu": "cpu", "gpu": "cuda"}
 
 
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> int:
 def _run(plan: Plan, argv: list[str]) -> None:
     import jax
 
-    from experiments import report, suite, timing
+    from experiments import report, suite, throughput, timing
 
     results: dict[str, Any] = timing.provenance(
         module="experiments.benchmark",
@@ -71,7 +72,11 @@ def _run(plan: Plan, argv: list[str]) -> None:
         device=jax.devices()[0].device_kind,
     )
     results |= {"suite": plan.suite, "rounds": plan.rounds, "baselines": {}, "rows": []}
-    measure = {"clipping": suite.measure, "mechanisms": suite.mechanisms}[plan.suite]
+    measure = {
+        "clipping": suite.measure,
+        "mechanisms": suite.mechanisms,
+        "throughput": throughput.measure,
+    }[plan.suite]
     for name in plan.workloads:
         rows, baseline = measure(name, engines=plan.engines, rounds=plan.rounds)
         results["rows"] += rows
@@ -107,6 +112,8 @@ def _plan(argv: list[str]) -> Plan:
     workloads = options.choices("workloads", given.get("workloads"), WORKLOADS)
     engines = options.choices("engines", given.get("engines"), ENGINES)
     if _backend(device) == "cpu":
+        if name == "throughput":
+            raise ValueError("--suite=throughput needs a GPU")
         if "workloads" in given and (heavy := set(GPU_ONLY) & set(workloads)):
             raise ValueError(f"--workloads={heavy.pop()} needs a GPU")
         workloads = [w for w in workloads if w not in GPU_ONLY]

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.timing import COLUMNS
-
 Rows = Sequence[dict[str, Any]]
 
 # Okabe and Ito's palette, which the colour-blind can tell apart, without yellow.
@@ -19,15 +17,16 @@ def write(results: dict[str, Any], path: Path) -> None:
 
 
 def print_table(rows: Rows) -> None:
-    """Print the rows; a dash where there is no value."""
+    """Print rows of the same columns; a dash where there is no value."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table()
-    for column in COLUMNS:
+    columns = [*rows[0]]
+    for column in columns:
         table.add_column(column, justify="left" if column in _NAMES else "right")
     for row in rows:
-        table.add_row(*(_text(row[column]) for column in COLUMNS))
+        table.add_row(*(_text(row[column]) for column in columns))
     # Where the output is no terminal, rich would fold the table to 80 columns.
     console = Console()
     Console(width=None if console.is_terminal else 160).print(table)

@@ -93,56 +93,28 @@ def gpt_loss(params: Params, tokens: Int[Array, "T+1"], *, heads: int) -> Scalar
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[1:]).mean()
 
 
-def init_vit(key: Key, shape: Shape, *, patch: int) -> Params:
-    """Return parameters of a ViT on RGB images; ``shape.length`` counts the class token."""
-    keys = jax.random.split(key, shape.layers + 4)
-    return {
-        "patch": _init_dense(keys[0], 3 * patch**2, shape.width),
-        "class": _normal(keys[1], (1, shape.width)),
-        "position": _normal(keys[2], (shape.length, shape.width)),
-        "blocks": [_init_block(k, shape) for k in keys[4:]],
-        "norm": _init_norm(shape.width),
-        "head": _init_dense(keys[3], shape.width, shape.outputs),
-    }
-
-
-def vit_logits(
-    params: Params, image: Float[Array, "S S 3"], *, heads: int, patch: int
-) -> Float[Array, "V"]:
-    """Return float32 logits of one image, computed in bfloat16."""
-    side = image.shape[0] // patch
-    patches = image.reshape(side, patch, side, patch, 3).swapaxes(1, 2)
-    patches = patches.reshape(side**2, -1).astype(jnp.bfloat16)
-    x = _dense(params["patch"], patches)
-    x = jnp.concatenate([params["class"].astype(x.dtype), x])
-    x = x + params["position"].astype(x.dtype)
-    x = _blocks(params["blocks"], x, heads=heads, causal=False)
-    x = _layer_norm(params["norm"], x[:1])
-    return _dense(params["head"], x)[0].astype(jnp.float32)
-
-
 def _blocks(
-    blocks: Params, x: Float[Array, "T D"], *, heads: int, causal: bool = True
+    blocks: Params, x: Float[Array, "T D"], *, heads: int
 ) -> Float[Array, "T D"]:
     if isinstance(blocks, list):
         for block in blocks:
-            x = _block(block, x, heads=heads, causal=causal)
+            x = _block(block, x, heads=heads)
         return x
 
     @jax.checkpoint
     def body(x: Array, block: Params) -> tuple[Array, None]:
-        return _block(block, x, heads=heads, causal=causal), None
+        return _block(block, x, heads=heads), None
 
     return jax.lax.scan(body, x, blocks)[0]
 
 
-def _block(p: Params, x: Float[Array, "T D"], *, heads: int, causal: bool) -> Array:
+def _block(p: Params, x: Float[Array, "T D"], *, heads: int) -> Array:
     y = _layer_norm(p["norm_0"], x)
     q, k, v = (
         _dense(p[name], y).reshape(len(x), heads, -1)
         for name in ("query", "key", "value")
     )
-    x = x + _dense(p["out"], _attention(q, k, v, causal=causal))
+    x = x + _dense(p["out"], _attention(q, k, v))
     y = jax.nn.gelu(_dense(p["up"], _layer_norm(p["norm_1"], x)))
     return x + _dense(p["down"], y)
 
@@ -151,13 +123,10 @@ def _attention(
     q: Float[Array, "T N H"],
     k: Float[Array, "T N H"],
     v: Float[Array, "T N H"],
-    *,
-    causal: bool,
 ) -> Float[Array, "T D"]:
     scores = jnp.einsum("qnh,knh->nqk", q, k).astype(jnp.float32) * q.shape[-1] ** -0.5
-    if causal:
-        visible = jnp.tril(jnp.ones(scores.shape[1:], bool))[None]
-        scores = jnp.where(visible, scores, -jnp.inf)
+    visible = jnp.tril(jnp.ones(scores.shape[1:], bool))[None]
+    scores = jnp.where(visible, scores, -jnp.inf)
     weights = jax.nn.softmax(scores).astype(v.dtype)
     return jnp.einsum("nqk,knh->qnh", weights, v).reshape(len(q), -1)
 

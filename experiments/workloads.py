@@ -3,33 +3,28 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dpjax.losses import classification
+from dpjax.losses import causal_lm, classification
+from dpjax.models.bert import classifier, roberta_large
 from dpjax.models.convnet import groupnorm_cnn
+from dpjax.models.gpt2 import gpt2_small
 from dpjax.models.mlp import mlp
+from dpjax.models.vit import vit_b16
 from dpjax.models.wide_resnet import wide_resnet
 from dpjax.typing import Batch, Example, Key, Loss, Model, Params, Scalar
-from experiments.transformers import (
-    Shape,
-    gpt_loss,
-    init_gpt,
-    init_lora,
-    init_vit,
-    vit_logits,
-    with_lora,
-)
+from experiments.transformers import Shape, gpt_loss, init_gpt, init_lora, with_lora
 
-GPU_ONLY = ("vit_b16",)
+GPU_ONLY = ("vit_b16", "roberta_large", "wrn28_10")
 COMPILE_ONLY = ("gpt2_small_100", "gpt2_small_1024")
 """Too slow to run on a CPU."""
 
 _SMALL = Shape(layers=4, width=256, heads=4, hidden=1024, length=128, outputs=8192)
-_GPT2 = Shape(layers=12, width=768, heads=12, hidden=3072, length=1024, outputs=50257)
-_VIT = Shape(layers=12, width=768, heads=12, hidden=3072, length=197, outputs=1000)
+_LOW: Final[dict[str, Any]] = {"dtype": "bfloat16", "scan": False, "remat": False}
+_GPT2_TOKENS, _ROBERTA_TOKENS = 50257, 50265
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,20 +78,38 @@ def _images(model: Model, *, side: int, channels: int, size: int) -> Recipe:
     return Recipe(classification(model), arrays)
 
 
-def _vit() -> Recipe:
-    def apply(params: Params, example: Example, key: Key) -> jax.Array:
-        del key
-        return vit_logits(params, example["image"], heads=_VIT.heads, patch=16)
+def _vit_b16() -> Recipe:
+    model = vit_b16(num_classes=10, image_size=224, **_LOW)
+    return _images(model, side=224, channels=3, size=64)
 
-    def init(key: Key, example: Example) -> Params:
-        del example
-        return init_vit(key, _VIT, patch=16)
+
+def _gpt2_small(length: int, *, size: int) -> Recipe:
+    model = gpt2_small(vocab_size=_GPT2_TOKENS, length=length, **_LOW)
+    return _tokens(model, causal_lm(model), _GPT2_TOKENS, length=length, size=size)
+
+
+def _roberta_large() -> Recipe:
+    encoder = roberta_large(vocab_size=_ROBERTA_TOKENS, length=128, **_LOW)
+    model = classifier(encoder=encoder, num_classes=2)
+    loss = classification(model)
+    return _tokens(model, loss, _ROBERTA_TOKENS, length=128, size=32)
+
+
+def _tokens(
+    model: Model, loss: Loss, vocabulary: int, *, length: int, size: int
+) -> Recipe:
+    """Random tokens, of random classes."""
 
     def arrays() -> tuple[Params, Batch]:
-        batch = _image_batch(side=224, channels=3, classes=_VIT.outputs, size=64)
-        return init(_key(0), _first(batch)), batch
+        batch = _batch(
+            {
+                "tokens": jax.random.randint(_key(2), (size, length), 0, vocabulary),
+                "label": jax.random.randint(_key(3), (size,), 0, 2),
+            }
+        )
+        return model.init(_key(0), _first(batch)), batch
 
-    return Recipe(classification(Model(init, apply)), arrays)
+    return Recipe(loss, arrays)
 
 
 def _gpt(
@@ -130,11 +143,16 @@ def _lora_gpt() -> Recipe:
     return Recipe(loss, arrays)
 
 
-def _wrn(width: int) -> Recipe:
+def _wrn(depth: int, width: int, *, dtype: str, size: int) -> Recipe:
     model = wide_resnet(
-        depth=16, width=width, num_classes=10, groups=16, weight_standardization=True
+        depth=depth,
+        width=width,
+        num_classes=10,
+        groups=16,
+        weight_standardization=True,
+        dtype=dtype,
     )
-    return _images(model, side=32, channels=3, size=16)
+    return _images(model, side=32, channels=3, size=size)
 
 
 def _mlp() -> Recipe:
@@ -177,8 +195,8 @@ def _key(number: int) -> Key:
 WORKLOADS: dict[str, Callable[[], Recipe]] = {
     "mlp": _mlp,
     "convnet": _convnet,
-    "wrn16_1": functools.partial(_wrn, 1),
-    "wrn16_4": functools.partial(_wrn, 4),
+    "wrn16_1": functools.partial(_wrn, 16, 1, dtype="float32", size=16),
+    "wrn16_4": functools.partial(_wrn, 16, 4, dtype="float32", size=16),
     "gpt": functools.partial(_gpt, _SMALL, size=16),
     "gpt_tied": functools.partial(_gpt, _SMALL, size=16, tied=True),
     "gpt_short": functools.partial(
@@ -186,9 +204,9 @@ WORKLOADS: dict[str, Callable[[], Recipe]] = {
     ),
     "gpt_scan": functools.partial(_gpt, _SMALL, size=16, stacked=True),
     "lora_gpt": _lora_gpt,
-    "gpt2_small_100": functools.partial(
-        _gpt, dataclasses.replace(_GPT2, length=100), size=32, tied=True
-    ),
-    "gpt2_small_1024": functools.partial(_gpt, _GPT2, size=8, tied=True),
-    "vit_b16": _vit,
+    "gpt2_small_100": functools.partial(_gpt2_small, 100, size=64),
+    "gpt2_small_1024": functools.partial(_gpt2_small, 1024, size=8),
+    "vit_b16": _vit_b16,
+    "roberta_large": _roberta_large,
+    "wrn28_10": functools.partial(_wrn, 28, 10, dtype="bfloat16", size=64),
 }

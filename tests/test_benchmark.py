@@ -9,16 +9,24 @@ import numpy as np
 import pytest
 
 from dpjax.models.mlp import mlp
-from experiments import programs, report, suite, timing, transformers, workloads
+from experiments import (
+    programs,
+    report,
+    suite,
+    throughput,
+    timing,
+    transformers,
+    workloads,
+)
 from experiments.benchmark import main
 
 SHAPE = transformers.Shape(layers=2, width=8, heads=2, hidden=16, length=6, outputs=11)
 NONPRIVATE = {"grad", "vmap_mean", "grad_mb1", "vmap_mean_mb1"}
 
 
-def tiny():
+def tiny(size=4):
     model = mlp(features=(8,), num_classes=10, activation="relu")
-    return workloads._images(model, side=4, channels=1, size=4)
+    return workloads._images(model, side=4, channels=1, size=size)
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +95,40 @@ def test_measures_mechanisms_against_dp_sgd_by_the_same_engine(tmp_path):
         ratio = row["time_ms"] / plain["time_ms"]
         np.testing.assert_allclose(row["time_ratio"], ratio)
     assert 1 < dice["flops_ratio"] < 2 < diff2["flops_ratio"] < 4
+
+
+def test_measures_throughput_and_the_largest_batch(tmp_path, monkeypatch):
+    # A CPU does not say what it lends, nor knows the compiler's options of a GPU.
+    room = 2**20
+    monkeypatch.setattr(throughput, "memory", lambda: room)
+    monkeypatch.setattr(throughput, "_UNTUNED", {})
+    monkeypatch.setitem(workloads.WORKLOADS, "tiny", lambda: tiny(size=8))
+    rows, baseline = throughput.measure("tiny", engines=["bookkeeping"], rounds=1)
+    assert baseline == "grad"
+    assert [row["engine"] for row in rows] == ["grad", "bookkeeping", "vmap"]
+    grad, bookkeeping, vmap = rows
+    for row in rows:
+        assert tuple(row) == throughput.COLUMNS
+        assert row["batch"] == 8
+        ratios = {
+            "throughput_ratio": "examples_per_s",
+            "largest_batch_ratio": "largest_batch",
+        }
+        for name, of in ratios.items():
+            np.testing.assert_allclose(row[name], row[of] / grad[of])
+    assert bookkeeping["max_rel_error"] < 1e-5
+    assert vmap["max_rel_error"] == 0
+    assert vmap["largest_batch"] < bookkeeping["largest_batch"]
+
+    # The largest batch fits, the next one does not.
+    workload, size = workloads.build("tiny"), grad["largest_batch"]
+    program = programs.mean_gradient(workload.loss)
+    fits, more = (
+        throughput._allocated(throughput._compiled(program, workload, n, None))
+        for n in (size, size + size // 10)
+    )
+    assert fits <= 1.05 * room
+    assert more > room
 
 
 def test_sums_of_the_mechanisms_are_what_they_are_called():
@@ -219,17 +261,12 @@ def test_causal_attention_sees_the_past_only():
     moved = x.copy()
     moved[3, 0] += 1
 
-    @functools.partial(jax.jit, static_argnums=1)
-    def run(x, causal):
-        block = params["blocks"][0]
-        return transformers._block(block, x, heads=SHAPE.heads, causal=causal)
+    @jax.jit
+    def run(x):
+        return transformers._block(params["blocks"][0], x, heads=SHAPE.heads)
 
-    def seen(causal):
-        changed = np.abs(run(x, causal) - run(moved, causal)).max(axis=1)
-        return (changed > 1e-6).tolist()
-
-    assert seen(True) == [False] * 3 + [True] * 3
-    assert seen(False) == [True] * 6
+    changed = np.abs(run(x) - run(moved)).max(axis=1)
+    assert (changed > 1e-6).tolist() == [False] * 3 + [True] * 3
 
 
 def test_adapters_add_to_the_frozen_matrices():
@@ -251,8 +288,13 @@ def test_adapters_add_to_the_frozen_matrices():
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    # Those of the published models.
-    [("gpt2_small_1024", 124_439_808), ("vit_b16", 86_567_656)],
+    # Those of the published models, with heads of their own.
+    [
+        ("gpt2_small_1024", 124_439_808),
+        ("vit_b16", 86_567_656 - 990 * 769),
+        # 128 positions instead of 512, and a layer in place of the pooler.
+        ("roberta_large", 355_359_744 - 384 * 1024 + 2 * 1025),
+    ],
 )
 def test_sizes_of_published_models(name, count):
     recipe = workloads.WORKLOADS[name]()
@@ -314,6 +356,7 @@ def test_draws_the_ratios_of_the_engines():
             ["--suite=clipping", "--out=a.json", "--workloads=vit_b16"],
             "--workloads=vit_b16 needs a GPU",
         ),
+        (["--suite=throughput", "--out=a.json"], "--suite=throughput needs a GPU"),
     ],
 )
 def test_errors_are_one_line(tmp_path, monkeypatch, capsys, arguments, message):

@@ -17,7 +17,13 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from dpjax.clipping.query import Query
-from dpjax.clipping.tracing import check_params, one_example, scalar, trace
+from dpjax.clipping.tracing import (
+    check_params,
+    one_example,
+    scalar,
+    scan_counts,
+    trace,
+)
 from dpjax.clipping.values import (
     DATA,
     Loop,
@@ -259,7 +265,7 @@ def _scan(
     record: _Record,
 ) -> list[Tag]:
     body = eqn.params["jaxpr"]
-    num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    num_consts, num_carry = scan_counts(eqn)
     loop = Loop(path, eqn.params["length"])
     consts, carry, xs = (
         operands[:num_consts],

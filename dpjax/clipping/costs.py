@@ -12,6 +12,7 @@ from dpjax.clipping import layouts
 from dpjax.clipping.analysis import CALLS, Program, Site, callee
 from dpjax.clipping.plan import Method, Plan
 from dpjax.clipping.slots import Group
+from dpjax.clipping.tracing import scan_counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +200,7 @@ def _values_of(eqn: JaxprEqn, flags: list[bool]) -> Cost:
         return Cost(0, 0, 0, 0)
     out = Cost(0, 0, sum(_bytes(var.aval) for var in eqn.outvars), 0)
     if name == "scan":
-        first, count = eqn.params["num_consts"], eqn.params["num_carry"]
+        first, count = scan_counts(eqn)
         flags = [*flags[:first], *([True] * count), *flags[first + count :]]
         body = _values(eqn.params["jaxpr"].jaxpr, flags)
         carry = sum(_bytes(var.aval) for var in eqn.outvars[:count])

@@ -235,27 +235,38 @@ def _of_both(
     return jax.vmap(lambda rows: sums([rows[id(w)] for w in weights]))(stacked)
 
 
-@jax.custom_batching.custom_vmap
-def _contracted(parts: list[Factors], weights: Rows) -> Float[Array, "H K N"]:
-    return kernels.weighted_sum(parts, weights)
+def _contracted(
+    parts: list[Factors], weights: Rows, *, terms: int
+) -> Float[Array, "H K N"]:
+    """Return ``kernels.weighted_sum``, which ``vmap`` over weights does in one go."""
 
+    @jax.custom_batching.custom_vmap
+    def contracted(parts: list[Factors], weights: Rows) -> Float[Array, "H K N"]:
+        return kernels.weighted_sum(parts, weights, terms=terms)
 
-@_contracted.def_vmap
-def _(
-    size: int, batched: list[Any], parts: list[Factors], weights: Float[Array, "R B"]
-) -> tuple[Float[Array, "R H K N"], bool]:
-    """Contract once, with R weighted copies of ``right``: ``left`` is read once."""
-    assert not any(jax.tree.leaves(batched[0])), "one batch, several sets of weights"
+    @contracted.def_vmap
+    def _(
+        size: int,
+        batched: list[Any],
+        parts: list[Factors],
+        weights: Float[Array, "R B"],
+    ) -> tuple[Float[Array, "R H K N"], bool]:
+        """Contract once, with R weighted copies of ``right``: ``left`` is read once."""
+        assert not any(jax.tree.leaves(batched[0])), (
+            "one batch, several sets of weights"
+        )
 
-    def copies(right: Array) -> Array:
-        wide = right.astype(accumulation_dtype(right.dtype))
-        each = [row[None, :, None, None] * wide for row in weights]
-        return jnp.concatenate(each, axis=-1)
+        def copies(right: Array) -> Array:
+            wide = right.astype(accumulation_dtype(right.dtype))
+            each = [row[None, :, None, None] * wide for row in weights]
+            return jnp.concatenate(each, axis=-1)
 
-    wider = [dataclasses.replace(part, right=copies(part.right)) for part in parts]
-    used = (weights != 0).any(axis=0).astype(weights.dtype)
-    total = kernels.weighted_sum(wider, used)
-    return jnp.stack(jnp.split(total, size, axis=-1)), True
+        wider = [dataclasses.replace(part, right=copies(part.right)) for part in parts]
+        used = (weights != 0).any(axis=0).astype(weights.dtype)
+        total = kernels.weighted_sum(wider, used, terms=terms)
+        return jnp.stack(jnp.split(total, size, axis=-1)), True
+
+    return contracted(parts, weights)
 
 
 def _weighted_sums(
@@ -278,9 +289,10 @@ def _weighted_sums(
             if group in known.kept:
                 total = kernels.weighted_rows(known.kept[group], rows)
             else:
-                total = _contracted(known.groups[group], rows)
+                terms = kernels.TERMS[plan.methods[group]]
+                total = _contracted(known.groups[group], rows, terms=terms)
             sums[first.path] = layouts.weight_gradient(first, total)
-    sums |= second_backward(program, inputs, again)
+    sums |= second_backward(program, plan, inputs, again)
     pulled = to_parameters(program, inputs.leaves, sums) if sums else {}
     pulled |= _sums_of_dropped(program, plan, inputs, known, weights)
 
@@ -309,7 +321,7 @@ def _sums_of_dropped(
         sites = [s for slot in plan.slots if slot.index in mine for s in slot.sites]
         sums = {
             site.path: layouts.weight_gradient(
-                site, _contracted([factors[site.path]], rows)
+                site, _contracted([factors[site.path]], rows, terms=kernels.EXACT)
             )
             for site in sites
         }

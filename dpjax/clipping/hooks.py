@@ -62,7 +62,15 @@ def probe(site: Site, out: Array, data: Array, extra: Norms, *, direct: bool) ->
     return probed(out, jax.lax.stop_gradient(data), extra)
 
 
-def summed(site: Site, weight: Array, data: Array, extra: Array, scale: Array) -> Array:
+def summed(
+    site: Site,
+    weight: Array,
+    data: Array,
+    extra: Array,
+    scale: Array,
+    *,
+    terms: int,
+) -> Array:
     """Run a site; the gradient with respect to ``extra`` is its weighted gradient.
 
     Under ``vmap`` it is the sum over the batch of ``scale`` times the gradient of the
@@ -76,13 +84,15 @@ def summed(site: Site, weight: Array, data: Array, extra: Array, scale: Array) -
         data: The data operand.
         extra: Zeros like the weight, at least float32.
         scale: Weight of this example, a scalar.
+        terms: See ``kernels.weighted_sum``.
     """
     inner = dataclasses.replace(
         site, loops=(), value=dataclasses.replace(site.value, loops=())
     )
 
     def over_batch(data: Array, g: Array, scale: Array) -> Array:
-        total = kernels.weighted_sum([layouts.factors(inner, data, g)], scale)
+        parts = [layouts.factors(inner, data, g)]
+        total = kernels.weighted_sum(parts, scale, terms=terms)
         return layouts.weight_gradient(inner, total)
 
     @jax.custom_batching.custom_vmap

@@ -8,6 +8,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jaxtyping import Array
 
 from dpjax.clipping.analysis import CALLS, Program, Site, callee
+from dpjax.clipping.tracing import scan_counts
 from dpjax.clipping.values import Path, bind
 
 Visit = Callable[[Site, Any, Any, Any], tuple[Array, Any]]
@@ -106,7 +107,7 @@ class _Interpreter:
         extra: Mapping[Path, Any],
     ) -> tuple[list[Any], dict[Path, Any]]:
         body = eqn.params["jaxpr"]
-        num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+        num_consts, num_carry = scan_counts(eqn)
         consts, rest = values[:num_consts], values[num_consts:]
 
         def step(carry: list[Any], slices: tuple[list[Any], Any]) -> tuple[list, tuple]:

@@ -9,7 +9,7 @@ weight and output have. Everything here is computed in at least float32.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,15 @@ from jaxtyping import Array, Float, Int
 from dpjax.sensitive import accumulation_dtype
 
 _EXACT = jax.lax.Precision.HIGHEST
+_BFLOAT16 = 2.0**-8
+"""Unit roundoff."""
+TERMS: Final = {"gram": 1, "direct": 2}
+"""For how many terms of bfloat16 the norms of each kind allow: see ``weighted_sum``."""
+EXACT: Final = 3
+"""So many terms hold all digits of float32."""
 _LARGE = 2**20
 """Entries from which on a copy of an array costs more than its sum."""
-FEW_POSITIONS = 128
+FEW_POSITIONS = 32
 """Positions up to which the patches of an image are best taken all at once."""
 
 
@@ -154,7 +160,7 @@ def gram_norms(parts: Sequence[Factors]) -> Norms:
     different kinds counts twice. Costs ``O(T^2 (K + N))``.
     """
     parts = [_cut(part) for part in parts]
-    squares, slack = [], []
+    squares, slack, apart = [], [], []
     for i, first in enumerate(parts):
         for second in parts[: i + 1]:
             lefts, rights = _left_gram(first, second), _right_gram(first, second)
@@ -162,9 +168,12 @@ def gram_norms(parts: Sequence[Factors]) -> Norms:
             if first is second:
                 squares.append(product)
                 slack.append(_slack(first, lefts, rights))
+                if _low(first):
+                    apart.append(_rounded_once(lefts, rights))
             else:
                 squares.append(2 * product)
-    return Norms(jnp.maximum(_total(squares), 0.0), _total(slack))
+    found = Norms(jnp.maximum(_total(squares), 0.0), _total(slack))
+    return _allowing(found, apart)
 
 
 def rounding(parts: Sequence[Factors]) -> Float[Array, "B"]:
@@ -175,21 +184,21 @@ def rounding(parts: Sequence[Factors]) -> Float[Array, "B"]:
     subtracted: ``parts``, of one point. Errors at different positions are independent and
     of some roundoffs each; eight are allowed for.
     """
-    found = []
-    for part in map(_cut, parts):
-        right = jnp.sum(jnp.square(_wide(part.right)), axis=-1)
-        left = jnp.ones_like(right)
-        if isinstance(part, Dense):
-            left = _total([jnp.sum(jnp.square(_wide(x)), axis=-1) for x in part.left])
-        found.append(jnp.sum(left * right, axis=(0, 2)))
-    squares = _total(found)
+    squares = _total(
+        [jnp.sum(_products(part), axis=(0, 2)) for part in map(_cut, parts)]
+    )
     return 4 * jnp.finfo(squares.dtype).eps * jnp.sqrt(squares)
 
 
 def direct_norms(parts: Sequence[Factors]) -> Norms:
     """Return norms by way of the per-example gradients, which are dropped."""
     found = squares(gradients(parts))
-    return Norms(found, jnp.zeros_like(found))
+    low = [part for part in map(_cut, parts) if _low(part)]
+    # Two terms are right to a squared roundoff of each entry, whatever its position.
+    apart = [
+        _BFLOAT16**2 * jnp.sum(jnp.sqrt(_products(part)), axis=(0, 2)) for part in low
+    ]
+    return _allowing(Norms(found, jnp.zeros_like(found)), apart)
 
 
 def squares(rows: Float[Array, "B ..."]) -> Float[Array, "B"]:
@@ -203,13 +212,27 @@ def gradients(parts: Sequence[Factors]) -> Float[Array, "B H K N"]:
 
 
 def weighted_sum(
-    parts: Sequence[Factors], weights: Float[Array, "B"]
+    parts: Sequence[Factors], weights: Float[Array, "B"], *, terms: int = EXACT
 ) -> Float[Array, "H K N"]:
     """Return ``sum_b weights[b] W[b]`` without any W.
 
     Where a weight is 0, whatever stands there (NaN, inf) counts for nothing.
+
+    Args:
+        parts: Factors.
+        weights: One for each example.
+        terms: Where factors are bfloat16 and products of it are much faster than those of
+            float32, the weighted right factor, which has more digits, is taken for the
+            sum of so many terms of bfloat16. Unless they are ``EXACT``, norms must have
+            allowed for it (see ``TERMS``): rounding takes contributions beyond the clip
+            norm.
     """
-    return _total([_weighted_sum(part, weights) for part in parts])
+    return _total([_weighted_sum(part, weights, terms=terms) for part in parts])
+
+
+def prefers_bfloat16() -> bool:
+    """Whether products of bfloat16 are several times faster than those of float32."""
+    return jax.default_backend() != "cpu"
 
 
 def weighted_rows(
@@ -221,25 +244,73 @@ def weighted_rows(
         # One pass over the rows: masking them first would copy them all.
         each = zip(used, weights, rows, strict=True)
         return _total([jnp.where(u, w * row, 0.0) for u, w, row in each])
-    kept = jnp.where(used, rows, 0.0)
-    return jnp.tensordot(weights, kept, axes=1, precision=_EXACT)
+    if jax.default_backend() == "cpu":
+        # As in weighted_sum, so that a bias shares the weighted outputs of its layer.
+        flat = rows.reshape(1, rows.shape[0], 1, -1)
+        ones = jnp.ones_like(flat[..., :1])
+        total = _weighted_sum(Dense((ones,), flat), weights, terms=EXACT)
+        return total.reshape(rows.shape[1:])
+    # No product: it would want the masked rows in memory.
+    scale = weights.reshape(used.shape)
+    return jnp.sum(jnp.where(used, scale * rows, 0.0), axis=0)
 
 
 def _cut(part: Factors) -> Dense | Lookup:
     return part.dense if isinstance(part, Patches) else part
 
 
-def _weighted_sum(part: Factors, weights: Array) -> Float[Array, "H K N"]:
+def _weighted_sum(
+    part: Factors, weights: Array, *, terms: int
+) -> Float[Array, "H K N"]:
     part = _cut(part)
     used = (weights != 0)[None, :, None, None]
     right = jnp.where(used, _wide(part.right) * weights[None, :, None, None], 0.0)
     if isinstance(part, Lookup):
         return jax.vmap(lambda r, x: _scattered(part.size, r, x))(part.rows, right)
-    blocks = [
-        _dot("hbtk,hbtn->hkn", jnp.where(used, _wide(left), 0.0), right)
-        for left in part.left
-    ]
+    rights = _split(right, terms) if _low(part) else [right]
+    blocks = []
+    for left in part.left:
+        kept = jnp.where(used, left.astype(rights[0].dtype), 0)
+        blocks.append(_total([_dot("hbtk,hbtn->hkn", kept, x) for x in rights]))
     return jnp.concatenate(blocks, axis=1)
+
+
+def _low(part: Factors) -> bool:
+    """Whether factors are multiplied in bfloat16."""
+    low = isinstance(part, Dense) and part.left[0].dtype == jnp.bfloat16
+    return low and prefers_bfloat16()
+
+
+def _split(array: Float[Array, "..."], terms: int) -> list[Array]:
+    """Return so many bfloat16 arrays; what their sum misses is another roundoff less."""
+    found = []
+    for _ in range(terms):
+        # A cast and back would be simplified away.
+        rounded = jax.lax.reduce_precision(array, exponent_bits=8, mantissa_bits=7)
+        found.append(rounded.astype(jnp.bfloat16))
+        array = array - rounded
+    return found
+
+
+def _rounded_once(
+    lefts: Float[Array, "H B T T"], rights: Float[Array, "H B T T"]
+) -> Float[Array, "B"]:
+    """Bound what one term misses, in L2: ``sum_t left_t x e_t`` with ``|e_t| <= u |right_t|``.
+
+    Its square is ``sum_ts <left_t, left_s> <e_t, e_s>``, whatever the e_t are.
+    """
+    lengths = jnp.sqrt(jnp.diagonal(rights, axis1=2, axis2=3))
+    most = jnp.einsum("hbts,hbt,hbs->b", jnp.abs(lefts), lengths, lengths)
+    return _BFLOAT16 * jnp.sqrt(most)
+
+
+def _allowing(norms: Norms, apart: Sequence[Float[Array, "B"]]) -> Norms:
+    """Return norms of what may lie so far apart from what was measured, in L2."""
+    if not apart:
+        return norms
+    off = _total(apart)
+    longest = jnp.sqrt(norms.squares + norms.slack)
+    return norms._replace(slack=norms.slack + (2 * longest + off) * off)
 
 
 def _total(parts: Sequence[Array]) -> Array:
@@ -269,10 +340,18 @@ def in_turn(function: Callable[[Any], Any], factors: Any) -> Any:
         function: Of a pytree of factors with B = 1; its results have no B.
         factors: Pytree of factors.
     """
-    rows = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), factors)
-    return jax.lax.map(
-        lambda row: function(jax.tree.map(lambda x: x[:, None], row)), rows
-    )
+    leaves, treedef = jax.tree.flatten(factors)
+    # Flat rows: XLA would copy an array before a loop for the sake of axes of length 1.
+    rows = [jnp.moveaxis(x, 1, 0).reshape(x.shape[1], -1) for x in leaves]
+
+    def one(row: list[Array]) -> Any:
+        parts = [
+            flat.reshape(x.shape[0], 1, *x.shape[2:])
+            for flat, x in zip(row, leaves, strict=True)
+        ]
+        return function(treedef.unflatten(parts))
+
+    return jax.lax.map(one, rows)
 
 
 def prefers_turns() -> bool:
@@ -323,6 +402,14 @@ def _slack(part: Factors, lefts: Array, rights: Array) -> Float[Array, "B"]:
     roundoff = jnp.finfo(lefts.dtype).eps / 2
     errors = 4 * roundoff * math.sqrt(width + positions)
     return errors * jnp.einsum("hbt,hbt->b", *diagonals)
+
+
+def _products(part: Dense | Lookup) -> Float[Array, "H B T"]:
+    """Return ``|left_t|^2 |right_t|^2``."""
+    right = jnp.sum(jnp.square(_wide(part.right)), axis=-1)
+    if isinstance(part, Lookup):
+        return right
+    return right * _total([jnp.sum(jnp.square(_wide(x)), axis=-1) for x in part.left])
 
 
 def _dot(spec: str, first: Array, second: Array) -> Array:

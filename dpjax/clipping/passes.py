@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dpjax.clipping import hooks, layouts
+from dpjax.clipping import hooks, kernels, layouts
 from dpjax.clipping.analysis import Program, Site
 from dpjax.clipping.interpret import Visit, interpret
 from dpjax.clipping.kernels import Factors, Norms
@@ -95,7 +95,7 @@ def first_backward(program: Program, plan: Plan, inputs: Inputs) -> Backward:
 
 
 def second_backward(
-    program: Program, inputs: Inputs, weights: Mapping[Path, Rows]
+    program: Program, plan: Plan, inputs: Inputs, weights: Mapping[Path, Rows]
 ) -> dict[Path, Array]:
     """Return the weighted sums of gradients at some sites, formed inside their loops.
 
@@ -114,8 +114,8 @@ def second_backward(
 
     def loss(sums: Any, weights: Any, example: Example, key: Key) -> Array:
         def visit(site: Site, weight: Array, data: Array, extra: Array) -> tuple:
-            scale = weights[site.path]
-            return hooks.summed(site, weight, data, extra, scale), ()
+            scale, terms = weights[site.path], kernels.TERMS[plan.probed[site.path]]
+            return hooks.summed(site, weight, data, extra, scale, terms=terms), ()
 
         one = Inputs(inputs.leaves, example, key)
         (value, _), _ = _forward(program, one, visit, sums)

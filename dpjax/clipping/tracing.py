@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, jaxprs_in_params
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxprs_in_params
 from jaxtyping import Array
 
 from dpjax.typing import Batch, Example, Key, Loss, Params
@@ -94,3 +94,11 @@ def trace(function: Callable[..., Any], *args: Any) -> ClosedJaxpr:
             "and prints would see private examples, an unknown number of times"
         )
     return closed
+
+
+def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
+    """Return how many operands of a ``scan`` are constants, and how many are carried."""
+    if "ft_in" in eqn.params:  # From JAX 0.11 on.
+        consts, carry, _ = eqn.params["ft_in"].unpack()
+        return len(consts), len(carry)
+    return eqn.params["num_consts"], eqn.params["num_carry"]

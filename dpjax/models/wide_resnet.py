@@ -34,6 +34,7 @@ class _Conv(nn.Module):
     size: int
     stride: int
     standardized: bool
+    dtype: str
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -45,13 +46,13 @@ class _Conv(nn.Module):
             gain = self.param("gain", nn.initializers.ones, (self.features,))
             kernel = standardize(kernel) * gain[None, None, None]
         x = jax.lax.conv_general_dilated(
-            x,
-            kernel,
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
             window_strides=(self.stride, self.stride),
             padding="SAME",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return x + bias[None, None, None]
+        return x + bias[None, None, None].astype(x.dtype)
 
 
 class _Block(nn.Module):
@@ -62,11 +63,16 @@ class _Block(nn.Module):
     project: bool
     groups: int
     standardized: bool
+    dtype: str
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        conv = functools.partial(_Conv, self.features, standardized=self.standardized)
-        norm = functools.partial(nn.GroupNorm, self.groups, epsilon=1e-5)
+        conv = functools.partial(
+            _Conv, self.features, standardized=self.standardized, dtype=self.dtype
+        )
+        norm = functools.partial(
+            nn.GroupNorm, self.groups, epsilon=1e-5, dtype=self.dtype
+        )
         y = norm(name="norm_0")(jax.nn.relu(x))
         y = conv(size=3, stride=self.stride, name="conv_0")(y)
         y = norm(name="norm_1")(jax.nn.relu(y))
@@ -83,10 +89,12 @@ class _WideResNet(nn.Module):
     num_classes: int
     groups: int
     standardized: bool
+    dtype: str
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = _Conv(16, 3, stride=1, standardized=self.standardized, name="stem")(x)
+        shared = {"standardized": self.standardized, "dtype": self.dtype}
+        x = _Conv(16, 3, stride=1, **shared, name="stem")(x)
         for stage in range(3):
             for block in range((self.depth - 4) // 6):
                 x = _Block(
@@ -94,11 +102,12 @@ class _WideResNet(nn.Module):
                     stride=2 if stage > 0 and block == 0 else 1,
                     project=block == 0,
                     groups=self.groups,
-                    standardized=self.standardized,
+                    **shared,
                     name=f"stage_{stage}_block_{block}",
                 )(x)
-        x = nn.GroupNorm(self.groups, epsilon=1e-5, name="norm")(jax.nn.relu(x))
-        return nn.Dense(self.num_classes, name="head")(x.mean(axis=(1, 2)))
+        norm = nn.GroupNorm(self.groups, epsilon=1e-5, dtype=self.dtype, name="norm")
+        x = norm(jax.nn.relu(x)).mean(axis=(1, 2))
+        return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
 
 
 def wide_resnet(
@@ -108,6 +117,7 @@ def wide_resnet(
     num_classes: int,
     groups: int,
     weight_standardization: bool,
+    dtype: str,
 ) -> Model:
     """Build the WRN-depth-width of De et al. (2022).
 
@@ -140,10 +150,12 @@ def wide_resnet(
         groups: Groups of every GroupNorm; divides 16, the filters of the first layer.
         weight_standardization: Standardise the kernels; without it the convolutions
             have no gain either.
+        dtype: Of activations and logits, "float32" or "bfloat16"; parameters and what is
+            computed from them alone are float32.
 
     Returns:
         A model from ``example["image"]``, ``float32[H, W, C]``, to logits
-        ``float32[num_classes]``. WRN-16-4 with 10 classes has 2,753,818 parameters.
+        ``[num_classes]`` of this dtype. WRN-16-4 with 10 classes has 2,753,818 parameters.
 
     Raises:
         ValueError: If there is no such depth, or the groups do not divide the filters.
@@ -161,5 +173,5 @@ def wide_resnet(
     if groups < 1 or 16 % groups != 0:
         raise ValueError(f"{groups=} must divide 16, the filters of the first layer")
     return image_model(
-        _WideResNet(depth, width, num_classes, groups, weight_standardization)
+        _WideResNet(depth, width, num_classes, groups, weight_standardization, dtype)
     )

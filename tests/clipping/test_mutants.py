@@ -54,8 +54,9 @@ def weights_in_bfloat16(monkeypatch):
     for name in ("_weighted_sum", "weighted_rows"):
         weighted = getattr(kernels, name)
 
-        def rounded(part, weights, weighted=weighted):
-            return weighted(part, weights.astype(jnp.bfloat16).astype(jnp.float32))
+        def rounded(part, weights, weighted=weighted, **options):
+            weights = weights.astype(jnp.bfloat16).astype(jnp.float32)
+            return weighted(part, weights, **options)
 
         monkeypatch.setattr(kernels, name, rounded)
 
@@ -149,7 +150,7 @@ def test_weights_before_masking_would_let_one_bad_example_spoil_the_sum(monkeypa
 
     assert math.isfinite(total())
 
-    def unmasked(part, weights):
+    def unmasked(part, weights, **options):
         right = part.right * weights[None, :, None, None]
         return jnp.concatenate(
             [jnp.einsum("hbtk,hbtn->hkn", left, right) for left in part.left], axis=1

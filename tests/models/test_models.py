@@ -16,7 +16,12 @@ MODELS = {
     "groupnorm_cnn": (groupnorm_cnn(num_classes=5), (6, 6, 3)),
     "wide_resnet": (
         wide_resnet(
-            depth=10, width=1, num_classes=5, groups=4, weight_standardization=True
+            depth=10,
+            width=1,
+            num_classes=5,
+            groups=4,
+            weight_standardization=True,
+            dtype="float32",
         ),
         (6, 6, 3),
     ),

@@ -105,7 +105,12 @@ def forward_wrn_16_1(x, p, groups=8):
         (groupnorm_cnn(num_classes=5), forward_groupnorm_cnn, (7, 6, 3)),
         (
             wide_resnet(
-                depth=16, width=1, num_classes=5, groups=8, weight_standardization=True
+                depth=16,
+                width=1,
+                num_classes=5,
+                groups=8,
+                weight_standardization=True,
+                dtype="float32",
             ),
             forward_wrn_16_1,
             (7, 6, 3),

@@ -11,6 +11,7 @@ BASE = {
     "num_classes": 4,
     "groups": 16,
     "weight_standardization": True,
+    "dtype": "float32",
 }
 
 
@@ -52,6 +53,7 @@ def test_parameters_of_the_papers_networks(depth, width, standardized, expected)
         num_classes=10,
         groups=16,
         weight_standardization=standardized,
+        dtype="float32",
     )
     assert formula(depth, width, standardized) == expected
     assert count_params(model) == expected
