@@ -49,6 +49,7 @@ def joined(
 
     A process that fails inside leaves after some seconds, whatever the others do. They
     end too: their next collective fails, or the missing heartbeat is noticed.
+    JAX aborts a process that waits for the others in vain, and it says so.
 
     Args:
         coordinator_address: ``HOST:PORT`` on the host of process 0; None, like the others,
@@ -57,7 +58,7 @@ def joined(
         process_id: Which one this is, from 0.
 
     Raises:
-        StartError: The port is taken, the others did not come, or no scheduler is found.
+        StartError: The port is taken, or no scheduler is found.
         PeerError: A collective failed inside, as when another process has died.
     """
     if process_id == 0:
@@ -65,23 +66,28 @@ def joined(
     # On CPU, programs that were dispatched together run in any order: what one process
     # sends for one of them, another would take for its own part of the next.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    where = f"at {coordinator_address}" if coordinator_address else "by detection"
+    missed = f"the processes of this run did not meet {where}"
     try:
-        jax.distributed.initialize(
-            coordinator_address,
-            num_processes,
-            process_id,
-            initialization_timeout=START_TIMEOUT,
-            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
-        )
+        with _witness(f"{missed} within {START_TIMEOUT} seconds: start all of them"):
+            jax.distributed.initialize(
+                coordinator_address,
+                num_processes,
+                process_id,
+                initialization_timeout=START_TIMEOUT,
+                heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+            )
     except (ValueError, RuntimeError) as error:
-        where = f"at {coordinator_address}" if coordinator_address else "by detection"
         raise StartError(
-            f"the processes of this run did not meet {where}: {_first_line(error)}; "
-            "under a scheduler use --distributed=auto, else --coordinator_address, "
-            "--num_processes and --process_id"
+            f"{missed}: {_first_line(error)}; under a scheduler use --distributed=auto, "
+            "else --coordinator_address, --num_processes and --process_id"
         ) from error
     try:
-        with _witness():
+        with _witness(
+            f"process {jax.process_index()} of {jax.process_count()} was ended, most "
+            "likely since another one has died (see its output); the checkpoints are "
+            "intact, start all again"
+        ):
             yield
     except BaseException as error:
         # The ordinary exit waits for the others, who may be waiting for this process.
@@ -98,18 +104,13 @@ def joined(
 
 
 @contextlib.contextmanager
-def _witness() -> Iterator[None]:
-    """Have it said in plain words if this process is aborted.
+def _witness(text: str) -> Iterator[None]:
+    """Have ``text`` said if this process is aborted.
 
-    When a process dies, the libraries of the others abort them, mostly before Python sees
-    an error. A small child of this process waits for its end, and speaks unless all went
-    in order.
+    When a process dies, or does not come, the libraries of the others abort them, mostly
+    before Python sees an error. A small child of this process waits for its end, and
+    speaks unless all went in order.
     """
-    text = (
-        f"process {jax.process_index()} of {jax.process_count()} was ended, most likely "
-        "since another one has died (see its output); the checkpoints are intact, start "
-        "all again"
-    )
     command = [sys.executable, "-I", "-S", "-c", _SPEAK, text]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, start_new_session=True

@@ -197,6 +197,31 @@ def test_processes_with_different_configs_refuse_and_leave_nothing(tmp_path):
     assert not workdir.exists()
 
 
+ALONE = """
+from dpjax import processes
+processes.START_TIMEOUT = 1
+with processes.joined(coordinator_address="{address}", num_processes=2, process_id=0):
+    raise AssertionError
+"""
+
+
+def test_a_process_that_waits_in_vain_says_so():
+    address = f"127.0.0.1:{free_port()}"
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE.format(address=address)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode not in (0, 1)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(
+        f"error: the processes of this run did not meet at {address}"
+    )
+    assert last.endswith("within 1 seconds: start all of them")
+
+
 def test_an_occupied_port_is_named_and_nothing_started(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     with socket.socket() as other:
