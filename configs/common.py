@@ -2,10 +2,21 @@
 
 from ml_collections import ConfigDict, config_dict
 
+ADAPTERS = r".*/lora_[ab]"
+"""Parameters of LoRA."""
+BIASES = r"(.*/)?bias"
+"""Every bias: BitFit."""
+NORMS = r"(.*/)?\w*norm\w*/(scale|bias)"
+"""Scale and bias of every norm: FiLM."""
+
 
 def base() -> ConfigDict:
-    """Return the groups ``augment``, ``compute``, ``mesh`` and ``run`` with common values."""
+    """Return the groups ``parameters``, ``augment``, ``compute``, ``mesh`` and ``run``.
+
+    All parameters start fresh and are trained.
+    """
     config = ConfigDict()
+    config.parameters = ConfigDict({"train": (".*",), "provenance": "fresh"})
     config.augment = ConfigDict(
         {"transform": {"name": "dpjax.augment:identity"}, "views": 1}
     )
@@ -61,3 +72,37 @@ def dp_sgd(
             "delta": delta,
         }
     )
+
+
+def non_private(*, batch_size: int, steps: int, delta: float) -> ConfigDict:
+    """Return the group ``mechanism`` of ordinary training in shuffled batches."""
+    return ConfigDict(
+        {
+            "name": "dpjax.mechanisms.non_private:NonPrivate",
+            "sampling": {
+                "name": "dpjax.sampling:ShuffledFixed",
+                "batch_size": batch_size,
+            },
+            "steps": steps,
+            "delta": delta,
+        }
+    )
+
+
+def adam(learning_rate: float) -> ConfigDict:
+    """Return the group ``optimizer`` of Adam with a constant learning rate."""
+    return ConfigDict({"name": "optax:adam", "learning_rate": learning_rate})
+
+
+def split_argument(argument: str, *, variants: tuple[str, ...]) -> tuple[str, str]:
+    """Return variant and folder of ``VARIANT,FOLDER``.
+
+    Raises:
+        ValueError: If there is no such variant, or no folder.
+    """
+    variant, _, folder = argument.partition(",")
+    if variant not in variants or not folder:
+        raise ValueError(
+            f"{argument!r} must be VARIANT,FOLDER with VARIANT of {', '.join(variants)}"
+        )
+    return variant, folder

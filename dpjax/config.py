@@ -19,11 +19,14 @@ from typing import Any
 from dpjax import checks, signatures
 
 PROVENANCES = ("private", "public")
+STARTS = ("fresh", "public", "private")
+"""What the starting parameters may come from: chance alone, or public or private data."""
 
 GROUPS: dict[str, tuple[str, ...] | None] = {
     "data": ("source", "provenance"),
     "evaluation": ("source", "provenance", "metric", "batch_size", "ema_decay"),
     "model": None,
+    "parameters": ("train", "provenance"),
     "loss": None,
     "augment": ("transform", "views"),
     "mechanism": None,
@@ -48,6 +51,9 @@ GROUPS: dict[str, tuple[str, ...] | None] = {
     ),
 }
 """Keys of each group; None marks a group that is itself a spec."""
+
+WEIGHTS = "dpjax.models.weights:"
+"""Specs of this module start a model from weights that were trained before."""
 
 FREE_ON_RESUME = (
     *(
@@ -248,8 +254,29 @@ def _some_size(sampling: Any) -> int:
     return 2**31
 
 
+def _check_parameters(parameters: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+    train, provenance = parameters["train"], parameters["provenance"]
+    if not (isinstance(train, list | tuple) and all(isinstance(p, str) for p in train)):
+        raise ConfigError(
+            f"config.parameters.train={train!r} must be a tuple of regular expressions; "
+            "('.*',) trains all"
+        )
+    _check_choice("config.parameters.provenance", provenance, STARTS)
+    loaders = [
+        value
+        for key, value in flatten({"model": model}).items()
+        if key.endswith(".name") and str(value).startswith(WEIGHTS)
+    ]
+    if loaders and provenance == "fresh":
+        raise ConfigError(
+            f"config.parameters.provenance='fresh' with weights from {loaders[0]}: say "
+            "'public' or 'private', whatever data they were trained on"
+        )
+
+
 def _check_values(config: Mapping[str, Any]) -> None:
     evaluation, run, compute = config["evaluation"], config["run"], config["compute"]
+    _check_parameters(config["parameters"], config["model"])
     _check_choice("config.evaluation.provenance", evaluation["provenance"], PROVENANCES)
     positive = {
         "evaluation.batch_size": evaluation["batch_size"],

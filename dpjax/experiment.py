@@ -29,6 +29,7 @@ class Experiment:
         layout: The devices, and what is where.
         engine: How clipped sums are computed.
         model: Pure functions on one example.
+        train: Patterns of the parameters that are trained; see ``dpjax.partition``.
         loss: Of one example, augmentation included.
         metric: ``(params, example) -> float32[]``, averaged for evaluation.
         optimizer: Acts on released gradients.
@@ -41,6 +42,7 @@ class Experiment:
     layout: Layout
     engine: Engine
     model: Model
+    train: tuple[str, ...]
     loss: Loss
     metric: Callable[[Params, Example], Array]
     optimizer: optax.GradientTransformation
@@ -75,6 +77,7 @@ def build_experiment(config: Mapping[str, Any]) -> Experiment:
         layout=layout,
         engine=_engine(config["compute"], mechanism),
         model=model,
+        train=tuple(config["parameters"]["train"]),
         loss=augmented(
             configs.build(config["loss"], model),
             augment=configs.build(config["augment"]["transform"]),

@@ -10,6 +10,8 @@ from typing import Any
 
 from dpjax.accounting import epsilon
 from dpjax.mechanisms import Mechanism
+from dpjax.partition import flatten
+from dpjax.typing import Params
 
 PACKAGES = ("dpjax", "jax", "jaxlib", "numpy", "flax", "optax", "dp-accounting")
 
@@ -120,6 +122,7 @@ def privacy_card(
     steps: int,
     seed: int | None = None,
     flags: Sequence[str] = (),
+    assumptions: Sequence[str] = (),
 ) -> PrivacyCard:
     """Return the card of ``steps`` releases.
 
@@ -128,6 +131,7 @@ def privacy_card(
         steps: Releases really made.
         seed: The written seed of noise and sampling, or None if they came from the OS.
         flags: Further facts that weaken the claim.
+        assumptions: Further facts that the claim rests on.
     """
     spent = epsilon(mechanism, steps=steps)
     cross_check = epsilon(mechanism, steps=steps, accountant="rdp")
@@ -158,7 +162,7 @@ def privacy_card(
         event=str(mechanism.event(steps)),
         key_source="operating system entropy" if seed is None else f"seed={seed}",
         flags=tuple(found),
-        assumptions=ASSUMPTIONS if mechanism.private else (),
+        assumptions=(*ASSUMPTIONS, *assumptions) if mechanism.private else (),
         versions=versions(),
     )
 
@@ -175,7 +179,23 @@ def card_of(config: Mapping[str, Any], mechanism: Mechanism, steps: int) -> Priv
         flags.append("un-noised statistics of training examples were logged")
     if config["evaluation"]["provenance"] == "private":
         flags.append("evaluated on private data without noise: the scores are private")
-    return privacy_card(mechanism, steps=steps, seed=config["run"]["seed"], flags=flags)
+    start, assumptions = config["parameters"]["provenance"], []
+    if start == "private":
+        flags.append(
+            "starts from parameters that were trained on private data: what they reveal "
+            "is not in this epsilon"
+        )
+    if start == "public":
+        assumptions.append(
+            "The parameters at the start were trained on public data, free to all."
+        )
+    return privacy_card(
+        mechanism,
+        steps=steps,
+        seed=config["run"]["seed"],
+        flags=flags,
+        assumptions=assumptions,
+    )
 
 
 def identity(
@@ -203,14 +223,15 @@ def metric_name(config: Mapping[str, Any]) -> str:
 
 
 def start_block(
-    config: Mapping[str, Any], mechanism: Mechanism, *, parameters: int
+    config: Mapping[str, Any], mechanism: Mechanism, *, trained: int, frozen: int
 ) -> str:
-    """Return the plan of a run, before its first step."""
+    """Return the plan of a run, before its first step, with numbers of parameters."""
     sampling = mechanism.sampling
     size = config["compute"]["microbatch_size"]
     engine = config["compute"]["engine"] if mechanism.private else "plain"
     rows = {
-        "model": f"{config['model']['name']}, {parameters:,} parameters",
+        "model": config["model"]["name"],
+        "parameters": f"{trained + frozen:,}, of which {trained:,} are trained",
         "data": f"{mechanism.num_examples:,} examples, {config['data']['provenance']}",
         "mechanism": type(mechanism).__name__,
         "sampling": f"{sampling}, {mechanism.expected_batch_size:g} examples expected",
@@ -221,6 +242,12 @@ def start_block(
         rows["noise multiplier"] = f"{facts(mechanism)['noise_multiplier']:.4f}"
     rows["at the end"] = card_of(config, mechanism, mechanism.steps).headline()
     return _block("plan", rows)
+
+
+def parameter_names(trained: Params, frozen: Params) -> dict[str, str]:
+    """Return a file that tells which of the exported parameters were trained."""
+    names = {"trained": [*flatten(trained)], "frozen": [*flatten(frozen)]}
+    return {"parameters.json": json.dumps(names, indent=2) + "\n"}
 
 
 def end_block(card: PrivacyCard, scores: Mapping[str, float], workdir: Path) -> str:

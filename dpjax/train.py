@@ -25,9 +25,11 @@ from dpjax.data.batches import StepBatch, batches
 from dpjax.entropy import entropy
 from dpjax.evaluate import evaluator
 from dpjax.experiment import Experiment, build_experiment
+from dpjax.fingerprint import combined_fingerprint
 from dpjax.ledger import Ledger
 from dpjax.metrics import Progress, writers
 from dpjax.noise import root_key
+from dpjax.partition import merge, partition
 from dpjax.sensitive import ClippedSum, PerExample, reveal
 from dpjax.sharding import Layout
 from dpjax.transforms import PrivateState, private
@@ -38,10 +40,12 @@ class TrainState(NamedTuple):
     """All that a run needs to go on. Secret: it holds keys and the sampling seed.
 
     Attributes:
-        params: Trained parameters.
+        params: The parameters that are trained.
         private: State of mechanism and optimizer; its ``step`` is the only counter.
         average: Moving average of params, or () if none is kept.
         loss_key: Randomness inside the loss (dropout, augmentation).
+        init_key: Randomness of the starting parameters; the frozen ones, which are not
+            kept here, are made from it again.
         sampling_seed: ``uint32[4]``, 128 bits.
     """
 
@@ -49,6 +53,7 @@ class TrainState(NamedTuple):
     private: PrivateState
     average: Params | tuple[()]
     loss_key: Key
+    init_key: Key
     sampling_seed: jax.Array
 
     def __repr__(self) -> str:
@@ -75,8 +80,8 @@ def plan(config: Mapping[str, Any]) -> str:
     """
     experiment = build_experiment(config)
     mechanism = experiment.mechanism
-    shapes = check_parts(experiment)
-    start = report.start_block(config, mechanism, parameters=_size(shapes))
+    trained, frozen = (_size(part) for part in check_parts(experiment))
+    start = report.start_block(config, mechanism, trained=trained, frozen=frozen)
     card = report.card_of(config, mechanism, mechanism.steps)
     if config["run"]["self_check"]:
         start = f"{self_check(experiment)}\n\n{start}"
@@ -125,9 +130,13 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
         _open_ledger(workdir, layout) as ledger,  # first: it locks the workdir
         Checkpoints(workdir / "checkpoints", keep=run["keep_checkpoints"]) as saved,
     ):
-        _check_same_run(saved.metadata(), identity, workdir)
+        before = saved.metadata()
+        _check_same_run(before, identity, workdir)
         fresh = init_state(config, experiment, transform)
         start, state = saved.restore(fresh) or (0, fresh)
+        frozen = frozen_params(experiment, state)
+        identity["frozen"] = int(jax.jit(combined_fingerprint)(frozen))
+        _check_same_frozen(before, identity, workdir)
         ledger.check_complete(start)
         ledger.check_layout(start)
         if saved.latest is None:
@@ -140,9 +149,10 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
             # Before any release, so that its keys cannot be lost and drawn anew.
             saved.save(0, state, metadata=identity, wait=True)
         if is_first:
-            print(report.start_block(config, mechanism, parameters=_size(shapes)))
+            sizes = {"trained": _size(shapes[0]), "frozen": _size(shapes[1])}
+            print(report.start_block(config, mechanism, **sizes))
 
-        train_step = make_train_step(config, experiment, transform)
+        train_step = make_train_step(config, experiment, transform, frozen)
         evaluate = evaluator(
             experiment.metric,
             batch_size=config["evaluation"]["batch_size"],
@@ -193,7 +203,8 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
                     facts = mechanism.diagnose(state.private.mechanism)
                     scalars |= summarise(statistics, facts)
                 if score_now:
-                    score = evaluate(evaluated_params(state), experiment.held_out)
+                    params = evaluated_params(state, frozen)
+                    score = evaluate(params, experiment.held_out)
                     scalars[metric] = score
                 writer.write(step, scalars)
                 progress.update(step, scalars)
@@ -206,13 +217,15 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
                 clock.restart(step)
 
         card = report.card_of(config, mechanism, mechanism.steps)
+        params = evaluated_params(state, frozen)
         if math.isnan(score):  # The run was complete before it was resumed.
-            score = evaluate(evaluated_params(state), experiment.held_out)
-        params = processes.to_host(evaluated_params(state))
+            score = evaluate(params, experiment.held_out)
+        params = processes.to_host(params)
         if is_first:
             card.write(workdir)
             if not (workdir / "export").exists():
-                export(workdir / "export", params, card.files())
+                names = report.parameter_names(state.params, frozen)
+                export(workdir / "export", params, card.files() | names)
             print(report.end_block(card, {metric: score}, workdir))
     return state
 
@@ -228,8 +241,9 @@ class TrainStep(NamedTuple):
         place: Spreads the rows of a chunk over the devices.
         phase: Step number -> phase, a static argument of the next two.
         begin: ``(phase, state) -> `` for each device the sum over no examples.
-        accumulate: ``(phase, state, sums, batch) -> `` sums and statistics.
+        accumulate: ``(phase, state, sums, batch, frozen) -> `` sums and statistics.
         finish: ``(state, sums) -> `` the next state and what was released.
+        frozen: Parameters that are not trained.
     """
 
     place: Callable[[Batch], Batch]
@@ -237,6 +251,7 @@ class TrainStep(NamedTuple):
     begin: Callable[..., ClippedSum]
     accumulate: Callable[..., tuple[ClippedSum, PerExample | None]]
     finish: Callable[..., tuple[TrainState, Released]]
+    frozen: Params
 
     def __call__(
         self, state: TrainState, batch: StepBatch
@@ -246,7 +261,7 @@ class TrainStep(NamedTuple):
         sums, statistics = self.begin(phase, state), []
         for chunk in batch.chunks:
             rows = self.place(chunk)
-            sums, per_example = self.accumulate(phase, state, sums, rows)
+            sums, per_example = self.accumulate(phase, state, sums, rows, self.frozen)
             statistics.append(per_example)
         state, released = self.finish(state, sums)
         return state, released, statistics
@@ -256,6 +271,7 @@ def make_train_step(
     config: Mapping[str, Any],
     experiment: Experiment,
     transform: Any,  # optax types know trees of arrays only, not ClippedSum
+    frozen: Params = (),
 ) -> TrainStep:
     """Compile the parts of a training step. A state is donated to the next one."""
     mechanism, layout = experiment.mechanism, experiment.layout
@@ -266,14 +282,18 @@ def make_train_step(
         return mechanism.query(phase, state.params, state.private.mechanism)
 
     def add(
-        shared: tuple[Query, Key], split: tuple[ClippedSum, Batch]
+        shared: tuple[Query, Key, Params], split: tuple[ClippedSum, Batch]
     ) -> tuple[ClippedSum, PerExample | None]:
-        (asked, key), (sums, batch) = shared, split
+        (asked, key, frozen), (sums, batch) = shared, split
         total = sums.only()
         # A radius that is computed from the state may be rounded otherwise in another
         # program: all chunks are clipped to the one of the empty sum.
         asked = dataclasses.replace(asked, clip_norm=total.l2_bound)
-        clipped, per_example = experiment.engine(experiment.loss, asked, batch, key)
+
+        def loss(trained: Params, example: Example, key: Key) -> Scalar:
+            return experiment.loss(merge(trained, frozen), example, key)
+
+        clipped, per_example = experiment.engine(loss, asked, batch, key)
         sums = total.merge(clipped).stacked(1)
         return sums, per_example if keep_statistics else None
 
@@ -283,10 +303,16 @@ def make_train_step(
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
     def accumulate(
-        phase: str, state: TrainState, sums: ClippedSum, batch: Batch
+        phase: str,
+        state: TrainState,
+        sums: ClippedSum,
+        batch: Batch,
+        frozen: Params = (),
     ) -> tuple[ClippedSum, PerExample | None]:
         key = jax.random.fold_in(state.loss_key, state.private.step)
-        return layout.on_each(add)((query(phase, state), key), (sums, batch))
+        # Frozen parameters are arguments: constants would be copied into the program.
+        shared = (query(phase, state), key, frozen)
+        return layout.on_each(add)(shared, (sums, batch))
 
     @functools.partial(jax.jit, donate_argnums=0)
     def finish(state: TrainState, sums: ClippedSum) -> tuple[TrainState, Released]:
@@ -304,7 +330,7 @@ def make_train_step(
     def place(chunk: Batch) -> Batch:
         return layout.place(chunk, config["compute"]["physical_batch_size"])
 
-    return TrainStep(place, mechanism.phase, begin, accumulate, finish)
+    return TrainStep(place, mechanism.phase, begin, accumulate, finish, frozen)
 
 
 def init_state(
@@ -314,16 +340,15 @@ def init_state(
 ) -> TrainState:
     """Return the state before the first step; its secrets are fresh unless seeded."""
     seed, layout = config["run"]["seed"], experiment.layout
-    blank, key = _blank(experiment.source), _key("init", seed)
-    shapes = jax.eval_shape(experiment.model.init, key, blank)
-    init = jax.jit(experiment.model.init, out_shardings=layout.of_params(shapes))
-    params = init(key, blank)
+    init_key = _key("init", seed)
+    params = _placed_start(experiment, init_key, part=0)
     keeps_average = config["evaluation"]["ema_decay"] > 0
     state = TrainState(
         params=params,
         private=transform.init(params),
         average=jax.tree.map(jnp.copy, params) if keeps_average else (),
         loss_key=_key("loss", seed),
+        init_key=init_key,
         sampling_seed=processes.of_first(
             jnp.asarray(np.frombuffer(entropy("sampling", seed=seed), np.uint32))
         ),
@@ -331,20 +356,26 @@ def init_state(
     return layout.put(state, params)
 
 
+def frozen_params(experiment: Experiment, state: TrainState) -> Params:
+    """Return the parameters that are not trained; the same ones whenever a run goes on."""
+    return _placed_start(experiment, state.init_key, part=1)
+
+
 def sampling_seed(state: TrainState) -> int:
     """Return the 128-bit seed of the sampler. Secret."""
     return int.from_bytes(np.asarray(state.sampling_seed).tobytes(), "big")
 
 
-def check_parts(experiment: Experiment) -> Params:
+def check_parts(experiment: Experiment) -> tuple[Params, Params]:
     """Check, by shapes alone, what would else fail after steps have been released.
 
     Returns:
-        The shapes of the parameters.
+        The shapes of the parameters: those that are trained, and the frozen ones.
 
     Raises:
-        ConfigError: Loss or metric does not fit the model and the data, or the
-            parameters cannot be exported, or not be split as the mesh asks.
+        ConfigError: Loss or metric does not fit the model and the data, the parameters
+            cannot be exported or not be split as the mesh asks, or no part of them can be
+            trained as asked.
     """
     blank, key = _blank(experiment.source), jax.random.key(0)
     try:
@@ -365,12 +396,16 @@ def check_parts(experiment: Experiment) -> Params:
         experiment.layout.of_params(params)
     except ValueError as error:
         raise configs.ConfigError(f"config.mesh.rules: {error}") from error
-    return params
+    try:
+        return jax.eval_shape(lambda key: _starts(experiment, key), key)
+    except ValueError as error:
+        raise configs.ConfigError(f"config.parameters.train: {error}") from error
 
 
-def evaluated_params(state: TrainState) -> Params:
-    """Return what is evaluated and exported: the moving average if one is kept."""
-    return state.average if jax.tree.leaves(state.average) else state.params
+def evaluated_params(state: TrainState, frozen: Params) -> Params:
+    """Return what is evaluated and exported: all, the moving average if one is kept."""
+    trained = state.average if jax.tree.leaves(state.average) else state.params
+    return merge(trained, frozen)
 
 
 def summarise(
@@ -450,12 +485,37 @@ def _check_same_run(
 ) -> None:
     if before is None:
         return
-    keys = configs.differing_keys(before, now)
+    keys = [k for k in configs.differing_keys(before, now) if k != "frozen"]
     if keys:
         raise configs.ConfigError(
             f"{workdir} holds a run that differs in {', '.join(keys)}; "
             "use another --workdir, or set these keys back"
         )
+
+
+def _check_same_frozen(
+    before: Mapping[str, Any] | None, now: Mapping[str, Any], workdir: Path
+) -> None:
+    if before is not None and before["frozen"] != now["frozen"]:
+        raise configs.ConfigError(
+            f"{workdir} holds a run on other frozen parameters than these: the weights "
+            "that config.model reads have changed; bring back the old ones, or use "
+            "another --workdir"
+        )
+
+
+def _starts(experiment: Experiment, key: Key) -> tuple[Params, Params]:
+    """Return the starting parameters: those that are trained, and the frozen ones."""
+    params = experiment.model.init(key, _blank(experiment.source))
+    return partition(params, experiment.train)
+
+
+def _placed_start(experiment: Experiment, key: Key, *, part: int) -> Params:
+    """Return one part of the starting parameters, where the layout has them."""
+    shapes = jax.eval_shape(lambda key: _starts(experiment, key)[part], key)
+    shardings = experiment.layout.of_params(shapes)
+    start = jax.jit(lambda key: _starts(experiment, key)[part], out_shardings=shardings)
+    return start(key)
 
 
 def _blank(source: Source) -> Example:

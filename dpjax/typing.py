@@ -41,10 +41,16 @@ class Model(NamedTuple):
     Attributes:
         init: ``(key, example) -> params``, float32 leaves.
         apply: ``(params, example, key) -> outputs`` of one example, without batch axis.
+        decode: Of models that predict the next token, else None: ``(params, tokens, cache,
+            start) -> (logits, cache)``. The first call, with cache None and start 0, takes
+            ``int32[T]`` for all positions there will be; each later one ``int32[t]`` new
+            tokens for the positions from ``start`` on, and logits ``[t, V]`` are about the
+            tokens after them. See ``dpjax.generate``.
     """
 
     init: Callable[[Key, Example], Params]
     apply: Callable[[Params, Example, Key], Array]
+    decode: Callable[[Params, Array, Any, Any], tuple[Array, Any]] | None = None
 
 
 class Source(Protocol):

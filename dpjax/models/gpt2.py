@@ -1,11 +1,18 @@
 """GPT-2: a causal decoder with learnt positions and a tied head."""
 
-import jax
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from dpjax.models.linen import token_model
-from dpjax.models.transformer import STD, Spec, check_length, embed, norm, run_blocks
+from dpjax.models.linen import decoder_model
+from dpjax.models.transformer import (
+    STD,
+    Spec,
+    check_length,
+    embed,
+    norm,
+    rows_from,
+    run_blocks,
+)
 from dpjax.typing import Model
 
 
@@ -15,15 +22,17 @@ class _Gpt2(nn.Module):
     spec: Spec
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "T"]) -> Float[Array, "T V"]:
+    def __call__(
+        self, tokens: Int[Array, "T"], *, start: Int[Array, ""] | None = None
+    ) -> Float[Array, "T V"]:
         check_length(len(tokens), positions=self.length)
         token = embed(self.spec, self.vocab_size, name="token")
         position = self.param(
             "position", nn.initializers.normal(STD), (self.length, self.spec.width)
         )
         x = token(tokens)
-        x = x + jax.lax.slice_in_dim(position, 0, len(tokens)).astype(x.dtype)
-        x = norm(self.spec, name="norm")(run_blocks(self.spec, x))
+        x = x + rows_from(position, start, len(tokens)).astype(x.dtype)
+        x = norm(self.spec, name="norm")(run_blocks(self.spec, x, start=start))
         return token.attend(x)
 
 
@@ -86,7 +95,7 @@ def gpt2(
         scan=scan,
         remat=remat,
     )
-    return token_model(_Gpt2(vocab_size, length, spec), reads=("tokens",))
+    return decoder_model(_Gpt2(vocab_size, length, spec))
 
 
 def gpt2_small(

@@ -46,6 +46,28 @@ def array_model(module: nn.Module, *, field: str) -> Model:
     return Model(init, apply)
 
 
+def decoder_model(module: nn.Module) -> Model:
+    """Turn a linen module that predicts next tokens into a model that also decodes.
+
+    Args:
+        module: As for ``token_model`` that reads tokens alone; called with the keyword
+            ``start`` and a mutable collection "cache", it keeps keys and values there.
+    """
+
+    def decode(
+        params: Params, tokens: Array, cache: Any, start: Array
+    ) -> tuple[Array, Any]:
+        variables = {"params": params}
+        if cache is not None:
+            variables["cache"] = cache
+        logits, changed = module.apply(
+            variables, tokens, start=start, mutable=["cache"]
+        )
+        return logits, changed["cache"]
+
+    return token_model(module, reads=("tokens",))._replace(decode=decode)
+
+
 def token_model(module: nn.Module, *, reads: Sequence[str]) -> Model:
     """Turn a linen module of the tokens of one example into a model.
 

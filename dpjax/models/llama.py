@@ -3,7 +3,7 @@
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from dpjax.models.linen import token_model
+from dpjax.models.linen import decoder_model
 from dpjax.models.transformer import Spec, check_length, dense, embed, norm, run_blocks
 from dpjax.typing import Model
 
@@ -15,10 +15,12 @@ class _Llama(nn.Module):
     spec: Spec
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "T"]) -> Float[Array, "T V"]:
+    def __call__(
+        self, tokens: Int[Array, "T"], *, start: Int[Array, ""] | None = None
+    ) -> Float[Array, "T V"]:
         check_length(len(tokens), positions=self.length)
         token = embed(self.spec, self.vocab_size, name="token")
-        x = run_blocks(self.spec, token(tokens))
+        x = run_blocks(self.spec, token(tokens), start=start)
         x = norm(self.spec, name="norm")(x)
         if self.tied:
             return token.attend(x)
@@ -90,4 +92,4 @@ def llama(
         scan=scan,
         remat=remat,
     )
-    return token_model(_Llama(vocab_size, length, tied, spec), reads=("tokens",))
+    return decoder_model(_Llama(vocab_size, length, tied, spec))

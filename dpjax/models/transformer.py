@@ -130,6 +130,15 @@ def embed(spec: Spec, vocab_size: int, *, name: str) -> nn.Embed:
     )
 
 
+def rows_from(
+    table: Float[Array, "P D"], start: Int[Array, ""] | None, length: int
+) -> Float[Array, "T D"]:
+    """Return ``length`` rows of a table of positions, from ``start`` on; None is 0."""
+    if start is None:
+        return jax.lax.slice_in_dim(table, 0, length)
+    return jax.lax.dynamic_slice_in_dim(table, start, length)
+
+
 def check_length(length: int, *, positions: int) -> None:
     """Raise ValueError if a sequence is longer than there are positions."""
     if length > positions:
@@ -189,11 +198,58 @@ class Attention(nn.Module):
         if spec.rotary_base is not None:
             query = rotate(query, positions, base=spec.rotary_base)
             key = rotate(key, positions, base=spec.rotary_base)
-        seen = None if mask is None else mask[None, None, None]
+        key, value, seen, is_causal = self._context(key, value, positions, mask)
         mixed = jax.nn.dot_product_attention(
-            query, key, value, mask=seen, is_causal=spec.causal
+            query, key, value, mask=seen, is_causal=is_causal
         )
         return _residual(spec, name="out")(mixed.reshape(tokens, spec.width))
+
+    def _context(
+        self,
+        key: Float[Array, "T K H"],
+        value: Float[Array, "T K H"],
+        positions: Int[Array, "T"],
+        mask: Bool[Array, "T"] | None,
+    ) -> tuple[Array, Array, Array | None, bool]:
+        """Return what tokens may look at, which of it each sees, and whether in order.
+
+        Earlier tokens are remembered in the collection "cache", if it is mutable: the
+        keys and values of all positions, which later calls overwrite at theirs. A prefix
+        (see ``dpjax.models.peft``) stands before the tokens.
+        """
+        remembers = self.is_mutable_collection("cache") and not self.is_initializing()
+        has_prefix = self.has_variable("params", "prefix_key")
+        if not remembers and not has_prefix:
+            seen = None if mask is None else mask[None, None, None]
+            return key, value, seen, self.spec.causal
+        if remembers:
+            key = self._remember("key", key, positions[0])
+            value = self._remember("value", value, positions[0])
+        seen = jnp.ones((len(positions), len(key)), bool)
+        if mask is not None:
+            seen = seen & mask[None]
+        if self.spec.causal:
+            seen = seen & (jnp.arange(len(key))[None] <= positions[:, None])
+        if has_prefix:
+            first, first_values = (
+                self.get_variable("params", f"prefix_{kind}")
+                .astype(key.dtype)
+                .reshape(-1, *key.shape[1:])
+                for kind in ("key", "value")
+            )
+            key = jnp.concatenate([first, key])
+            value = jnp.concatenate([first_values, value])
+            seen = jnp.pad(seen, ((0, 0), (len(first), 0)), constant_values=True)
+        return key, value, seen[None, None], False
+
+    def _remember(
+        self, name: str, new: Float[Array, "t K H"], start: Int[Array, ""]
+    ) -> Float[Array, "T K H"]:
+        if self.has_variable("cache", name):
+            old = self.get_variable("cache", name)
+            new = jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=0)
+        self.put_variable("cache", name, new)
+        return new
 
 
 class Mlp(nn.Module):
@@ -248,19 +304,23 @@ def run_blocks(
     x: Float[Array, "T D"],
     *,
     mask: Bool[Array, "T"] | None = None,
+    start: Int[Array, ""] | None = None,
 ) -> Float[Array, "T D"]:
     """Apply the blocks of ``spec``; call it inside a compact module.
 
+    ``start`` is the position of the first token, 0 if it is None.
     They are named ``layers_0``, ``layers_1``, ...; with ``scan`` there is one,
     ``layers``, whose parameters have a leading axis of layers.
     """
     positions = jnp.arange(len(x))
+    if start is not None:
+        positions = start + positions
     # Within scan, XLA cannot merge the second forward pass with the first anyway.
     block = nn.remat(Block, prevent_cse=not spec.scan) if spec.remat else Block
     if spec.scan:
         stack = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "cache": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=spec.layers,

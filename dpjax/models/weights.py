@@ -1,4 +1,4 @@
-"""Pretrained weights: Hugging Face's safetensors to our parameters, and back.
+"""Pretrained weights: Hugging Face's safetensors to our parameters, and back; exports.
 
 Conversions reorder numbers and change no value (but a file in bfloat16 or float16 comes
 out as float32). Nothing is fetched unless a path names a model of the Hugging Face hub.
@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dpjax.models.layouts import LAYOUTS, NOT_PARAMETERS, Layout, Rule
+from dpjax.partition import flatten, unflatten
 from dpjax.typing import Example, Key, Model, Params
 
 Tensors = Mapping[str, np.ndarray]
@@ -68,7 +69,56 @@ def pretrained(
             return _gather(_parts(layout, tensors, given), given)
 
         # Not as constants of the program: they are as large as the model.
-        return _unflatten(_flatten(params) | jax.pure_callback(load, given))
+        return unflatten(flatten(params) | jax.pure_callback(load, given))
+
+    return model._replace(init=init)
+
+
+def exported(model: Model, *, path: str, fresh: Sequence[str]) -> Model:
+    """Start a model from the parameters that a run has exported.
+
+    Args:
+        model: That of the run, or one with the same parameters but for ``fresh``.
+        path: The folder ``export`` of the run. What the export has beyond the model's
+            parameters (a head, adapters) is not used.
+        fresh: Regular expressions of parameters ("head/.*") that start as in ``model``.
+
+    Returns:
+        A model whose ``init`` gives these parameters.
+
+    Raises:
+        FileNotFoundError: If there is no such export.
+        ValueError: From ``init``, if parameters are missing or have other shapes.
+    """
+    file = Path(path) / "params.npz"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"path={path!r} has no params.npz; give the folder 'export' of a finished run"
+        )
+
+    def read(given: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        with np.load(file, allow_pickle=False) as arrays:
+            missing = sorted(set(given) - set(arrays))
+            if missing:
+                raise ValueError(
+                    f"{str(file)!r} has no {', '.join(missing)}; name in fresh= what "
+                    "starts anew"
+                )
+            return {name: arrays[name] for name in given}
+
+    def init(key: Key, example: Example) -> Params:
+        params = model.init(key, example)
+        given = _without(params, fresh)
+        for name, array in read(given).items():
+            if array.shape != given[name].shape:
+                raise ValueError(
+                    f"{name} of {str(file)!r} is {list(array.shape)}, and "
+                    f"{list(given[name].shape)} in the model"
+                )
+        shapes = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in given.items()}
+        return unflatten(
+            flatten(params) | jax.pure_callback(lambda: read(given), shapes)
+        )
 
     return model._replace(init=init)
 
@@ -97,7 +147,7 @@ def from_hf(
     layout = _layout(family)
     given = _without(like, fresh)
     parts = _parts(layout, _named(layout, tensors, skip=skip), given)
-    return _unflatten(_flatten(like) | _gather(parts, given))
+    return unflatten(flatten(like) | _gather(parts, given))
 
 
 def to_hf(params: Params, *, family: str) -> dict[str, np.ndarray]:
@@ -106,9 +156,7 @@ def to_hf(params: Params, *, family: str) -> dict[str, np.ndarray]:
     Raises:
         ValueError: If a parameter is not of the family.
     """
-    flat = {
-        name: np.asarray(leaf) for name, leaf in _separate(_flatten(params)).items()
-    }
+    flat = {name: np.asarray(leaf) for name, leaf in _separate(flatten(params)).items()}
     rules = _rules(_layout(family), flat)
     left = sorted(set(flat) - {name for rule in rules for name in rule.ours})
     if left:
@@ -158,7 +206,7 @@ def _named(layout: Layout, tensors: Tensors, *, skip: Sequence[str]) -> Tensors:
 
 def _without(like: Params, fresh: Sequence[str]) -> dict[str, Any]:
     """Return the leaves by name, those of ``fresh`` left out."""
-    names = _flatten(like)
+    names = flatten(like)
     for pattern in fresh:
         if not any(re.fullmatch(pattern, name) for name in names):
             raise ValueError(f"fresh={pattern!r} matches none of {sorted(names)}")
@@ -279,25 +327,6 @@ def _gather(
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(re.fullmatch(pattern, name) for pattern in patterns)
-
-
-def _flatten(params: Params) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in leaves
-    }
-
-
-def _unflatten(flat: Mapping[str, Any]) -> Params:
-    tree: dict[str, Any] = {}
-    for name, leaf in flat.items():
-        *groups, last = name.split("/")
-        inner = tree
-        for group in groups:
-            inner = inner.setdefault(group, {})
-        inner[last] = leaf
-    return tree
 
 
 def _read(files: Sequence[Path], *, data: bool) -> Tensors:

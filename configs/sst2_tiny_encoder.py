@@ -1,0 +1,136 @@
+"""From public text to private labels without a download: a tiny encoder, then SST-2.
+
+    python -m experiments.public_to_private --task=sst2 --text=PATH/tinyshakespeare.txt \
+        --data=PATH/sst2 --workdir=DIR
+
+runs the variants in turn; one alone, after the first command has made its vocabulary:
+
+    python -m experiments.train --config=configs/sst2_tiny_encoder.py:infilling,DIR \
+        --workdir=DIR/infilling
+
+``pretrain``: 2 layers of width 128 fill in masked tokens of Shakespeare, public.
+``infilling``: all parameters, on the 6,920 sentences of SST-2 as private data; a sentence
+is followed by "It was <mask>." and the classes are the tokens of " bad" and " good".
+``nonprivate``: the same without privacy, for comparison. DIR holds ``public.txt``,
+``train.tsv`` and ``test.tsv`` (links) and ``tokenizer.json``, learnt from the public text.
+
+Minutes on a CPU; epsilon 8.00, delta 1e-5. Scores: experiments/results/public_to_private.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+VARIANTS = ("pretrain", "infilling", "nonprivate")
+STEPS = 150
+MASK = 1  # the second special token of the vocabulary
+LABELS = (2, 3)  # special tokens that stand for the label words
+
+
+def get_config(argument: str = "infilling,runs/sst2") -> ConfigDict:
+    """Return the recipe ``VARIANT,FOLDER``."""
+    variant, folder = common.split_argument(argument, variants=VARIANTS)
+    config = common.base()
+    config.compute.physical_batch_size = 64
+    encoder = {
+        "name": "dpjax.models.bert:Encoder",
+        "vocab_size": 1024,
+        "length": 96,
+        "first_position": 0,
+        "segments": 1,
+        "layers": 2,
+        "width": 128,
+        "heads": 4,
+        "hidden": 512,
+        "epsilon": 1e-5,
+        "dtype": "float32",
+        "scan": False,
+        "remat": False,
+    }
+    tokenizer = {
+        "name": "dpjax.data.tokenizers:from_file",
+        "path": f"{folder}/tokenizer.json",
+    }
+    if variant == "pretrain":
+        text = {
+            "name": "dpjax.data.text:text_blocks",
+            "path": f"{folder}/public.txt",
+            "length": 96,
+            "tokenizer": tokenizer,
+        }
+        config.data = ConfigDict(
+            {"source": {**text, "start": 0.0, "stop": 0.95}, "provenance": "public"}
+        )
+        config.model = ConfigDict(
+            {"name": "dpjax.models.bert:masked_lm", "encoder": encoder}
+        )
+        config.evaluation = ConfigDict(
+            {
+                "source": {**text, "start": 0.95, "stop": 1.0},
+                "provenance": "public",
+                "metric": {
+                    "name": "dpjax.losses:hidden_token_nats",
+                    "mask_token": MASK,
+                    "rate": 0.15,
+                },
+                "batch_size": 64,
+                "ema_decay": 0.0,
+            }
+        )
+        config.loss = ConfigDict(
+            {"name": "dpjax.losses:masked_lm", "mask_token": MASK, "rate": 0.15}
+        )
+        config.mechanism = common.non_private(batch_size=64, steps=1200, delta=1e-5)
+        config.optimizer = common.adam(1e-3)
+        config.run.eval_every = 400
+        return config
+    sentences = {
+        "name": "dpjax.data.text:labelled_texts",
+        "delimiter": "\t",
+        "columns": ("sentence", "label"),
+        "template": ("{sentence}", " It was", "<mask>", "."),
+        "label": "label",
+        "length": 96,
+        "tokenizer": tokenizer,
+    }
+    private = variant == "infilling"
+    config.data = ConfigDict(
+        {
+            "source": {**sentences, "path": f"{folder}/train.tsv"},
+            "provenance": "private" if private else "public",
+        }
+    )
+    config.evaluation = ConfigDict(
+        {
+            "source": {**sentences, "path": f"{folder}/test.tsv"},
+            "provenance": "public",
+            "metric": {"name": "dpjax.losses:accuracy"},
+            "batch_size": 64,
+            "ema_decay": 0.95,
+        }
+    )
+    config.model = ConfigDict(
+        {
+            "name": "dpjax.models.weights:exported",
+            "path": f"{folder}/pretrain/export",
+            "fresh": (),
+            "model": {
+                "name": "dpjax.models.bert:infilling",
+                "encoder": encoder,
+                "mask_token": MASK,
+                "label_tokens": LABELS,
+            },
+        }
+    )
+    config.parameters.provenance = "public"
+    config.loss = ConfigDict(
+        {"name": "dpjax.losses:classification", "label_smoothing": 0.0}
+    )
+    if private:
+        config.mechanism = common.dp_sgd(
+            epsilon=8.0, delta=1e-5, clip_norm=0.1, rate=512 / 6920, steps=STEPS
+        )
+    else:
+        config.mechanism = common.non_private(batch_size=64, steps=STEPS, delta=1e-5)
+    config.optimizer = common.adam(1e-3)
+    return config

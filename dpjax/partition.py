@@ -1,0 +1,106 @@
+"""Which parameters are trained: those that patterns name. The rest is frozen.
+
+A frozen parameter takes no part in gradients, norms, noise, optimizer state or
+checkpoints. It is an argument of the compiled step, merged in where the loss is computed.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from dpjax.typing import Params
+
+
+def flatten(params: Params) -> dict[str, Any]:
+    """Return the leaves by their names, the keys of their path joined by ``/``."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+
+
+def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested dicts of leaves by their names."""
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *groups, last = name.split("/")
+        node = tree
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[last] = leaf
+    return tree
+
+
+def select(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """Return the names that one of the patterns matches as a whole.
+
+    Raises:
+        ValueError: A pattern is no regular expression, or matches none of the names.
+    """
+    names = list(names)
+    found = set()
+    for pattern in patterns:
+        try:
+            matched = {name for name in names if re.fullmatch(pattern, name)}
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        if not matched:
+            raise ValueError(
+                f"{pattern!r} matches none of {', '.join(names)}. It must match a whole "
+                "name; a head that is tied to the token table has no name of its own"
+            )
+        found |= matched
+    return [name for name in names if name in found]
+
+
+def partition(params: Params, train: Sequence[str]) -> tuple[Params, Params]:
+    """Split parameters into those that are trained and those that are frozen.
+
+    Args:
+        params: Nested dicts of arrays or of their shapes; any pytree if all are trained.
+        train: Regular expressions; what one of them matches as a whole is trained.
+
+    Returns:
+        Trained and frozen parameters, nested dicts of the leaves that are theirs.
+
+    Raises:
+        ValueError: A pattern matches nothing, there is none, or one array stands under
+            two names of which one alone is trained.
+    """
+    leaves = flatten(params)
+    chosen = set(select(leaves, train))
+    if not chosen:
+        raise ValueError(
+            f"train={tuple(train)!r} leaves everything frozen; '.*' trains all"
+        )
+    if len(chosen) == len(leaves):
+        return params, {}
+    _check_ties(leaves, chosen)
+    if jax.tree.structure(unflatten(leaves)) != jax.tree.structure(params):
+        raise ValueError(
+            "only nested dicts with str keys without '/' can be trained in part"
+        )
+    trained = {name: leaf for name, leaf in leaves.items() if name in chosen}
+    frozen = {name: leaf for name, leaf in leaves.items() if name not in chosen}
+    return unflatten(trained), unflatten(frozen)
+
+
+def merge(trained: Params, frozen: Params) -> Params:
+    """Return all parameters: what ``partition`` has split."""
+    if not jax.tree.leaves(frozen):
+        return trained
+    return unflatten(flatten(frozen) | flatten(trained))
+
+
+def _check_ties(leaves: Mapping[str, Any], chosen: set[str]) -> None:
+    homes: dict[int, str] = {}
+    for name, leaf in leaves.items():
+        first = homes.setdefault(id(leaf), name)
+        if (first in chosen) != (name in chosen) and isinstance(leaf, jax.Array):
+            one, other = sorted([first, name], key=lambda n: n not in chosen)
+            raise ValueError(
+                f"{one!r} is trained and {other!r} is frozen, and both are one array: "
+                "training would untie them; train or freeze both"
+            )
