@@ -10,7 +10,7 @@ runs the variants in turn; one alone, after the first command has made its vocab
 
 ``pretrain``: 2 layers of width 128 fill in masked tokens of Shakespeare, public.
 ``infilling``: all parameters, on the 6,920 sentences of SST-2 as private data; a sentence
-is followed by "It was <mask>." and the classes are the tokens of " bad" and " good".
+is followed by "It was <mask>." and the classes are the tokens of " poor" and " good".
 ``nonprivate``: the same without privacy, for comparison. DIR holds ``public.txt``,
 ``train.tsv`` and ``test.tsv`` (links) and ``tokenizer.json``, learnt from the public text.
 
@@ -24,7 +24,7 @@ from configs import common
 VARIANTS = ("pretrain", "infilling", "nonprivate")
 STEPS = 150
 MASK = 1  # the second special token of the vocabulary
-LABELS = (2, 3)  # special tokens that stand for the label words
+LABELS = (954, 449)  # " poor" and " good" in the vocabulary of tinyshakespeare.txt
 
 
 def get_config(argument: str = "infilling,runs/sst2") -> ConfigDict:

@@ -251,3 +251,24 @@ def squared_error(model: Model) -> Callable[[Params, Example], Array]:
         return loss(params, example, jax.random.key(0))
 
     return error
+
+
+def hidden_token_nats(
+    model: Model, *, mask_token: int, rate: float
+) -> Callable[[Params, Example], Array]:
+    """Build the loss of ``masked_lm`` as a metric: one draw of hidden places for all.
+
+    Args:
+        model: As for ``masked_lm``.
+        mask_token: Likewise.
+        rate: Likewise.
+
+    Returns:
+        A function of ``(params, example)``, ``float32[]`` in nats.
+    """
+    loss = masked_lm(model, mask_token=mask_token, rate=rate)
+
+    def nats(params: Params, example: Example) -> Array:
+        return loss(params, example, jax.random.key(0))
+
+    return nats

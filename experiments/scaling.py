@@ -157,6 +157,7 @@ def programs(name: str, mesh: tuple[int, int], rows: int) -> tuple[Any, Any, Any
     experiment = Experiment(
         mechanism=mechanism,
         layout=layout,
+        train=(".*",),
         engine=bookkeeping,
         model=nothing,
         loss=recipe.loss,
@@ -187,6 +188,7 @@ def programs(name: str, mesh: tuple[int, int], rows: int) -> tuple[Any, Any, Any
         ),
         average=(),
         loss_key=jax.eval_shape(lambda: jax.random.key(0)),
+        init_key=jax.eval_shape(lambda: jax.random.key(0)),
         sampling_seed=jax.eval_shape(lambda: jnp.zeros(4, jnp.uint32)),
     )
     state = _placed(state, layout.of_state(state, params))

@@ -102,8 +102,8 @@ def prompt(model: Model, *, length: int, position: int) -> Model:
     Args:
         model: Of tokens; its table is the ``nn.Embed`` named "token".
         length: Number P of vectors, the parameter ``token/prompt``.
-        position: Before which token they stand: 0 for a decoder; 1 for an encoder that
-            classifies by its first token.
+        position: Before which token they stand: 0 for a decoder (0 is needed to decode);
+            1 for an encoder that classifies by its first token.
 
     Returns:
         A model that reads ``tokens`` and, if they are there, ``mask`` (the vectors are
@@ -147,7 +147,22 @@ def prompt(model: Model, *, length: int, position: int) -> Model:
             return out
         return jnp.concatenate([out[:position], out[end:]])
 
-    return Model(init, apply)
+    prefill, later = adapted.decode, model.decode
+    if prefill is None or later is None:
+        return Model(init, apply)
+
+    def decode(
+        params: Params, tokens: Array, cache: Any, start: Array
+    ) -> tuple[Array, Any]:
+        if cache is None:
+            out, cache = prefill(
+                params, _inserted(tokens, position, length, 0), None, start
+            )
+            return jnp.concatenate([out[:position], out[end:]]), cache
+        # The vectors are in the cache: these tokens stand after them.
+        return later(params, tokens, cache, start + length)
+
+    return Model(init, apply, decode)
 
 
 def prefix(model: Model, *, length: int) -> Model:

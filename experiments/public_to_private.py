@@ -1,0 +1,245 @@
+"""From public text to a private task, without a download.
+
+    python -m experiments.public_to_private --task=e2e --text=FILE --data=DIR --workdir=DIR
+    python -m experiments.public_to_private --task=sst2 --text=FILE --data=DIR --workdir=DIR
+
+--task      e2e: descriptions of restaurants, by a tiny GPT with private LoRA adapters
+            (configs/e2e_tiny_gpt.py; BLEU and ROUGE-L need the extra ``text``);
+            sst2: the mood of sentences, by a tiny encoder that fills in a word
+            (configs/sst2_tiny_encoder.py)
+--text      public text to pretrain on, and to learn the vocabulary from
+--data      e2e: devset.csv (private) and testset_w_refs.csv; sst2: train.tsv and test.tsv
+--workdir   receives the vocabulary, one run for each variant of the recipe, and results/:
+            a table, samples, and the card of the private run
+
+Run again after an interruption: what is finished is not repeated.
+
+Exit status: 0 done, 2 wrong arguments or input.
+"""
+
+import csv
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dpjax.config import ConfigError
+from experiments import options
+
+_OPTIONS = ("task", "text", "data", "workdir")
+_VOCABULARY = 1024
+_SPECIALS = ("<eos>", "<mask>")
+_FILES = {
+    "e2e": {"devset.csv": "train.csv", "testset_w_refs.csv": "test.csv"},
+    "sst2": {"train.tsv": "train.tsv", "test.tsv": "test.tsv"},
+}
+
+
+class Task(NamedTuple):
+    """A recipe, and how its runs are compared."""
+
+    recipe: Any
+    private: str
+    compare: Callable[[Path, Mapping[str, Any]], dict[str, dict[str, float]]]
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; return its exit status."""
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
+    try:
+        given = options.read(argv, _OPTIONS)
+        missing = [name for name in _OPTIONS if name not in given]
+        if missing:
+            raise ValueError(f"--{missing[0]} is missing; see --help")
+        options.choices("task", given["task"], _FILES)
+        _run(given["task"], *(Path(given[name]) for name in _OPTIONS[1:]))
+    except (ConfigError, OSError, ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(name: str, text: Path, data: Path, workdir: Path) -> None:
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(".cache") / "jax"))
+    from configs import e2e_tiny_gpt, sst2_tiny_encoder
+    from dpjax.train import train
+
+    task = {
+        "e2e": Task(e2e_tiny_gpt, "lora", _compare_e2e),
+        "sst2": Task(sst2_tiny_encoder, "infilling", _compare_sst2),
+    }[name]
+    _prepare(name, text, data, workdir)
+    recipes = {
+        variant: task.recipe.get_config(f"{variant},{workdir}").to_dict()
+        for variant in task.recipe.VARIANTS
+    }
+    for variant, config in recipes.items():
+        if not (workdir / variant / "export").exists():
+            train(config, workdir / variant)
+    scores = task.compare(workdir, recipes)
+    results = workdir / "results"
+    results.mkdir(exist_ok=True)
+    (results / "scores.md").write_text(_table(scores))
+    for file in ("privacy_card.md", "metrics.jsonl"):
+        shutil.copy(workdir / task.private / file, results / file)
+    print(_table(scores))
+
+
+def _prepare(name: str, text: Path, data: Path, workdir: Path) -> None:
+    from dpjax.data.tokenizers import train_bpe
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    links = {text: "public.txt"} | {data / a: b for a, b in _FILES[name].items()}
+    for source, link in links.items():
+        if not source.is_file():
+            raise FileNotFoundError(f"{source} does not exist")
+        if not (workdir / link).exists():
+            (workdir / link).symlink_to(source.absolute())
+    vocabulary = workdir / "tokenizer.json"
+    if not vocabulary.exists():
+        train_bpe(
+            paths=[str(text)],
+            vocab_size=_VOCABULARY,
+            specials=_SPECIALS,
+            out=str(vocabulary),
+            provenance="public",
+        )
+
+
+def _compare_sst2(
+    workdir: Path, recipes: Mapping[str, Any]
+) -> dict[str, dict[str, float]]:
+    from dpjax import config as configs
+    from dpjax.checkpoint import load_export
+
+    config = recipes["infilling"]
+    source = configs.build(config["evaluation"]["source"])
+    model = configs.build(config["model"])
+    metric = configs.build(config["evaluation"]["metric"], model)
+    return {
+        label: {
+            "accuracy": _mean(metric, source, load_export(workdir / run / "export"))
+        }
+        for label, run in _runs("infilling").items()
+    }
+
+
+def _compare_e2e(
+    workdir: Path, recipes: Mapping[str, Any]
+) -> dict[str, dict[str, float]]:
+    import jax.numpy as jnp
+
+    from dpjax import config as configs
+    from dpjax.checkpoint import load_export
+    from dpjax.losses import causal_lm
+    from dpjax.models.peft import merge_lora
+    from experiments.text_scores import bleu, rouge_l
+
+    config = recipes["lora"]
+    source = configs.build(config["evaluation"]["source"])
+    model = configs.build(recipes["pretrain"]["model"])
+    tokenizer = configs.build(config["data"]["source"]["tokenizer"])
+    loss = causal_lm(model)
+
+    def nats(params: Any, example: Any) -> Any:
+        return loss(params, example, None) * jnp.sum(example["weights"])
+
+    records = source[range(len(source))]
+    answers = [
+        tokenizer.decode(row[w > 0]).removesuffix("<eos>")
+        for row, w in zip(records["tokens"], records["weights"], strict=True)
+    ]
+    size = sum(len(answer.encode()) for answer in answers) / len(source)
+    prompts: dict[str, list[str]] = {}
+    with (workdir / "test.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            prompts.setdefault(row["mr"], []).append(row["ref"])
+    references, scores, texts = [*prompts.values()], {}, {}
+    for label, run in _runs("lora").items():
+        params = load_export(workdir / run / "export")
+        params = merge_lora(params, scale=config["model"]["scale"])
+        texts[label] = _write(model, params, [*prompts], tokenizer)
+        scores[label] = {
+            "nats per byte": _mean(nats, source, params) / size,
+            "BLEU": bleu(texts[label], references),
+            "ROUGE-L": rouge_l(texts[label], references),
+        }
+    (workdir / "results").mkdir(exist_ok=True)
+    (workdir / "results" / "samples.md").write_text(_samples(prompts, texts))
+    return scores
+
+
+def _runs(private: str) -> dict[str, str]:
+    return {
+        "public model, untouched": "pretrain",
+        "private": private,
+        "without privacy": "nonprivate",
+    }
+
+
+def _mean(metric: Any, source: Any, params: Any) -> float:
+    from dpjax.evaluate import evaluator
+    from dpjax.sharding import make_layout
+
+    layout = make_layout(data=1, fsdp=1, rules=((".*", None),))
+    return evaluator(metric, batch_size=64, layout=layout)(params, source)
+
+
+def _write(model: Any, params: Any, prompts: list[str], tokenizer: Any) -> list[str]:
+    """Return the likeliest continuation of each prompt."""
+    import jax
+    import numpy as np
+
+    from dpjax.generate import generator
+
+    stop, length, new = tokenizer.specials["<eos>"], 112, 80
+    encoded = [tokenizer.encode(f"{prompt}\n") for prompt in prompts]
+    sample = generator(
+        model,
+        max_new_tokens=new,
+        stop_token=stop,
+        temperature=0.0,
+        top_k=None,
+        top_p=1.0,
+    )
+    texts = []
+    for i in range(0, len(encoded), 64):
+        part = encoded[i : i + 64]
+        room = np.full((64, length), stop, np.int32)
+        for row, tokens in zip(room, part, strict=False):
+            row[: len(tokens)] = tokens
+        lengths = np.array([len(tokens) for tokens in part] + [1] * (64 - len(part)))
+        rows = np.asarray(sample(params, room, lengths, jax.random.key(0)))
+        for row in rows[: len(part)]:
+            kept = row[: np.argmax(row == stop)] if stop in row else row
+            texts.append(tokenizer.decode(kept).strip())
+    return texts
+
+
+def _table(scores: Mapping[str, Mapping[str, float]]) -> str:
+    columns = [*next(iter(scores.values()))]
+    lines = [f"| | {' | '.join(columns)} |", f"| --- |{' --- |' * len(columns)}"]
+    for label, row in scores.items():
+        cells = " | ".join(f"{row[column]:.3f}" for column in columns)
+        lines.append(f"| {label} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def _samples(prompts: Mapping[str, list[str]], texts: Mapping[str, list[str]]) -> str:
+    lines = [
+        "Likeliest continuations (greedy), every hundredth prompt of the test set.\n"
+    ]
+    for i in range(0, len(prompts), 100):
+        prompt = [*prompts][i]
+        lines.append(f"**{prompt}**\n")
+        lines += [f"- {label}: {ours[i]}" for label, ours in texts.items()]
+        lines.append(f"- reference: {prompts[prompt][0]}\n")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
