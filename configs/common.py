@@ -4,6 +4,8 @@ from ml_collections import ConfigDict, config_dict
 
 ADAPTERS = r".*/lora_[ab]"
 """Parameters of LoRA."""
+PREFIXES = r".*/prefix_(key|value)"
+"""Parameters of prefix tuning."""
 BIASES = r"(.*/)?bias"
 """Every bias: BitFit."""
 NORMS = r"(.*/)?\w*norm\w*/(scale|bias)"
@@ -94,15 +96,15 @@ def adam(learning_rate: float) -> ConfigDict:
     return ConfigDict({"name": "optax:adam", "learning_rate": learning_rate})
 
 
-def split_argument(argument: str, *, variants: tuple[str, ...]) -> tuple[str, str]:
-    """Return variant and folder of ``VARIANT,FOLDER``.
+def split_argument(
+    argument: str, *, variants: tuple[str, ...], folder: str
+) -> tuple[str, str]:
+    """Return variant and folder of ``VARIANT[,FOLDER]``; ``folder`` if none is given.
 
     Raises:
-        ValueError: If there is no such variant, or no folder.
+        ValueError: If there is no such variant.
     """
-    variant, _, folder = argument.partition(",")
-    if variant not in variants or not folder:
-        raise ValueError(
-            f"{argument!r} must be VARIANT,FOLDER with VARIANT of {', '.join(variants)}"
-        )
-    return variant, folder
+    variant, _, given = argument.partition(",")
+    if variant not in variants:
+        raise ValueError(f"variant={variant!r} is unknown; use {', '.join(variants)}")
+    return variant, given or folder

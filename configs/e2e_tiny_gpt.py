@@ -23,9 +23,11 @@ VARIANTS = ("pretrain", "lora", "nonprivate")
 STEPS = 80
 
 
-def get_config(argument: str = "lora,runs/e2e") -> ConfigDict:
-    """Return the recipe ``VARIANT,FOLDER``."""
-    variant, folder = common.split_argument(argument, variants=VARIANTS)
+def get_config(argument: str = "lora") -> ConfigDict:
+    """Return the recipe ``VARIANT[,FOLDER]``."""
+    variant, folder = common.split_argument(
+        argument, variants=VARIANTS, folder="runs/e2e"
+    )
     config = common.base()
     config.loss = ConfigDict({"name": "dpjax.losses:causal_lm"})
     config.compute.physical_batch_size = 64

@@ -27,9 +27,11 @@ MASK = 1  # the second special token of the vocabulary
 LABELS = (954, 449)  # " poor" and " good" in the vocabulary of tinyshakespeare.txt
 
 
-def get_config(argument: str = "infilling,runs/sst2") -> ConfigDict:
-    """Return the recipe ``VARIANT,FOLDER``."""
-    variant, folder = common.split_argument(argument, variants=VARIANTS)
+def get_config(argument: str = "infilling") -> ConfigDict:
+    """Return the recipe ``VARIANT[,FOLDER]``."""
+    variant, folder = common.split_argument(
+        argument, variants=VARIANTS, folder="runs/sst2"
+    )
     config = common.base()
     config.compute.physical_batch_size = 64
     encoder = {

@@ -143,6 +143,30 @@ def adaptive(**changes):
 
 
 WRONG_VALUES = {
+    "no patterns": (
+        {"parameters.train": ".*"},
+        "config.parameters.train='.*' must be a tuple of regular expressions",
+    ),
+    "start": (
+        {"parameters.provenance": "pretrained"},
+        "config.parameters.provenance='pretrained' is unknown",
+    ),
+    "weights from nowhere": (
+        {
+            "model": {
+                "name": "dpjax.models.weights:exported",
+                "model": {
+                    "name": "dpjax.models.mlp:mlp",
+                    "features": (),
+                    "num_classes": 10,
+                    "activation": "relu",
+                },
+                "path": "x",
+                "fresh": (),
+            }
+        },
+        "config.parameters.provenance='fresh' with weights from dpjax.models.weights:exp",
+    ),
     "clip norm zero": ({"mechanism.clip_norm": 0.0}, "clip_norm=0.0 must be positive"),
     "clip norm negative": ({"mechanism.clip_norm": -1.0}, "clip_norm=-1.0 must be"),
     "clip style": ({"mechanism.clip_style": "layer"}, "clip_style='layer' is unknown"),
@@ -569,7 +593,7 @@ def test_dry_run_prints_plan_and_card_and_trains_nothing(capsys, monkeypatch, tm
         main([TINY, "--config.run.dry_run=True", f"--workdir={tmp_path / 'run'}"]) == 0
     )
     printed = capsys.readouterr().out
-    assert "610 parameters" in printed
+    assert "610, of which 610 are trained" in printed
     assert "# Privacy card" in printed
     assert not (tmp_path / "run").exists()
 
@@ -617,7 +641,8 @@ def pretrained(config, **changes):
         "fresh": (),
         "skip": (),
     }
-    return {**config, "model": model | changes}
+    start = config["parameters"] | {"provenance": "public"}
+    return {**config, "model": model | changes, "parameters": start}
 
 
 WRONG_TEXT = {

@@ -10,6 +10,7 @@ from dpjax.losses import (
     causal_lm,
     classification,
     error_rate,
+    hidden_token_nats,
     masked_lm,
     regression,
     squared_error,
@@ -206,3 +207,11 @@ def test_error_rate_is_the_rest_of_accuracy():
         params = np.array(logits, np.float32)
         total = error_rate(TABLE)(params, EXAMPLE) + accuracy(TABLE)(params, EXAMPLE)
         assert total == 1.0
+
+
+def test_hidden_token_nats_are_the_loss_at_one_fixed_draw():
+    options = {"mask_token": 5, "rate": 0.5}
+    example = {"tokens": TOKENS}
+    nats = hidden_token_nats(TABLE, **options)(LOGITS, example)
+    again = masked_lm(TABLE, **options)(LOGITS, example, jax.random.key(0))
+    np.testing.assert_array_equal(nats, again)

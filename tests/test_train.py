@@ -47,6 +47,7 @@ def test_a_run_leaves_metrics_card_export_and_checkpoints(undisturbed):
         "privacy_card.md",
     }
     assert {p.name for p in (undisturbed / "export").iterdir()} == {
+        "parameters.json",
         "params.npz",
         "privacy_card.json",
         "privacy_card.md",

@@ -5,8 +5,12 @@
 # the source it reads.
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from dpjax.typing import Source
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -203,6 +207,34 @@ def npz(*, path: str, split: str) -> ArraySource:
     return ArraySource(
         {"image": images, "label": labels.astype(np.int32)}, pixels=("image",)
     )
+
+
+def few_shots(*, source: "Source", per_class: int) -> ArraySource:
+    """Keep the first ``per_class`` examples of each class: a small data set.
+
+    What is private is then this small set. The rest must play no role: which examples are
+    the first is decided by their order, and one that is taken away is not replaced.
+
+    Args:
+        source: With scalar integers ``label``; all of it is read.
+        per_class: How many to keep of each class.
+
+    Raises:
+        ValueError: If a class has fewer.
+    """
+    if per_class < 1:
+        raise ValueError(f"{per_class=} must be at least 1")
+    pieces = [source[rows]["label"] for rows in slices(len(source))]
+    labels = np.concatenate(pieces)
+    chosen: list[int] = []
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        if len(rows) < per_class:
+            raise ValueError(
+                f"class {label} has {len(rows)} examples, and {per_class=} are asked for"
+            )
+        chosen += rows[:per_class].tolist()
+    return ArraySource(source[sorted(chosen)])
 
 
 def check_split(split: str) -> None:

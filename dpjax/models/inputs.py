@@ -1,11 +1,33 @@
 """What happens to inputs before a model sees them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from dpjax.typing import Example, Key, Model, Params
+
+
+def resized(model: Model, *, size: int) -> Model:
+    """Feed a model images of ``size`` x ``size`` pixels, resized bilinearly.
+
+    Args:
+        model: Reads ``example["image"]``, ``float32[size, size, C]``.
+        size: Side of the images it sees.
+
+    Raises:
+        ValueError: If the size is not positive.
+    """
+    if size < 1:
+        raise ValueError(f"{size=} must be at least 1")
+
+    def scaled(example: Example) -> Example:
+        image = jnp.asarray(example["image"])
+        shape = (size, size, image.shape[-1])
+        return {**example, "image": jax.image.resize(image, shape, "bilinear")}
+
+    return _fed(model, scaled)
 
 
 def standardized(model: Model, *, mean: Sequence[float], std: Sequence[float]) -> Model:
@@ -28,6 +50,10 @@ def standardized(model: Model, *, mean: Sequence[float], std: Sequence[float]) -
         image = (example["image"] - shift) / scale
         return {**example, "image": image}
 
+    return _fed(model, scaled)
+
+
+def _fed(model: Model, scaled: Callable[[Example], Example]) -> Model:
     def init(key: Key, example: Example) -> Params:
         return model.init(key, scaled(example))
 

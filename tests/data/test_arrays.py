@@ -4,7 +4,7 @@ import sys
 import numpy as np
 import pytest
 
-from dpjax.data.arrays import ArraySource, diabetes, digits, friedman, npz
+from dpjax.data.arrays import ArraySource, diabetes, digits, few_shots, friedman, npz
 
 
 @pytest.mark.parametrize(
@@ -146,3 +146,14 @@ def test_importing_the_sources_imports_nothing_heavy():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert run.stdout.strip() == "set()"
+
+
+def test_few_shots_are_the_first_of_each_class():
+    labels = np.array([2, 0, 0, 2, 1, 1, 2, 0], np.int32)
+    source = ArraySource({"x": np.arange(8), "label": labels})
+    chosen = few_shots(source=source, per_class=2)
+    np.testing.assert_array_equal(chosen.arrays["x"], [0, 1, 2, 3, 4, 5])
+    with pytest.raises(ValueError, match="class 1 has 2 examples, and per_class=3"):
+        few_shots(source=source, per_class=3)
+    with pytest.raises(ValueError, match="per_class=0 must be at least 1"):
+        few_shots(source=source, per_class=0)
