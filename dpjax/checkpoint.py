@@ -34,6 +34,7 @@ from jaxtyping import Array, PyTree
 from orbax.checkpoint import v1
 
 from dpjax.fingerprint import fingerprint
+from dpjax.partition import unflatten
 from dpjax.processes import barrier
 
 ocp: Any = v1  # its own annotations reject the paths and arrays it accepts
@@ -314,7 +315,7 @@ def load_export(directory: Path) -> dict[str, Any]:
         Nested dicts of numpy arrays.
     """
     with np.load(Path(directory) / "params.npz", allow_pickle=False) as file:
-        return _nest(dict(file))
+        return unflatten(dict(file))
 
 
 def _named_leaves(tree: PyTree) -> dict[str, Any]:
@@ -462,7 +463,7 @@ def flatten_params(params: PyTree[Array]) -> dict[str, np.ndarray]:
     arrays = {}
     if all(_is_plain(key) for path, _ in leaves for key in path):
         arrays = {"/".join(key.key for key in p): np.asarray(x) for p, x in leaves}
-    if jax.tree.structure(_nest(arrays)) != structure:
+    if jax.tree.structure(unflatten(arrays)) != structure:
         raise ValueError(
             "params must be nested dicts, none of them empty, with str keys without '/'"
         )
@@ -478,17 +479,6 @@ def flatten_params(params: PyTree[Array]) -> dict[str, np.ndarray]:
 def _is_plain(key: Any) -> bool:
     is_dict_key = isinstance(key, jax.tree_util.DictKey)
     return is_dict_key and isinstance(key.key, str) and "/" not in key.key
-
-
-def _nest(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for name, array in arrays.items():
-        *folders, last = name.split("/")
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[last] = array
-    return tree
 
 
 def _first_line(error: BaseException) -> str:

@@ -131,6 +131,7 @@ def _compare_sst2(
 def _compare_e2e(
     workdir: Path, recipes: Mapping[str, Any]
 ) -> dict[str, dict[str, float]]:
+    import jax
     import jax.numpy as jnp
 
     from dpjax import config as configs
@@ -146,7 +147,7 @@ def _compare_e2e(
     loss = causal_lm(model)
 
     def nats(params: Any, example: Any) -> Any:
-        return loss(params, example, None) * jnp.sum(example["weights"])
+        return loss(params, example, jax.random.key(0)) * jnp.sum(example["weights"])
 
     records = source[range(len(source))]
     answers = [
@@ -192,6 +193,7 @@ def _mean(metric: Any, source: Any, params: Any) -> float:
 def _write(model: Any, params: Any, prompts: list[str], tokenizer: Any) -> list[str]:
     """Return the likeliest continuation of each prompt."""
     import jax
+    import jax.numpy as jnp
     import numpy as np
 
     from dpjax.generate import generator
@@ -213,7 +215,8 @@ def _write(model: Any, params: Any, prompts: list[str], tokenizer: Any) -> list[
         for row, tokens in zip(room, part, strict=False):
             row[: len(tokens)] = tokens
         lengths = np.array([len(tokens) for tokens in part] + [1] * (64 - len(part)))
-        rows = np.asarray(sample(params, room, lengths, jax.random.key(0)))
+        prompt = jnp.asarray(room), jnp.asarray(lengths)
+        rows = np.asarray(sample(params, *prompt, jax.random.key(0)))
         for row in rows[: len(part)]:
             kept = row[: np.argmax(row == stop)] if stop in row else row
             texts.append(tokenizer.decode(kept).strip())

@@ -1,6 +1,7 @@
 """Scores of generated text against several references each. Needs the extra ``text``."""
 
 from collections.abc import Sequence
+from typing import Any
 
 
 def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
@@ -13,8 +14,11 @@ def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     import sacrebleu
 
     most = max(map(len, references))
-    # None where a prompt has fewer references than another one.
-    columns = [[r[i] if i < len(r) else None for r in references] for i in range(most)]
+    # None where a prompt has fewer references than another one: sacrebleu's types do not
+    # know that it allows this.
+    columns: Any = [
+        [r[i] if i < len(r) else None for r in references] for i in range(most)
+    ]
     return sacrebleu.corpus_bleu([*texts], columns).score
 
 

@@ -15,8 +15,7 @@ from dpjax.partition import flatten, merge, partition, unflatten
 from dpjax.train import check_parts, plan, train
 from dpjax.typing import Batch
 from tests.checks import compiled
-from tests.runs import assert_same_export, card, exported, tiny
-from tests.test_train import crash_after
+from tests.runs import assert_same_export, card, crash_after, exported, tiny
 
 PARAMS = unflatten(
     {

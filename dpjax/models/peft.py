@@ -111,7 +111,8 @@ def prompt(model: Model, *, length: int, position: int) -> Model:
         the vectors are left out.
 
     Raises:
-        ValueError: If ``length`` is below 1 or ``position`` negative.
+        ValueError: If ``length`` is below 1 or ``position`` negative; from ``init``, if
+            the model has no such table.
 
     References:
         Lester et al., The Power of Scale for Parameter-Efficient Prompt Tuning,
@@ -139,6 +140,10 @@ def prompt(model: Model, *, length: int, position: int) -> Model:
 
     def init(key: Key, example: Example) -> Params:
         leaves = flatten(model.init(key, longer(example)))
+        if "token/embedding" not in leaves:
+            raise ValueError(
+                f"prompt tuning needs a table of tokens, token/embedding, not {[*leaves]}"
+            )
         return unflatten(leaves | {"token/prompt": leaves["token/embedding"][:length]})
 
     def apply(params: Params, example: Example, key: Key) -> Array:

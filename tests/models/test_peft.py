@@ -270,6 +270,12 @@ WRONG = {
         lambda: peft.prompt(small_gpt2(), length=1, position=0).init(KEY, TOKENS),
         "an example has 7 tokens",
     ),
+    "no tokens": (
+        lambda: peft.prompt(small_vit(), length=1, position=0).init(
+            KEY, {"image": np.zeros((4, 4, 3), np.float32)}
+        ),
+        "needs a table of tokens, token/embedding, not ",
+    ),
     "prefix": (
         lambda: peft.prefix(small_gpt2(), length=0),
         "length=0 must be at least 1",
