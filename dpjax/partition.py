@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from dpjax.typing import Params
+from dpjax.typing import Example, Key, Loss, Params, Scalar
 
 
 def flatten(params: Params) -> dict[str, Any]:
@@ -92,6 +92,15 @@ def merge(trained: Params, frozen: Params) -> Params:
     if not jax.tree.leaves(frozen):
         return trained
     return unflatten(flatten(frozen) | flatten(trained))
+
+
+def with_frozen(loss: Loss, frozen: Params) -> Loss:
+    """Return the loss of an example as a function of the trained parameters alone."""
+
+    def of_trained(trained: Params, example: Example, key: Key) -> Scalar:
+        return loss(merge(trained, frozen), example, key)
+
+    return of_trained
 
 
 def _check_ties(leaves: Mapping[str, Any], chosen: set[str]) -> None:

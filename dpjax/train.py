@@ -29,7 +29,7 @@ from dpjax.fingerprint import combined_fingerprint
 from dpjax.ledger import Ledger
 from dpjax.metrics import Progress, writers
 from dpjax.noise import root_key
-from dpjax.partition import merge, partition
+from dpjax.partition import merge, partition, with_frozen
 from dpjax.sensitive import ClippedSum, PerExample, reveal
 from dpjax.sharding import Layout
 from dpjax.transforms import PrivateState, private
@@ -290,9 +290,7 @@ def make_train_step(
         # program: all chunks are clipped to the one of the empty sum.
         asked = dataclasses.replace(asked, clip_norm=total.l2_bound)
 
-        def loss(trained: Params, example: Example, key: Key) -> Scalar:
-            return experiment.loss(merge(trained, frozen), example, key)
-
+        loss = with_frozen(experiment.loss, frozen)
         clipped, per_example = experiment.engine(loss, asked, batch, key)
         sums = total.merge(clipped).stacked(1)
         return sums, per_example if keep_statistics else None

@@ -24,8 +24,9 @@ from dpjax.data.batches import batches
 from dpjax.experiment import Experiment
 from dpjax.mechanisms import DpSgd
 from dpjax.noise import root_key
+from dpjax.partition import with_frozen
 from dpjax.sampling import FullBatch, Poisson, secret_seed
-from dpjax.train import init_state, make_train_step
+from dpjax.train import frozen_params, init_state, make_train_step
 from dpjax.transforms import private
 from dpjax.typing import Batch, Example, Key, Loss, Params
 
@@ -137,6 +138,8 @@ def canary_scores(
         mechanism, plain.optimizer, noise_key=root_key(config["run"]["seed"])
     )
     state = init_state(config, plain, transform)
+    loss = with_frozen(experiment.loss, frozen_params(experiment, state))
+    plain = dataclasses.replace(plain, loss=loss)
     canaries = make_canaries(plain, state.params, kind=kind, count=count, seed=seed)
     members = np.asarray(jax.random.bernoulli(jax.random.key(seed + 1), shape=(count,)))
     hidden = dataclasses.replace(plain, loss=canaries.loss)

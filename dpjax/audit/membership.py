@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from dpjax.clipping import vmap
 from dpjax.experiment import Experiment
 from dpjax.noise import root_key
+from dpjax.partition import merge, partition, with_frozen
 from dpjax.sampling import FullBatch, Poisson
 from dpjax.typing import Batch, Params
 
@@ -66,7 +67,9 @@ def shadow_models(
     roots = jnp.stack([root_key(seed + 1 + i) for i in range(len(members))])
 
     def train(member: Bool[Array, "N"], key: Any, root: Any) -> Params:
-        params = experiment.model.init(jax.random.fold_in(key, 0), blank)
+        start = experiment.model.init(jax.random.fold_in(key, 0), blank)
+        params, frozen = partition(start, experiment.train)
+        loss = with_frozen(experiment.loss, frozen)
         carry = (params, mechanism.init(params), experiment.optimizer.init(params))
         phase = mechanism.phase(0)
 
@@ -76,13 +79,13 @@ def shadow_models(
             mask = member & jax.random.bernoulli(own, rate, (size,))
             query = mechanism.query(phase, params, state)
             batch = Batch(examples, mask, index)
-            clipped, _ = vmap(experiment.loss, query, batch, own)
+            clipped, _ = vmap(loss, query, batch, own)
             mean, state = mechanism.release(clipped, state, params, key=root, step=t)
             updates, inner = experiment.optimizer.update(mean, inner, params)
             return (optax.apply_updates(params, updates), state, inner), None
 
         (params, _, _), _ = jax.lax.scan(step, carry, jnp.arange(mechanism.steps))
-        return params
+        return merge(params, frozen)
 
     keys = jax.random.split(jax.random.key(seed), len(members))
     return jax.jit(jax.vmap(train))(jnp.asarray(members), keys, roots)

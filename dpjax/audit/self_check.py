@@ -24,6 +24,7 @@ from dpjax.config import ConfigError
 from dpjax.experiment import Experiment
 from dpjax.mechanisms import Mechanism
 from dpjax.noise import root_key
+from dpjax.partition import partition, with_frozen
 from dpjax.sampling import (
     FullBatch,
     PeriodicPoisson,
@@ -52,6 +53,8 @@ class SelfCheckError(ConfigError):
 class Part(NamedTuple):
     """What is checked: the experiment at fresh parameters, on a few examples.
 
+    ``params`` are those that are trained.
+
     ``ask`` and ``reference`` are ``(phase, params, batch) -> (ClippedSum, PerExample)``, by
     the configured engine and by per-example gradients.
     """
@@ -77,14 +80,15 @@ def self_check(experiment: Experiment) -> str:
     index = [i * len(source) // count for i in range(count)]
     rows = jax.tree.map(jnp.asarray, source[index])
     blank = jax.tree.map(lambda column: jnp.zeros_like(column[0]), rows)
-    params = jax.jit(experiment.model.init)(jax.random.key(0), blank)
+    start = jax.jit(experiment.model.init)(jax.random.key(0), blank)
+    params, frozen = partition(start, experiment.train)
     batch = Batch(rows, np.ones(count, bool), np.asarray(index, np.int32))
     part = Part(
         experiment,
         params,
         batch,
-        ask=_asking(experiment, experiment.engine, params),
-        reference=_asking(experiment, vmap, params),
+        ask=_asking(experiment, experiment.engine, params, frozen),
+        reference=_asking(experiment, vmap, params, frozen),
     )
     lines = [check(part) for check in _checks(experiment.mechanism)]
     return "\n".join(["self-check, all passed", *(f"  {line}" for line in lines)])
@@ -296,16 +300,19 @@ def _points(part: Part) -> list[tuple[str, Params]]:
     return [(phase, part.params if phase == first else moved) for phase in phases]
 
 
-def _asking(experiment: Experiment, engine: Engine, start: Params) -> Ask:
+def _asking(
+    experiment: Experiment, engine: Engine, start: Params, frozen: Params
+) -> Ask:
     """Compile the query of a first step, or of a second one at moved parameters."""
     mechanism = experiment.mechanism
 
     @functools.partial(jax.jit, static_argnums=0)
-    def ask(phase: str, params: Params, batch: Batch) -> Any:
+    def ask(phase: str, params: Params, batch: Batch, frozen: Params) -> Any:
         query = mechanism.query(phase, params, mechanism.init(start))
-        return engine(experiment.loss, query, batch, jax.random.key(0))
+        loss = with_frozen(experiment.loss, frozen)
+        return engine(loss, query, batch, jax.random.key(0))
 
-    return ask
+    return lambda phase, params, batch: ask(phase, params, batch, frozen)
 
 
 def _silent_releases(part: Part) -> list[Params]:

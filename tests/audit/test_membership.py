@@ -52,6 +52,20 @@ def shadow_losses():
     return membership.losses_of(built, models)
 
 
+def test_shadow_models_keep_what_is_frozen():
+    built = dataclasses.replace(experiment(), train=("head/.*",))
+    mechanism = dataclasses.replace(built.mechanism, steps=1)
+    built = dataclasses.replace(built, mechanism=mechanism)
+    models = membership.shadow_models(built, MEMBERS[:1], seed=0)
+    key = jax.random.fold_in(jax.random.split(jax.random.key(0), 1)[0], 0)
+    start = built.model.init(key, jax.tree.map(lambda x: x[0], built.source[[0]]))
+    for layer in start:
+        for before, after in zip(
+            *map(jax.tree.leaves, (start[layer], models[layer])), strict=True
+        ):
+            assert np.allclose(before, after[0], atol=1e-6) == (layer != "head")
+
+
 def test_members_are_told_where_noise_is_little_and_strangers_are_not():
     losses = shadow_losses()
     for scores, lowest in (
