@@ -4,7 +4,9 @@ To audit a new mechanism: register its view (``dpjax.audit.views``) and add it h
 """
 
 import dataclasses
+from typing import NamedTuple
 
+from dpjax.audit.referee import Sampled
 from dpjax.mechanisms import (
     AdaptiveDpSgd,
     BandMf,
@@ -201,3 +203,42 @@ FALSE: dict[str, Mechanism] = {
     "DiceSgd, paper, full batch": dataclasses.replace(_PAPER, sampling=_FULL, steps=6),
 }
 """Claims known to be false; see ``DiceSgd``."""
+
+
+class Published(NamedTuple):
+    """A run whose epsilon was published as 8 (EW-Tune, arXiv 2210.15042).
+
+    Task of GLUE, batch, delta, steps and noise multiplier are from the logs of
+    star-ailab/LLM_Tune (ebe3b2b); batches are taken to be Poisson, as its authors do. PLD of
+    dp_accounting, rounded down and up, says that epsilon is from ``low`` to ``high``.
+    """
+
+    task: str
+    batch: int
+    delta: float
+    steps: int
+    noise_multiplier: float
+    low: float
+    high: float
+
+    @property
+    def sampled(self) -> Sampled:
+        """What its accountant was told."""
+        rate = self.batch / _EXAMPLES[self.task]
+        return Sampled(rate, self.noise_multiplier, self.steps)
+
+
+_EXAMPLES = {"MNLI": 392702, "QQP": 363846, "QNLI": 104743, "SST-2": 67349}
+
+EW_TUNE = (
+    Published("MNLI", 2000, 1e-5, 3920, 0.557, 9.04, 9.14),
+    Published("MNLI", 2000, 1e-6, 3920, 0.573, 9.50, 9.60),
+    Published("QQP", 2000, 1e-5, 3620, 0.5635, 9.01, 9.10),
+    Published("QQP", 2000, 1e-6, 3620, 0.580, 9.45, 9.54),
+    Published("QNLI", 2000, 1e-5, 1040, 0.711, 8.43, 8.46),
+    Published("QNLI", 2000, 1e-6, 1040, 0.7395, 8.69, 8.71),
+    Published("QNLI", 4000, 1e-5, 520, 0.842, 8.19, 8.20),
+    Published("SST-2", 2000, 1e-5, 660, 0.7865, 8.27, 8.29),
+    Published("SST-2", 2000, 1e-4, 660, 0.747, 8.01, 8.02),
+    Published("SST-2", 1000, 1e-4, 1340, 0.646, 8.18, 8.21),
+)

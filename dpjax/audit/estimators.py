@@ -114,6 +114,26 @@ def epsilon_lower_bound(counts: Counts, *, delta: float, confidence: float) -> f
     return float(epsilon_at(delta)(*rates(counts, confidence=confidence)))
 
 
+def epsilon_interval(
+    counts: Counts, *, delta: float, confidence: float
+) -> tuple[float, float]:
+    """Return the two-sided interval of the epsilon of this attack at its threshold.
+
+    Its lower end alone bounds the mechanism's epsilon, with ``(1 + confidence) / 2``.
+    """
+    # Two rates with two ends each share the error.
+    each = 1 - (1 - confidence) / 4
+    hits, runs = counts.true_positives, counts.true_positives + counts.false_negatives
+    alarms, others = (
+        counts.false_positives,
+        counts.false_positives + counts.true_negatives,
+    )
+    tpr = rate_bounds(hits, runs, confidence=each)
+    fpr = rate_bounds(alarms, others, confidence=each)
+    bound = epsilon_at(delta)
+    return float(bound(tpr[0], fpr[1])), float(bound(tpr[1], fpr[0]))
+
+
 def gdp_lower_bound(counts: Counts, *, delta: float, confidence: float) -> float:
     """Return what epsilon at ``delta`` is at least IF the mechanism is Gaussian.
 

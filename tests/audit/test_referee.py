@@ -5,33 +5,15 @@ import pytest
 import dpjax
 from dpjax.audit.referee import Sampled, edgeworth_epsilon, fourier_epsilon
 from dpjax.sampling import Poisson
-
-N = {"MNLI": 392702, "QQP": 363846, "QNLI": 104743, "SST-2": 67349}
-"""Training examples of GLUE's tasks."""
-
-EW_TUNE = [
-    # Task, batch, delta, T and sigma from the logs of star-ailab/LLM_Tune (ebe3b2b), whose
-    # accountant said 8; then the bracket of dp_accounting's PLD at that sigma.
-    ("MNLI", 2000, 1e-5, 3920, 0.557, 9.04, 9.14),
-    ("MNLI", 2000, 1e-6, 3920, 0.573, 9.50, 9.60),
-    ("QQP", 2000, 1e-5, 3620, 0.5635, 9.01, 9.10),
-    ("QQP", 2000, 1e-6, 3620, 0.580, 9.45, 9.54),
-    ("QNLI", 2000, 1e-5, 1040, 0.711, 8.43, 8.46),
-    ("QNLI", 2000, 1e-6, 1040, 0.7395, 8.69, 8.71),
-    ("QNLI", 4000, 1e-5, 520, 0.842, 8.19, 8.20),
-    ("SST-2", 2000, 1e-5, 660, 0.7865, 8.27, 8.29),
-    ("SST-2", 2000, 1e-4, 660, 0.747, 8.01, 8.02),
-    ("SST-2", 1000, 1e-4, 1340, 0.646, 8.18, 8.21),
-]
+from experiments.audit_settings import EW_TUNE
 
 
-@pytest.mark.parametrize("row", EW_TUNE, ids=lambda row: f"{row[0]} {row[1]} {row[2]}")
-def test_what_was_published_as_8_is_more(row):
-    task, batch, delta, steps, sigma, low, high = row
-    plan = Sampled(batch / N[task], sigma, steps)
+@pytest.mark.parametrize("run", EW_TUNE, ids=lambda r: f"{r.task} {r.batch} {r.delta}")
+def test_what_was_published_as_8_is_more(run):
+    plan, delta = run.sampled, run.delta
     below = fourier_epsilon(plan, delta=delta, rounded="down", size=2**20)
-    assert 8 < below < high + 0.005
-    assert below > low - 0.05
+    assert 8 < below < run.high + 0.005
+    assert below > run.low - 0.05
     # What they computed: their estimate, at the sigma that they chose for 8.
     assert edgeworth_epsilon(plan, delta=delta, order=1) == pytest.approx(8, abs=0.02)
     # The expansion has not converged: its next order moves by more than 0.3.
@@ -40,7 +22,7 @@ def test_what_was_published_as_8_is_more(row):
 
 def test_the_estimate_is_that_of_the_authors():
     # SST-2, B 2000, delta 1e-5: their log says 7.9929.
-    plan = Sampled(2000 / N["SST-2"], 0.7865, 660)
+    plan = Sampled(2000 / 67349, 0.7865, 660)
     assert edgeworth_epsilon(plan, delta=1e-5, order=1) == pytest.approx(
         7.9929, abs=1e-4
     )
