@@ -1,8 +1,8 @@
 """Attack what a config claims: is the epsilon on its privacy card true?
 
     python -m experiments.audit --config=configs/digits_mlp_dpsgd.py[:variant] --out=DIR
-        [--attack=A,B] [--trials=N] [--canaries=N] [--confidence=0.99]
-        [--seed=N] [--config.group.key=value ...]
+        [--attack=A,B] [--trials=N] [--canaries=N] [--scores=IN.txt,OUT.txt]
+        [--confidence=0.99] [--seed=N] [--config.group.key=value ...]
 
 --config=FILE[:VARIANT]  a config file; see configs/
 --out=DIR                receives audit.json, audit.md and audit.png
@@ -13,6 +13,9 @@
                          engine as configured) with canaries (dpjax.audit.canaries)
 --trials=N               simulated runs on each neighbour; 20000 if not given
 --canaries=N             of the run with canaries; 200 if not given
+--scores=IN.txt,OUT.txt  instead of --attack: scores of an attack of your own on independent
+                         runs with the target, and on as many without it; one number a
+                         line, unsorted, the higher, the more "in"
 --confidence=0.99        of all findings together
 --seed=N                 of the simulation and of the canaries; 0 if not given
 
@@ -34,7 +37,7 @@ from experiments.config_flags import command_from
 
 SIMULATIONS = ("likelihood", "opposed", "reuse")
 CANARIES = ("dirac", "random", "per_layer", "input")
-_OPTIONS = ("attack", "trials", "canaries", "confidence", "seed")
+_OPTIONS = ("attack", "trials", "canaries", "scores", "confidence", "seed")
 
 
 class Plan(NamedTuple):
@@ -44,6 +47,7 @@ class Plan(NamedTuple):
     attacks: list[str] | None
     trials: int
     canaries: int
+    scores: list[Path]
     confidence: float
     seed: int
     out: Path
@@ -73,10 +77,24 @@ def _plan(argv: list[str]) -> Plan:
         else options.choices("attack", attacks, (*SIMULATIONS, *CANARIES)),
         trials=options.positive("trials", given.get("trials", "20000")),
         canaries=options.positive("canaries", given.get("canaries", "200")),
+        scores=_scores(given),
         confidence=options.fraction("confidence", given.get("confidence", "0.99")),
         seed=options.natural("seed", given.get("seed", "0")),
         **_config([a for a in argv if a not in own]),
     )
+
+
+def _scores(given: dict[str, str]) -> list[Path]:
+    if "scores" not in given:
+        return []
+    if clash := {"attack", "trials", "canaries"} & given.keys():
+        raise ValueError(
+            f"--scores are of an attack of your own: leave out --{clash.pop()}"
+        )
+    files = [Path(name) for name in given["scores"].split(",")]
+    if len(files) != 2:
+        raise ValueError(f"--scores={given['scores']} must name two files")
+    return files
 
 
 def _config(argv: list[str]) -> dict[str, Any]:
@@ -115,6 +133,15 @@ def _findings(plan: Plan, experiment: Any) -> list[Any]:
     from dpjax.audit import canaries, distinguish, verdict
 
     mechanism = experiment.mechanism
+    if plan.scores:
+        import numpy as np
+
+        inside, outside = (np.loadtxt(file, ndmin=1) for file in plan.scores)
+        claim = verdict.claim_of(mechanism)
+        judged = verdict.judge(
+            inside, outside, claim, attack="scores", confidence=plan.confidence
+        )
+        return [judged]
     chosen = plan.attacks or list(distinguish.attacks_on(mechanism))
     simulated = [a for a in chosen if a in SIMULATIONS]
     # Each attack has the same share of the error.
