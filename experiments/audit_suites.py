@@ -78,20 +78,20 @@ def canaries(sources: Sources) -> Rows:
 
 
 def membership(sources: Sources) -> Rows:
-    """Attack 32 models for each epsilon, each trained on half of 600 examples."""
+    """Attack 16 models for each epsilon, each trained on half of 300 examples."""
     import numpy as np
     from scipy.stats import norm
 
     from dpjax.audit import membership as attack
 
-    rows, models = [], 32
+    rows, models = [], 16
     for name, source in sources.items():
-        chosen = _first(source, 600)
+        chosen = _first(source, 300)
         rng = np.argsort(_uniform(0, models, len(chosen)), axis=0)
         members = rng < models // 2
         for epsilon in (1.0, 3.0, 8.0, 30.0, math.inf):
             plan = _plan(epsilon, size=len(chosen) // 2, steps=100)
-            experiment = _small(chosen, plan, learning_rate=2.0)
+            experiment = _small(chosen, plan, learning_rate=2.0, hidden=16)
             params = attack.shadow_models(experiment, members, seed=0)
             losses = attack.losses_of(experiment, params)
             by_loss = attack.attacked(attack.loss_scores(losses), members)
@@ -230,7 +230,7 @@ def exposure(sources: Sources) -> Rows:
 
 
 def intervals(sources: Sources) -> Rows:
-    """Estimate the epsilon of attacks on 500 simulated Gaussian mechanisms for each row."""
+    """Estimate the epsilon of attacks on 300 simulated Gaussian mechanisms for each row."""
     del sources
     import numpy as np
     from scipy.stats import binom, norm
@@ -238,8 +238,8 @@ def intervals(sources: Sources) -> Rows:
     from dpjax.audit import bayes, estimators
     from dpjax.audit.estimators import Counts
 
-    delta, repeats, rows = 1e-5, 500, []
-    for runs in (100, 500, 2000):
+    delta, repeats, rows = 1e-5, 300, []
+    for runs in (100, 1000):
         for mu in (0.5, 1.0, 2.0):
             rates = norm.sf([-mu / 2, mu / 2])
             true = math.log((rates[0] - delta) / rates[1])
@@ -313,8 +313,10 @@ def _first(source: Any, size: int) -> Any:
     return ArraySource(source[list(range(size))])
 
 
-def _small(source: Any, mechanism: Any, *, learning_rate: float) -> Any:
-    """Return an experiment of a small MLP on ``source``."""
+def _small(
+    source: Any, mechanism: Any, *, learning_rate: float, hidden: int = 64
+) -> Any:
+    """Return an experiment of an MLP with ``hidden`` units on ``source``."""
     import optax
 
     from configs import digits_mlp_dpsgd
@@ -323,6 +325,7 @@ def _small(source: Any, mechanism: Any, *, learning_rate: float) -> Any:
     config = digits_mlp_dpsgd.get_config().to_dict()
     # Replaced below: calibrating it would be a waste.
     config["mechanism"] |= {"epsilon": None, "noise_multiplier": 1.0}
+    config["model"]["features"] = (hidden,)
     built = build_experiment(config)
     return dataclasses.replace(
         built,
