@@ -10,10 +10,10 @@
 Exit status: 0 done, 2 wrong arguments or input.
 """
 
+import itertools
 import json
 import math
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from experiments import options
 from experiments.audit_suites import SUITES, Rows, Sources
 
 # Okabe and Ito's palette, which the colour-blind can tell apart, without yellow.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 
 
 def main(argv: list[str]) -> int:
@@ -59,12 +59,8 @@ def markdown(rows: Rows) -> str:
 
 
 _PLOTS: dict[str, dict[str, Any]] = {
-    "membership": {"x": "epsilon", "ys": ("AUC, loss", "AUC, LiRA"), "by": ("data",)},
-    "inversion": {
-        "x": "sigma",
-        "ys": ("linear layer",),
-        "by": ("data", "batch"),
-    },
+    "membership": {"x": "epsilon", "ys": ("AUC, loss", "AUC, LiRA"), "by": None},
+    "inversion": {"x": "sigma", "ys": ("linear layer", "descent"), "by": "batch"},
 }
 
 
@@ -77,30 +73,39 @@ def _sources(mnist: str | None) -> Sources:
     return found
 
 
-def _draw(rows: Rows, *, x: str, ys: Iterable[str], by: tuple[str, ...]) -> Any:
+def _draw(rows: Rows, *, x: str, ys: tuple[str, ...], by: str | None) -> Any:
+    """Draw a panel for each data set: a colour for each of ``by``, a dash for each of ys."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 3.8), layout="constrained")
-    axes = figure.subplots()
-    groups = list(dict.fromkeys(tuple(row[key] for key in by) for row in rows))
-    ticks = list(dict.fromkeys(row[x] for row in rows))
-    for i, group in enumerate(groups):
-        of_group = [row for row in rows if tuple(row[key] for key in by) == group]
-        for y, dash in zip(ys, ("-", "--"), strict=False):
+    figure = Figure(figsize=(7.5, 3.8), layout="constrained")
+    panels = list(dict.fromkeys(row["data"] for row in rows))
+    for axes, panel in zip(
+        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0],
+        panels,
+        strict=True,
+    ):
+        of_panel = [row for row in rows if row["data"] == panel]
+        ticks = list(dict.fromkeys(row[x] for row in of_panel))
+        groups = list(dict.fromkeys(row.get(by) for row in of_panel))
+        for (i, group), (j, y) in itertools.product(enumerate(groups), enumerate(ys)):
+            of_group = [row for row in of_panel if row.get(by) == group]
             axes.plot(
                 [ticks.index(row[x]) for row in of_group],
                 [row[y] for row in of_group],
-                dash,
+                ("-", "--")[j],
                 marker="o",
-                color=_COLOURS[i % len(_COLOURS)],
-                label=f"{', '.join(map(str, group))}: {y}",
+                color=_COLOURS[i if by else j],
+                label=f"{by} {group}, {y}" if by else y,
             )
-    axes.set_xticks(range(len(ticks)), [_text(tick) for tick in ticks])
-    axes.set_xlabel(x)
-    axes.grid(color="0.9")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+        axes.set_xticks(range(len(ticks)), [_text(tick) for tick in ticks])
+        axes.set_xlabel(x)
+        axes.set_title(panel, loc="left")
+        axes.grid(color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
+    lines, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(
+        lines, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=7
+    )
     return figure
 
 
