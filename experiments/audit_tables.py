@@ -59,8 +59,8 @@ def markdown(rows: Rows) -> str:
 
 
 _PLOTS: dict[str, dict[str, Any]] = {
-    "membership": {"x": "epsilon", "ys": ("AUC, loss", "AUC, LiRA"), "by": None},
-    "inversion": {"x": "sigma", "ys": ("linear layer", "descent"), "by": "batch"},
+    "membership": {"x": "epsilon", "ys": ("AUC, loss", "AUC, LiRA"), "by": ()},
+    "inversion": {"x": "sigma", "ys": ("linear layer", "descent"), "by": ("batch",)},
 }
 
 
@@ -73,7 +73,7 @@ def _sources(mnist: str | None) -> Sources:
     return found
 
 
-def _draw(rows: Rows, *, x: str, ys: tuple[str, ...], by: str | None) -> Any:
+def _draw(rows: Rows, *, x: str, ys: tuple[str, ...], by: tuple[str, ...]) -> Any:
     """Draw a panel for each data set: a colour for each of ``by``, a dash for each of ys."""
     from matplotlib.figure import Figure
 
@@ -86,16 +86,16 @@ def _draw(rows: Rows, *, x: str, ys: tuple[str, ...], by: str | None) -> Any:
     ):
         of_panel = [row for row in rows if row["data"] == panel]
         ticks = list(dict.fromkeys(row[x] for row in of_panel))
-        groups = list(dict.fromkeys(row.get(by) for row in of_panel))
+        groups = list(dict.fromkeys(_of(row, by) for row in of_panel))
         for (i, group), (j, y) in itertools.product(enumerate(groups), enumerate(ys)):
-            of_group = [row for row in of_panel if row.get(by) == group]
+            of_group = [row for row in of_panel if _of(row, by) == group]
             axes.plot(
                 [ticks.index(row[x]) for row in of_group],
                 [row[y] for row in of_group],
                 ("-", "--")[j],
                 marker="o",
                 color=_COLOURS[i if by else j],
-                label=f"{by} {group}, {y}" if by else y,
+                label=", ".join([*group, y]),
             )
         axes.set_xticks(range(len(ticks)), [_text(tick) for tick in ticks])
         axes.set_xlabel(x)
@@ -107,6 +107,10 @@ def _draw(rows: Rows, *, x: str, ys: tuple[str, ...], by: str | None) -> Any:
         lines, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=7
     )
     return figure
+
+
+def _of(row: dict[str, Any], by: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{key} {_text(row[key])}" for key in by)
 
 
 def _text(value: Any) -> str:
