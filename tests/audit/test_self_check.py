@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -39,25 +40,41 @@ def test_a_config_that_ships_passes_and_says_no_numbers_of_the_data(capsys):
     assert "noises are as accounted" in printed
 
 
-DIFF2 = {
-    "name": "dpjax.mechanisms.diff2:Diff2",
-    "clip_norm": 1.0,
-    "difference_clip_norm": 5.0,
-    "restart_every": 3,
-    "noise_multiplier": 4.0,
-    "noise_ratio": 1.0,
-    "noisy_workers": 1,
-    "sampling": {"name": "dpjax.sampling:FullBatch"},
-    "steps": 12,
-    "delta": 1e-5,
-}
+RECIPES = (
+    "digits_mlp_adaptive",
+    "digits_mlp_bandmf",
+    "digits_mlp_dicesgd",
+    "digits_mlp_dicesgd:two_channels",
+    "digits_mlp_diff2",
+    "digits_mlp_diff2:spiderboost",
+    "digits_mlp_diff2:bvr_l_sgd",
+    "digits_mlp_dpzero",
+)
 
 
-def test_differences_of_a_part_and_the_baseline_pass():
-    config = tiny(mechanism=DIFF2, **{"parameters.train": ("head/.*",)})
+def mechanism_of(name):
+    file, *variant = name.split(":")
+    recipe = importlib.import_module(f"configs.{file}").get_config(*variant)
+    mechanism = recipe.mechanism.to_dict() | {"steps": 12}
+    if "epsilon" in mechanism:
+        mechanism |= {"epsilon": None, "noise_multiplier": 4.0}
+    return mechanism
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_mechanism_passes(name):
+    passed = self_check(build_experiment(tiny(mechanism=mechanism_of(name))))
+    assert "noises are as accounted" in passed
+
+
+def test_differences_of_a_part_pass():
+    mechanism = mechanism_of("digits_mlp_diff2")
+    config = tiny(mechanism=mechanism, **{"parameters.train": ("head/.*",)})
     assert "all passed" in self_check(build_experiment(config))
-    passed = self_check(experiment("nonprivate"))
-    assert "noise" not in passed
+
+
+def test_without_privacy_there_is_no_noise_to_check():
+    assert "noise" not in self_check(experiment("nonprivate"))
 
 
 def clip_times_ten(loss, query, batch, key):
