@@ -232,6 +232,8 @@ def exposure(sources: Sources) -> Rows:
 def intervals(sources: Sources) -> Rows:
     """Estimate the epsilon of attacks on 300 simulated Gaussian mechanisms for each row."""
     del sources
+    import itertools
+
     import numpy as np
     from scipy.stats import binom, norm
 
@@ -239,33 +241,35 @@ def intervals(sources: Sources) -> Rows:
     from dpjax.audit.estimators import Counts
 
     delta, repeats, rows = 1e-5, 300, []
-    for runs in (100, 1000):
-        for mu in (0.5, 1.0, 2.0):
-            rates = norm.sf([-mu / 2, mu / 2])
-            true = math.log((rates[0] - delta) / rates[1])
-            drawn = binom.ppf(_uniform(runs, repeats, 2), runs, rates).astype(int)
-            ends = np.empty((2, repeats, 2))
-            for i, (hits, alarms) in enumerate(drawn.tolist()):
-                counts = Counts(hits, runs - hits, alarms, runs - alarms)
-                found = bayes.posterior(counts, delta=delta, credibility=0.9)
-                ends[0, i] = found.lower, found.upper
-                ends[1, i] = estimators.epsilon_interval(
-                    counts, delta=delta, confidence=0.9
-                )
-            covered = ((ends[..., 0] <= true) & (true <= ends[..., 1])).mean(axis=1)
-            width = np.median(ends[..., 1] - ends[..., 0], axis=1)
-            rows.append(
-                {
-                    "runs": runs,
-                    "mu": mu,
-                    "epsilon of the attack": true,
-                    "posterior covers": float(covered[0]),
-                    "Clopper-Pearson covers": float(covered[1]),
-                    "width, posterior": float(width[0]),
-                    "width, Clopper-Pearson": float(width[1]),
-                    "ratio": float(width[0] / width[1]),
-                }
+    for runs, mu, place in itertools.product((100, 1000), (0.5, 1.0, 2.0), (0.5, 1.0)):
+        rates = norm.sf([place * mu - mu, place * mu])
+        true = float(estimators.epsilon_at(delta)(*rates))
+        levels = _uniform(len(rows), repeats, 2)
+        ends = np.empty((2, repeats, 2))
+        for i, (hits, alarms) in enumerate(binom.ppf(levels, runs, rates).astype(int)):
+            counts = Counts(
+                int(hits), runs - int(hits), int(alarms), runs - int(alarms)
             )
+            found = bayes.posterior(counts, delta=delta, credibility=0.9)
+            ends[0, i] = found.lower, found.upper
+            ends[1, i] = estimators.epsilon_interval(
+                counts, delta=delta, confidence=0.9
+            )
+        covered = ((ends[..., 0] <= true) & (true <= ends[..., 1])).mean(axis=1)
+        width = np.median(ends[..., 1] - ends[..., 0], axis=1)
+        rows.append(
+            {
+                "runs": runs,
+                "mu": mu,
+                "threshold / mu": place,
+                "epsilon of the attack": true,
+                "posterior covers": float(covered[0]),
+                "Clopper-Pearson covers": float(covered[1]),
+                "width, posterior": float(width[0]),
+                "width, Clopper-Pearson": float(width[1]),
+                "ratio": float(width[0] / width[1]),
+            }
+        )
     return rows
 
 
