@@ -32,7 +32,7 @@ def mechanism_as(mutant):
     return broken(mechanism=mutant(**vars(experiment().mechanism)))
 
 
-def test_a_config_that_ships_passes_and_says_no_numbers_of_the_data(capsys):
+def test_a_plan_says_which_checks_were_passed():
     config = tiny(**{"run.self_check": True, "run.dry_run": True})
     printed = train.plan(config)
     assert printed.startswith("self-check, all passed\n")
