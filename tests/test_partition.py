@@ -144,6 +144,22 @@ def test_a_run_starts_from_an_export_and_goes_on_with_the_same_weights_only(
     assert "trained on public data" in card(second)["assumptions"][-1]
 
 
+def test_an_export_with_more_than_the_model_is_refused(tmp_path):
+    (tmp_path / "export").mkdir()
+    config = tiny(model=pretrained(tmp_path), **{"parameters.provenance": "public"})
+    known = {"dense_0/kernel": np.zeros((64, 8)), "dense_0/bias": np.zeros(8)}
+
+    def start_from(**more):
+        np.savez(tmp_path / "export" / "params.npz", **known, **more)
+        return check_parts(build_experiment(config))
+
+    start_from(**{"head/kernel": np.zeros(3)})  # fresh: whatever it is
+    with pytest.raises(
+        ConfigError, match="has dense_0/lora_a, which the model has not"
+    ):
+        start_from(**{"dense_0/lora_a": np.zeros((64, 2))})
+
+
 def test_starting_from_private_data_marks_the_card():
     config = tiny(**{"parameters.provenance": "private"})
     assert "starts from parameters that were trained on private data" in plan(config)

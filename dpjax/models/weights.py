@@ -79,16 +79,17 @@ def exported(model: Model, *, path: str, fresh: Sequence[str]) -> Model:
 
     Args:
         model: That of the run, or one with the same parameters but for ``fresh``.
-        path: The folder ``export`` of the run. What the export has beyond the model's
-            parameters (a head, adapters) is not used.
-        fresh: Regular expressions of parameters ("head/.*") that start as in ``model``.
+        path: The folder ``export`` of the run.
+        fresh: Regular expressions of parameters ("head/.*") that start as in ``model``,
+            whatever the export has under such names.
 
     Returns:
         A model whose ``init`` gives these parameters.
 
     Raises:
         FileNotFoundError: If there is no such export.
-        ValueError: From ``init``, if parameters are missing or have other shapes.
+        ValueError: From ``init``, if parameters are missing or left over (adapters, which
+            ``peft.merge_lora`` merges), or have other shapes.
     """
     file = Path(path) / "params.npz"
     if not file.is_file():
@@ -103,6 +104,12 @@ def exported(model: Model, *, path: str, fresh: Sequence[str]) -> Model:
                 raise ValueError(
                     f"{str(file)!r} has no {', '.join(missing)}; name in fresh= what "
                     "starts anew"
+                )
+            surplus = [n for n in arrays if n not in given and not _matches(n, fresh)]
+            if surplus:
+                raise ValueError(
+                    f"{str(file)!r} has {', '.join(surplus)}, which the model has not; "
+                    "merge adapters, or build the model that was exported"
                 )
             return {name: arrays[name] for name in given}
 

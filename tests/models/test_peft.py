@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from dpjax.clipping import Query, bookkeeping, ghost, vmap
+from dpjax.clipping import Query, auto, bookkeeping, ghost, vmap
 from dpjax.losses import causal_lm, classification
 from dpjax.models import bert, peft
 from dpjax.models.gpt2 import gpt2
@@ -198,7 +198,13 @@ PARTS = {
     ),
     "bitfit": (bookkeeping, small_vit, classification, ".*bias"),
     "film and head": (ghost, small_vit, classification, ".*norm.*|head/.*"),
-    "head": (bookkeeping, small_bert, classification, "head/.*"),
+    "head": (auto, small_bert, classification, "head/.*"),
+    "tied head, scan": (
+        auto,
+        lambda: small_gpt2(scan=True),
+        causal_lm,
+        "token/embedding",
+    ),
     "prompt": (
         ghost,
         lambda: peft.prompt(small_bert(), length=2, position=1),
