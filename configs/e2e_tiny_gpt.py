@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from configs import common
 
 VARIANTS = ("pretrain", "lora", "nonprivate")
-STEPS = 80
+STEPS = 60
 
 
 def get_config(argument: str = "lora") -> ConfigDict:
@@ -114,10 +114,10 @@ def get_config(argument: str = "lora") -> ConfigDict:
     )
     if private:
         config.mechanism = common.dp_sgd(
-            epsilon=8.0, delta=1e-5, clip_norm=0.1, rate=512 / 4672, steps=STEPS
+            epsilon=8.0, delta=1e-5, clip_norm=0.1, rate=256 / 4672, steps=STEPS
         )
     else:
         config.mechanism = common.non_private(batch_size=64, steps=STEPS, delta=1e-5)
     config.optimizer = common.adam(1e-2)
-    config.run.eval_every = 40
+    config.run.eval_every = 30
     return config

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from configs import common
 
 VARIANTS = ("pretrain", "infilling", "nonprivate")
-STEPS = 150
+STEPS = 100
 MASK = 1  # the second special token of the vocabulary
 LABELS = (954, 449)  # " poor" and " good" in the vocabulary of tinyshakespeare.txt
 
@@ -37,7 +37,7 @@ def get_config(argument: str = "infilling") -> ConfigDict:
     encoder = {
         "name": "dpjax.models.bert:Encoder",
         "vocab_size": 1024,
-        "length": 96,
+        "length": 80,
         "first_position": 0,
         "segments": 1,
         "layers": 2,
@@ -57,7 +57,7 @@ def get_config(argument: str = "infilling") -> ConfigDict:
         text = {
             "name": "dpjax.data.text:text_blocks",
             "path": f"{folder}/public.txt",
-            "length": 96,
+            "length": 80,
             "tokenizer": tokenizer,
         }
         config.data = ConfigDict(
@@ -82,9 +82,9 @@ def get_config(argument: str = "infilling") -> ConfigDict:
         config.loss = ConfigDict(
             {"name": "dpjax.losses:masked_lm", "mask_token": MASK, "rate": 0.15}
         )
-        config.mechanism = common.non_private(batch_size=64, steps=1200, delta=1e-5)
+        config.mechanism = common.non_private(batch_size=64, steps=600, delta=1e-5)
         config.optimizer = common.adam(1e-3)
-        config.run.eval_every = 400
+        config.run.eval_every = 200
         return config
     sentences = {
         "name": "dpjax.data.text:labelled_texts",
@@ -92,7 +92,7 @@ def get_config(argument: str = "infilling") -> ConfigDict:
         "columns": ("sentence", "label"),
         "template": ("{sentence}", " It was", "<mask>", "."),
         "label": "label",
-        "length": 96,
+        "length": 80,
         "tokenizer": tokenizer,
     }
     private = variant == "infilling"
@@ -130,7 +130,7 @@ def get_config(argument: str = "infilling") -> ConfigDict:
     )
     if private:
         config.mechanism = common.dp_sgd(
-            epsilon=8.0, delta=1e-5, clip_norm=0.1, rate=512 / 6920, steps=STEPS
+            epsilon=8.0, delta=1e-5, clip_norm=0.1, rate=256 / 6920, steps=STEPS
         )
     else:
         config.mechanism = common.non_private(batch_size=64, steps=STEPS, delta=1e-5)
