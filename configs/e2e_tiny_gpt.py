@@ -119,5 +119,5 @@ def get_config(argument: str = "lora") -> ConfigDict:
     else:
         config.mechanism = common.non_private(batch_size=64, steps=STEPS, delta=1e-5)
     config.optimizer = common.adam(1e-2)
-    config.run.eval_every = 30
+    config.run.eval_every = STEPS
     return config

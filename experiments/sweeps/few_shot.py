@@ -40,7 +40,7 @@ def config(variant: str) -> ConfigDict:
         raise ValueError(f"variant={variant!r} is unknown; tuning or grid")
     base = recipe.get_config(f"head,{FOLDER}")
     if variant == "tuning":
-        base.data.provenance = "public"
+        # Still "private" in the config: noise on what is declared public is refused.
         for source in (base.data.source.source, base.evaluation.source):
             source.path = f"{FOLDER}/public"
     base.evaluation.source = few_shots(base.evaluation.source, TESTED)
@@ -80,6 +80,7 @@ def _overrides(
 ) -> dict[str, Any]:
     examples = recipe.CLASSES * shots
     return {
+        "data.provenance": "public" if isinstance(epsilon, str) else "private",
         "data.source.per_class": shots,
         "parameters.train": recipe.TRAIN[parts],
         "mechanism": _mechanism(epsilon, examples).to_dict(),
