@@ -10,7 +10,8 @@
 --text      public text to pretrain on, and to learn the vocabulary from
 --data      e2e: devset.csv (private) and testset_w_refs.csv; sst2: train.tsv and test.tsv
 --workdir   receives the vocabulary, one run for each variant of the recipe, and results/:
-            a table, samples, and the card of the private run
+            scores (a table, and JSON with versions), samples, and of the private run
+            config, metrics and card
 
 Run again after an interruption: what is finished is not repeated.
 
@@ -26,11 +27,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpjax.config import ConfigError
-from experiments import options
+from experiments import options, sweep, timing
 
 _OPTIONS = ("task", "text", "data", "workdir")
 _VOCABULARY = 1024
 _SPECIALS = ("<eos>", "<mask>")
+_WORDS = ("poor", "good")  # of the classes, see configs/sst2_tiny_encoder.py
 _FILES = {
     "e2e": {"devset.csv": "train.csv", "testset_w_refs.csv": "test.csv"},
     "sst2": {"train.tsv": "train.tsv", "test.tsv": "test.tsv"},
@@ -81,18 +83,31 @@ def _run(name: str, text: Path, data: Path, workdir: Path) -> None:
         if not (workdir / variant / "export").exists():
             train(config, workdir / variant)
     scores = task.compare(workdir, recipes)
-    results = workdir / "results"
-    results.mkdir(exist_ok=True)
-    (results / "scores.md").write_text(_table(scores))
-    for file in ("privacy_card.md", "metrics.jsonl"):
-        shutil.copy(workdir / task.private / file, results / file)
+    (workdir / "results" / "scores.md").write_text(_table(scores))
+    _write_facts(name, scores, workdir / "results")
+    for file in ("config.json", "privacy_card.md", "metrics.jsonl"):
+        shutil.copy(workdir / task.private / file, workdir / "results" / file)
     print(_table(scores))
+
+
+def _write_facts(name: str, scores: Mapping[str, Any], results: Path) -> None:
+    import jax
+
+    from dpjax.report import PACKAGES
+
+    facts = timing.provenance(
+        module="experiments.public_to_private",
+        argv=[f"--task={name}"],  # the rest names the machine's folders
+        packages=PACKAGES,
+        device=jax.devices()[0].device_kind,
+    )
+    sweep.write_json(results / "scores.json", {**facts, "scores": scores})
 
 
 def _prepare(name: str, text: Path, data: Path, workdir: Path) -> None:
     from dpjax.data.tokenizers import train_bpe
 
-    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "results").mkdir(parents=True, exist_ok=True)
     links = {text: "public.txt"} | {data / a: b for a, b in _FILES[name].items()}
     for source, link in links.items():
         if not source.is_file():
@@ -113,6 +128,8 @@ def _prepare(name: str, text: Path, data: Path, workdir: Path) -> None:
 def _compare_sst2(
     workdir: Path, recipes: Mapping[str, Any]
 ) -> dict[str, dict[str, float]]:
+    import jax
+
     from dpjax import config as configs
     from dpjax.checkpoint import load_export
 
@@ -120,12 +137,23 @@ def _compare_sst2(
     source = configs.build(config["evaluation"]["source"])
     model = configs.build(config["model"])
     metric = configs.build(config["evaluation"]["metric"], model)
-    return {
-        label: {
-            "accuracy": _mean(metric, source, load_export(workdir / run / "export"))
-        }
-        for label, run in _runs("infilling").items()
-    }
+    shown = range(0, len(source), 150)
+    scores, answers = {}, {}
+    for label, run in _runs("infilling").items():
+        params = load_export(workdir / run / "export")
+        scores[label] = {"accuracy": _mean(metric, source, params)}
+        predict = jax.vmap(model.apply, (None, 0, None))
+        logits = predict(params, source[shown], jax.random.key(0))
+        answers[label] = [_WORDS[int(row.argmax())] for row in logits]
+    rows = (workdir / "test.tsv").read_text().splitlines()
+    lines = ["The likelier word for every 150th sentence of the test set.\n"]
+    for i, row in enumerate(shown):
+        text, truth = rows[row].split("\t")
+        lines.append(f"**{text}** It was ...\n")
+        lines += [f"- {label}: {words[i]}" for label, words in answers.items()]
+        lines.append(f"- label: {_WORDS[int(truth)]}\n")
+    (workdir / "results" / "samples.md").write_text("\n".join(lines))
+    return scores
 
 
 def _compare_e2e(
@@ -136,12 +164,15 @@ def _compare_e2e(
 
     from dpjax import config as configs
     from dpjax.checkpoint import load_export
+    from dpjax.data.arrays import ArraySource
     from dpjax.losses import causal_lm
     from dpjax.models.peft import merge_lora
     from experiments.text_scores import bleu, rouge_l
 
     config = recipes["lora"]
     source = configs.build(config["evaluation"]["source"])
+    # A quarter is enough for a mean.
+    source = ArraySource(source[range(0, len(source), 4)])
     model = configs.build(recipes["pretrain"]["model"])
     tokenizer = configs.build(config["data"]["source"]["tokenizer"])
     loss = causal_lm(model)
@@ -169,7 +200,6 @@ def _compare_e2e(
             "BLEU": bleu(texts[label], references),
             "ROUGE-L": rouge_l(texts[label], references),
         }
-    (workdir / "results").mkdir(exist_ok=True)
     (workdir / "results" / "samples.md").write_text(_samples(prompts, texts))
     return scores
 
