@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from configs import common
 
 VARIANTS = ("pretrain", "lora", "nonprivate")
-STEPS = 60
+STEPS = 30
 
 
 def get_config(argument: str = "lora") -> ConfigDict:
@@ -98,7 +98,7 @@ def get_config(argument: str = "lora") -> ConfigDict:
     config.model = ConfigDict(
         {
             "name": "dpjax.models.peft:lora",
-            "rank": 16,
+            "rank": 8,
             "scale": 2.0,
             "targets": (".*(attention|mlp)/.*",),
             "model": {

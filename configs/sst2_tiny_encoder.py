@@ -8,7 +8,7 @@ runs the variants in turn; one alone, after the first command has made its vocab
     python -m experiments.train --config=configs/sst2_tiny_encoder.py:infilling,DIR \
         --workdir=DIR/infilling
 
-``pretrain``: 2 layers of width 128 fill in masked tokens of Shakespeare, public.
+``pretrain``: one layer of width 64 fills in masked tokens of Shakespeare, public.
 ``infilling``: all parameters, on the 6,920 sentences of SST-2 as private data; a sentence
 is followed by "It was <mask>." and the classes are the tokens of " poor" and " good".
 ``nonprivate``: the same without privacy, for comparison. DIR holds ``public.txt``,
@@ -40,10 +40,10 @@ def get_config(argument: str = "infilling") -> ConfigDict:
         "length": 80,
         "first_position": 0,
         "segments": 1,
-        "layers": 2,
-        "width": 128,
+        "layers": 1,
+        "width": 64,
         "heads": 4,
-        "hidden": 512,
+        "hidden": 256,
         "epsilon": 1e-5,
         "dtype": "float32",
         "scan": False,
@@ -83,7 +83,7 @@ def get_config(argument: str = "infilling") -> ConfigDict:
             {"name": "dpjax.losses:masked_lm", "mask_token": MASK, "rate": 0.15}
         )
         config.mechanism = common.non_private(batch_size=64, steps=600, delta=1e-5)
-        config.optimizer = common.adam(1e-3)
+        config.optimizer = common.adam(3e-3)
         config.run.eval_every = 200
         return config
     sentences = {
@@ -130,9 +130,9 @@ def get_config(argument: str = "infilling") -> ConfigDict:
     )
     if private:
         config.mechanism = common.dp_sgd(
-            epsilon=8.0, delta=1e-5, clip_norm=0.1, rate=256 / 6920, steps=STEPS
+            epsilon=8.0, delta=1e-5, clip_norm=0.1, rate=512 / 6920, steps=STEPS
         )
     else:
         config.mechanism = common.non_private(batch_size=64, steps=STEPS, delta=1e-5)
-    config.optimizer = common.adam(1e-3)
+    config.optimizer = common.adam(3e-3)
     return config

@@ -270,8 +270,12 @@ def _check_dense(
             found.append("/".join(context.module.path))
         return next_function(*args, **kwargs)
 
+    def traced(*args: Any) -> Array:
+        # A function of its own: what JAX has traced before, it does not call again.
+        return model.apply(*args)
+
     with nn.intercept_methods(record):
-        jax.eval_shape(model.apply, params, example, jax.random.key(0))
+        jax.eval_shape(traced, params, example, jax.random.key(0))
     wrong = [name for name in layers if name not in found]
     if wrong:
         raise ValueError(
