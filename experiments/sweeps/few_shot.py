@@ -28,9 +28,9 @@ RESULTS = Path("experiments/results/few_shot")
 TUNING_SEEDS, SEEDS = (101,), (1, 2, 3)
 SHOTS, EPSILONS, PARTS = (5, 25, 100), (1.0, 8.0, "inf"), ("head", "film", "all")
 RATES = {
-    "head": (0.01, 0.03, 0.1),
-    "film": (0.003, 0.01, 0.03),
-    "all": (0.0005, 0.002, 0.008),
+    "head": (0.01, 0.03, 0.1, 0.3),
+    "film": (0.003, 0.01, 0.03, 0.1),
+    "all": (0.0005, 0.002, 0.008, 0.03),
 }
 
 
