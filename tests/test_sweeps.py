@@ -333,3 +333,22 @@ def test_shipped_sweeps_are_right_and_keep_their_seeds_apart(name):
     reported = set(runpy.run_path(path)["SEEDS"])
     assert len(reported) >= 5
     assert not tuning & reported
+
+
+def test_the_sweep_of_few_shots_tunes_on_public_classes_only():
+    tuning, found = (
+        sweep.load(f"experiments/sweeps/few_shot.py:{variant}").runs
+        for variant in ("tuning", "grid")
+    )
+    assert (len(tuning), len(found)) == (12, 81)
+    folders = [
+        {run.config["data"]["source"]["source"]["path"] for run in runs}
+        for runs in (tuning, found)
+    ]
+    assert folders == [{"runs/few_shot/public"}, {"runs/few_shot/private"}]
+    for run in found:
+        rows = 5 * run.config["data"]["source"]["per_class"]
+        assert run.config["compute"]["physical_batch_size"] == rows
+        assert (run.config["data"]["provenance"] == "public") == (
+            run.labels["epsilon"] == "inf"
+        )

@@ -88,6 +88,12 @@ def test_fresh_adapters_change_nothing_and_merged_ones_compute_the_same(scan):
     assert np.abs(expected - unadapted).max() > 0.1
 
 
+def test_adapters_are_added_to_a_model_that_jax_has_traced_before():
+    model = peft.lora(small_gpt2(), rank=1, scale=1.0, targets=QUERY_AND_UP)
+    first, again = (jax.eval_shape(lambda: model.init(KEY, TOKENS)) for _ in range(2))
+    assert again == first
+
+
 def test_the_adapters_of_a_bfloat16_model_compute_in_bfloat16():
     model = peft.lora(
         small_gpt2(dtype="bfloat16"), rank=2, scale=1.0, targets=QUERY_AND_UP
