@@ -117,7 +117,7 @@ def get_config(argument: str = "lora") -> ConfigDict:
             epsilon=8.0, delta=1e-5, clip_norm=0.1, rate=256 / 4672, steps=STEPS
         )
     else:
-        config.mechanism = common.non_private(batch_size=64, steps=STEPS, delta=1e-5)
+        config.mechanism = common.non_private(batch_size=256, steps=STEPS, delta=1e-5)
     config.optimizer = common.adam(1e-2)
     config.run.eval_every = STEPS
     return config

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from configs import common
 
 VARIANTS = ("pretrain", "infilling", "nonprivate")
-STEPS = 100
+STEPS = 60
 MASK = 1  # the second special token of the vocabulary
 LABELS = (954, 449)  # " poor" and " good" in the vocabulary of tinyshakespeare.txt
 
@@ -133,6 +133,6 @@ def get_config(argument: str = "infilling") -> ConfigDict:
             epsilon=8.0, delta=1e-5, clip_norm=0.1, rate=512 / 6920, steps=STEPS
         )
     else:
-        config.mechanism = common.non_private(batch_size=64, steps=STEPS, delta=1e-5)
+        config.mechanism = common.non_private(batch_size=512, steps=STEPS, delta=1e-5)
     config.optimizer = common.adam(3e-3)
     return config
