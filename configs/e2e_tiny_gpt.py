@@ -12,7 +12,7 @@ layers on the 4,672 pairs of E2E's devset.csv, private. ``nonprivate``: the same
 privacy, for comparison. DIR holds ``public.txt``, ``train.csv`` and ``test.csv`` (links)
 and ``tokenizer.json``, learnt from the public text.
 
-Minutes on a CPU; epsilon 8.00, delta 1e-5. Scores: experiments/results/public_to_private.
+Minutes on a CPU; epsilon 8.00, delta 1e-5. Scores: experiments/results/public_to_private.md.
 """
 
 from ml_collections import ConfigDict

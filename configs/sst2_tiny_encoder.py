@@ -14,7 +14,7 @@ is followed by "It was <mask>." and the classes are the tokens of " poor" and " 
 ``nonprivate``: the same without privacy, for comparison. DIR holds ``public.txt``,
 ``train.tsv`` and ``test.tsv`` (links) and ``tokenizer.json``, learnt from the public text.
 
-Minutes on a CPU; epsilon 8.00, delta 1e-5. Scores: experiments/results/public_to_private.
+Minutes on a CPU; epsilon 8.00, delta 1e-5. Scores: experiments/results/public_to_private.md.
 """
 
 from ml_collections import ConfigDict
@@ -92,7 +92,7 @@ def get_config(argument: str = "infilling") -> ConfigDict:
         "columns": ("sentence", "label"),
         "template": ("{sentence}", " It was", "<mask>", "."),
         "label": "label",
-        "length": 80,
+        "length": 56,
         "tokenizer": tokenizer,
     }
     private = variant == "infilling"
@@ -108,7 +108,7 @@ def get_config(argument: str = "infilling") -> ConfigDict:
             "provenance": "public",
             "metric": {"name": "dpjax.losses:accuracy"},
             "batch_size": 64,
-            "ema_decay": 0.95,
+            "ema_decay": 0.9,
         }
     )
     config.model = ConfigDict(
@@ -130,9 +130,9 @@ def get_config(argument: str = "infilling") -> ConfigDict:
     )
     if private:
         config.mechanism = common.dp_sgd(
-            epsilon=8.0, delta=1e-5, clip_norm=0.1, rate=512 / 6920, steps=STEPS
+            epsilon=8.0, delta=1e-5, clip_norm=0.1, rate=1024 / 6920, steps=STEPS
         )
     else:
-        config.mechanism = common.non_private(batch_size=512, steps=STEPS, delta=1e-5)
-    config.optimizer = common.adam(3e-3)
+        config.mechanism = common.non_private(batch_size=1024, steps=STEPS, delta=1e-5)
+    config.optimizer = common.adam(1e-2)
     return config
