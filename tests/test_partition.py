@@ -11,7 +11,7 @@ from dpjax.experiment import build_experiment
 from dpjax.losses import causal_lm
 from dpjax.models import peft
 from dpjax.models.gpt2 import gpt2
-from dpjax.partition import flatten, merge, partition, unflatten
+from dpjax.partition import flatten, merge, partition, unflatten, with_frozen
 from dpjax.train import check_parts, plan, train
 from dpjax.typing import Batch
 from tests.checks import compiled
@@ -194,7 +194,10 @@ PARTS = {
 
 @pytest.mark.parametrize("part", PARTS)
 def test_engines_do_no_work_for_frozen_parameters(part):
-    """FLOPs of the clipped step over those of one gradient of what is trained."""
+    """FLOPs of the clipped step over those of one gradient of what is trained.
+
+    With all parameters trained they are 1.5 (the last norm: 3.1) times as many.
+    """
     model, pattern = PARTS[part]
     tokens = jnp.zeros((4, 16), jnp.int32)
     batch = Batch({"tokens": tokens}, jnp.ones(4, bool), jnp.arange(4))
@@ -205,11 +208,7 @@ def test_engines_do_no_work_for_frozen_parameters(part):
     def flops(engine, clip_norm):
         def step(trained, frozen):
             query = Query((trained,), clip_norm=clip_norm)
-
-            def merged(params, example, key):
-                return loss(merge(params, frozen), example, key)
-
-            return engine(merged, query, batch, key)[0].total
+            return engine(with_frozen(loss, frozen), query, batch, key)[0].total
 
         lowered = compiled(step).lower(trained, frozen)
         return lowered.compile().cost_analysis()["flops"]

@@ -16,7 +16,7 @@ from dpjax.models.llama import llama
 from dpjax.models.mlp import mlp
 from dpjax.models.transformer import Attention
 from dpjax.models.vit import vit
-from dpjax.partition import flatten, merge, partition
+from dpjax.partition import flatten, partition, with_frozen
 from tests.checks import batch_of, compiled
 
 KEY = jax.random.key(0)
@@ -237,10 +237,8 @@ def test_engines_clip_a_part_as_per_example_gradients_do(case):
 
     @functools.partial(compiled, static_argnums=0)
     def run(engine, trained, frozen):
-        def merged(trained, example, key):
-            return loss(merge(trained, frozen), example, key)
-
-        total, seen = engine(merged, Query((trained,), clip_norm=0.2), batch, KEY)
+        query = Query((trained,), clip_norm=0.2)
+        total, seen = engine(with_frozen(loss, frozen), query, batch, KEY)
         return total.total, seen.norms
 
     found, norms = run(engine, trained, frozen)
