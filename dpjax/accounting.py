@@ -95,6 +95,7 @@ class TuningCost:
         selected: Epsilon of publishing the best run of each plan only, had the number of
             runs been random; by the name of its distribution.
         analysed: How many runs ``selected`` is about: RDP has no analysis of others.
+        claimed: How many runs have caveats: all these epsilons rest on theirs.
     """
 
     runs: int
@@ -103,6 +104,7 @@ class TuningCost:
     composed: float
     selected: Mapping[str, float]
     analysed: int
+    claimed: int
 
 
 def tuning_cost(mechanisms: Sequence[Any]) -> TuningCost:
@@ -147,6 +149,9 @@ def tuning_cost(mechanisms: Sequence[Any]) -> TuningCost:
             if known
         },
         analysed=sum(known.values()),
+        claimed=sum(
+            n for m, n in collections.Counter(mechanisms).items() if m.caveats(m.steps)
+        ),
     )
 
 

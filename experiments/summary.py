@@ -138,6 +138,11 @@ def cost_text(found: "TuningCost | None") -> str:
     if found.analysed < found.runs:
         rest = found.runs - found.analysed
         lines.append(f"  (the last without {rest} runs, which RDP cannot analyse)")
+    if found.claimed:
+        lines.append(
+            f"  (claimed: the epsilons of {found.claimed} runs rest on assumptions, and "
+            "these with them)"
+        )
     return "\n" + "\n".join(lines)
 
 

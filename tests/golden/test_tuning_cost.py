@@ -90,10 +90,28 @@ def test_what_rdp_cannot_analyse_is_left_out_and_counted():
     )
     plain = full_batch(20.0)
     cost = tuning_cost([plain, dice, dice])
-    assert (cost.runs, cost.analysed) == (3, 1)
+    assert (cost.runs, cost.analysed, cost.claimed) == (3, 1, 0)
     assert cost.selected == tuning_cost([plain]).selected
     assert cost.composed > tuning_cost([plain]).composed
     assert tuning_cost([dice]).selected == {}
+
+
+def test_claims_are_counted():
+    claim = DiceSgd(
+        clip_norm=1.0,
+        clip_style="flat",
+        error_clip_norm=1.0,
+        error_scale="sum",
+        outer_norm=2.0,
+        noise_multiplier=20.0,
+        sampling=dpjax.FullBatch(),
+        steps=2,
+        num_examples=1000,
+        delta=DELTA,
+        accounting="paper",
+        accept_unproven_epsilon=True,
+    )
+    assert tuning_cost([full_batch(20.0), claim, claim]).claimed == 2
 
 
 def test_without_noise_nothing_is_guaranteed():
