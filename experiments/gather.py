@@ -2,7 +2,7 @@
 
     python -m experiments.gather DIR [--out=FILE.json] [--with=DIR,...] [--resubmit]
         [--workers=N --launcher=local|slurm ...] [--choose=LABEL,...] [--chosen=FILE.json]
-        [--plot=FILE.png --x=LABEL --lines=LABEL]
+        [--plot=FILE.png --x=LABEL --lines=LABEL [--panels=LABEL]]
 
 DIR                the folder of a sweep that experiments.ablate wrote
 --out=FILE.json    receives rows and cost
@@ -12,7 +12,7 @@ DIR                the folder of a sweep that experiments.ablate wrote
 --choose=LABEL,... keep, of rows that differ in these labels only, the best
 --chosen=FILE.json receives these choices: what a sweep of other seeds reads
 --plot=FILE.png    scores against --x, a line for each value of --lines, a panel for each
-                   value of the label that is left
+                   value of --panels
 
 Scores are means over seeds, with the half-width of a 95% confidence interval (Student's t).
 Every run that began counts in the cost, at its planned steps: failed ones, and runs that the
@@ -39,6 +39,7 @@ _OPTIONS = (
     "plot",
     "x",
     "lines",
+    "panels",
 )
 
 
@@ -86,7 +87,8 @@ def _report(plan: Plan, argv: list[str]) -> int:
     if "chosen" in plan.given:
         sweep.write_json(Path(plan.given["chosen"]), {"choices": choices})
     if "plot" in plan.given:
-        figure = summary.draw(rows, x=plan.given["x"], lines=plan.given["lines"])
+        axes = {name: plan.given.get(name) for name in ("x", "lines", "panels")}
+        figure = summary.draw(rows, **axes)
         figure.savefig(plan.given["plot"], dpi=110)
         print(plan.given["plot"])
     if "out" in plan.given:
@@ -142,7 +144,7 @@ def _check_labels(directory: Path, given: dict[str, str]) -> None:
         raise ConfigError("--plot needs --x=LABEL and --lines=LABEL")
     cells = json.loads((directory / sweep.MANIFEST).read_text())["cells"]
     labels = list(dict.fromkeys(name for cell in cells for name in cell["labels"]))
-    for option in ("choose", "x", "lines"):
+    for option in ("choose", "x", "lines", "panels"):
         if option in given:
             options.choices(option, given[option], labels)
 

@@ -164,50 +164,55 @@ def provenance(found: Rows) -> dict[str, Any]:
     }
 
 
-def draw(found: Rows, *, x: str, lines: str) -> Any:
-    """Return a matplotlib figure of the rows, with their confidence intervals."""
+def draw(found: Rows, *, x: str, lines: str, panels: str | None) -> Any:
+    """Return a matplotlib figure of the rows, with their confidence intervals.
+
+    Args:
+        found: Rows with positive numbers under the label ``x``.
+        x: Label of the horizontal axis, which is logarithmic.
+        lines: Label with a line for each of its values.
+        panels: Label with a panel for each of its values; None for one panel.
+    """
     from matplotlib.figure import Figure
 
-    panels: dict[str, Rows] = {}
+    parts: dict[str, Rows] = {}
     for row in found:
-        rest = {k: v for k, v in row["labels"].items() if k not in (x, lines)}
-        name = ", ".join(f"{k} {_number(v)}" for k, v in rest.items())
-        panels.setdefault(name, []).append(row)
-    figure = Figure(figsize=(1 + 3.6 * len(panels), 3.8), layout="constrained")
-    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        name = "" if panels is None else f"{panels} {_number(row['labels'][panels])}"
+        parts.setdefault(name, []).append(row)
+    figure = Figure(figsize=(1 + 3.6 * len(parts), 4.2), layout="constrained")
+    grid = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
     names = list(dict.fromkeys(row["labels"][lines] for row in found))
-    for axes, (title, part) in zip(grid, panels.items(), strict=True):
+    handles = {}
+    for axes, (title, part) in zip(grid, parts.items(), strict=True):
+        axes.set_xscale("log")
         for i, name in enumerate(names):
-            _line(axes, [r for r in part if r["labels"][lines] == name], x, i, name)
+            chosen = [row for row in part if row["labels"][lines] == name]
+            if any(row["n"] for row in chosen):
+                handles[name] = _line(axes, chosen, x, i)
         axes.set_title(title)
         axes.set_xlabel(x)
-        axes.set_xscale("log")
         axes.grid(color="0.9")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    grid[0].set_ylabel(found[0]["metric"])
-    handles, texts = grid[0].get_legend_handles_labels()
+    grid[0].set_ylabel(next(row["metric"] for row in found if row["metric"]))
     figure.legend(
-        handles,
-        texts,
+        handles.values(),
+        map(str, handles),
         loc="outside lower center",
-        ncols=min(3, len(names)),
+        ncols=min(3, len(handles)),
         frameon=False,
     )
     return figure
 
 
-def _line(axes: Any, part: Rows, x: str, i: int, name: Any) -> None:
+def _line(axes: Any, part: Rows, x: str, i: int) -> Any:
     points = [(r["labels"][x], r["mean"], r["half_width"] or 0) for r in part if r["n"]]
-    if not points:
-        return
     at, means, widths = zip(*sorted(points), strict=True)
-    spread = 1 + 0.015 * i  # so that intervals at one place do not hide each other
-    axes.errorbar(
+    spread = 1 + 0.02 * i  # so that intervals at one place do not hide each other
+    return axes.errorbar(
         [value * spread for value in at],
         means,
         yerr=widths,
-        label=str(name),
         marker=_MARKERS[i % len(_MARKERS)],
         markersize=4,
         capsize=2,

@@ -227,7 +227,7 @@ def test_gather_writes_rows_choices_cost_and_plot(tmp_path, monkeypatch, capsys)
     files = {name: tmp_path / f"x.{name}" for name in ("json", "png")}
     chosen = tmp_path / "chosen.json"
     arguments = [f"--out={files['json']}", f"--plot={files['png']}", "--x=lr"]
-    arguments += ["--lines=lr", "--choose=lr", f"--chosen={chosen}"]
+    arguments += ["--lines=lr", "--panels=lr", "--choose=lr", f"--chosen={chosen}"]
     assert gather.main([str(out), *arguments]) == 0
     found = json.loads(files["json"].read_text())
     assert [row["labels"] for row in found["rows"]] == [{"lr": 3.0}]
@@ -239,6 +239,33 @@ def test_gather_writes_rows_choices_cost_and_plot(tmp_path, monkeypatch, capsys)
     output = capsys.readouterr().out
     assert "Cost of the sweep, 6 runs" in output
     assert "at the edge of its grid, ['lr']" in output
+
+
+def test_a_plot_has_all_rows_in_their_panels():
+    def row(method, clip, epsilon, mean):
+        labels = {"method": method, "clip": clip, "epsilon": epsilon, "lr": clip}
+        width = None if mean is None else 0.1
+        count = int(mean is not None)
+        return {
+            "labels": labels,
+            "mean": mean,
+            "half_width": width,
+            "n": count,
+            "metric": "test/accuracy" if count else None,
+        }
+
+    rows = [row("a", 2, 3.0, 0.2), row("a", 1, 3.0, 0.1), row("b", 1, 5.0, 0.3)]
+    rows.append(row("b", 2, 5.0, None))
+    figure = summary.draw(rows, x="clip", lines="method", panels="epsilon")
+    drawn = [
+        [container.lines[0].get_xydata().tolist() for container in axes.containers]
+        for axes in figure.axes
+    ]
+    assert drawn == [[[[1, 0.1], [2, 0.2]]], [[[1.02, 0.3]]]]
+    assert [axes.get_title() for axes in figure.axes] == ["epsilon 3", "epsilon 5"]
+    legend = figure.legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
+    assert len(summary.draw(rows, x="clip", lines="method", panels=None).axes) == 1
 
 
 def test_runs_on_public_data_cost_nothing(tmp_path):
