@@ -87,8 +87,12 @@ def _report(plan: Plan, argv: list[str]) -> int:
     if "chosen" in plan.given:
         sweep.write_json(Path(plan.given["chosen"]), {"choices": choices})
     if "plot" in plan.given:
-        axes = {name: plan.given.get(name) for name in ("x", "lines", "panels")}
-        figure = summary.draw(rows, **axes)
+        figure = summary.draw(
+            rows,
+            x=plan.given["x"],
+            lines=plan.given["lines"],
+            panels=plan.given.get("panels"),
+        )
         figure.savefig(plan.given["plot"], dpi=110)
         print(plan.given["plot"])
     if "out" in plan.given:

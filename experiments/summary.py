@@ -179,7 +179,7 @@ def draw(found: Rows, *, x: str, lines: str, panels: str | None) -> Any:
     for row in found:
         name = "" if panels is None else f"{panels} {_number(row['labels'][panels])}"
         parts.setdefault(name, []).append(row)
-    figure = Figure(figsize=(1 + 3.6 * len(parts), 4.2), layout="constrained")
+    figure = Figure(figsize=(3 + 3 * len(parts), 4.4), layout="constrained")
     grid = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
     names = list(dict.fromkeys(row["labels"][lines] for row in found))
     handles = {}
@@ -199,7 +199,7 @@ def draw(found: Rows, *, x: str, lines: str, panels: str | None) -> Any:
         handles.values(),
         map(str, handles),
         loc="outside lower center",
-        ncols=min(3, len(handles)),
+        ncols=min(2 if len(parts) < 2 else 3, len(handles)),
         frameon=False,
     )
     return figure
