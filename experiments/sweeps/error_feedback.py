@@ -73,12 +73,12 @@ TASKS = {
         conservative=11.4518,
         clips=(0.25, 1.0),
         sizes={
-            "DP-SGD": (4.0, 8.0, 16.0),
-            "DiceSGD outer_clip": (1.0, 2.0, 4.0),
-            "two channels": (1.0, 2.0, 4.0),
+            "DP-SGD": (8.0, 16.0, 32.0, 64.0),
+            "DiceSGD outer_clip": (4.0, 8.0, 16.0, 32.0),
+            "two channels": (4.0, 8.0, 16.0, 32.0),
             "DiceSGD k_participation": (1.0, 2.0, 4.0),
             "DiceSGD conservative": (0.06, 0.25, 1.0),
-            "DiceSGD paper, claimed": (1.0, 4.0, 8.0),
+            "DiceSGD paper, claimed": (0.25, 0.5, 1.0, 4.0),
         },
     ),
 }
