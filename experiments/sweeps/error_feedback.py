@@ -62,7 +62,7 @@ TASKS = {
             "two channels": (0.25, 0.5, 1.0, 2.0),
             "DiceSGD k_participation": (0.06, 0.12, 0.25, 0.5),
             "DiceSGD conservative": (0.06, 0.12, 0.25, 0.5),
-            "DiceSGD paper, claimed": (0.25, 0.5, 1.0, 2.0),
+            "DiceSGD paper, claimed": (0.06, 0.12, 0.25, 0.5, 1.0, 2.0),
         },
     ),
     "mnist": Task(
@@ -78,7 +78,7 @@ TASKS = {
             "two channels": (4.0, 8.0, 16.0, 32.0),
             "DiceSGD k_participation": (1.0, 2.0, 4.0),
             "DiceSGD conservative": (0.06, 0.25, 1.0),
-            "DiceSGD paper, claimed": (0.25, 0.5, 1.0, 4.0),
+            "DiceSGD paper, claimed": (0.06, 0.12, 0.25, 0.5, 1.0, 4.0),
         },
     ),
 }
