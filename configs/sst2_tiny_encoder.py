@@ -5,12 +5,14 @@
 
 runs the variants in turn; one alone, after the first command has made its vocabulary:
 
-    python -m experiments.train --config=configs/sst2_tiny_encoder.py:infilling,DIR \
-        --workdir=DIR/infilling
+    python -m experiments.train --config=configs/sst2_tiny_encoder.py:private,DIR \
+        --workdir=DIR/private
 
 ``pretrain``: one layer of width 64 fills in masked tokens of Shakespeare, public.
-``infilling``: all parameters, on the 6,920 sentences of SST-2 as private data; a sentence
-is followed by "It was <mask>." and the classes are the tokens of " poor" and " good".
+``private``: the token table, on the 6,920 sentences of SST-2 as private data; the classes
+are a fixed linear map, drawn at random, of the mean over the encoder's outputs, so that
+each token moves them on its own. At a mask ("It was <mask>.") this encoder says the same
+whatever the sentence, and what all gradients share there buries the rest under the noise.
 ``nonprivate``: the same without privacy, for comparison. DIR holds ``public.txt``,
 ``train.tsv`` and ``test.tsv`` (links) and ``tokenizer.json``, learnt from the public text.
 
@@ -21,13 +23,12 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-VARIANTS = ("pretrain", "infilling", "nonprivate")
-STEPS = 60
+VARIANTS = ("pretrain", "private", "nonprivate")
+STEPS = 80
 MASK = 1  # the second special token of the vocabulary
-LABELS = (954, 449)  # " poor" and " good" in the vocabulary of tinyshakespeare.txt
 
 
-def get_config(argument: str = "infilling") -> ConfigDict:
+def get_config(argument: str = "private") -> ConfigDict:
     """Return the recipe ``VARIANT[,FOLDER]``."""
     variant, folder = common.split_argument(
         argument, variants=VARIANTS, folder="runs/sst2"
@@ -36,8 +37,8 @@ def get_config(argument: str = "infilling") -> ConfigDict:
     config.compute.physical_batch_size = 64
     encoder = {
         "name": "dpjax.models.bert:Encoder",
-        "vocab_size": 1024,
-        "length": 80,
+        "vocab_size": 4096,
+        "length": 64,
         "first_position": 0,
         "segments": 1,
         "layers": 1,
@@ -57,7 +58,7 @@ def get_config(argument: str = "infilling") -> ConfigDict:
         text = {
             "name": "dpjax.data.text:text_blocks",
             "path": f"{folder}/public.txt",
-            "length": 80,
+            "length": 64,
             "tokenizer": tokenizer,
         }
         config.data = ConfigDict(
@@ -82,7 +83,8 @@ def get_config(argument: str = "infilling") -> ConfigDict:
         config.loss = ConfigDict(
             {"name": "dpjax.losses:masked_lm", "mask_token": MASK, "rate": 0.15}
         )
-        config.mechanism = common.non_private(batch_size=64, steps=600, delta=1e-5)
+        config.compute.physical_batch_size = 32
+        config.mechanism = common.non_private(batch_size=32, steps=400, delta=1e-5)
         config.optimizer = common.adam(3e-3)
         config.run.eval_every = 200
         return config
@@ -90,12 +92,12 @@ def get_config(argument: str = "infilling") -> ConfigDict:
         "name": "dpjax.data.text:labelled_texts",
         "delimiter": "\t",
         "columns": ("sentence", "label"),
-        "template": ("{sentence}", " It was", "<mask>", "."),
+        "template": ("{sentence}",),
         "label": "label",
-        "length": 56,
+        "length": 64,
         "tokenizer": tokenizer,
     }
-    private = variant == "infilling"
+    private = variant == "private"
     config.data = ConfigDict(
         {
             "source": {**sentences, "path": f"{folder}/train.tsv"},
@@ -108,31 +110,32 @@ def get_config(argument: str = "infilling") -> ConfigDict:
             "provenance": "public",
             "metric": {"name": "dpjax.losses:accuracy"},
             "batch_size": 64,
-            "ema_decay": 0.9,
+            "ema_decay": 0.0,
         }
     )
     config.model = ConfigDict(
         {
             "name": "dpjax.models.weights:exported",
             "path": f"{folder}/pretrain/export",
-            "fresh": (),
+            "fresh": ("head/.*",),
             "model": {
-                "name": "dpjax.models.bert:infilling",
+                "name": "dpjax.models.bert:mean_classifier",
                 "encoder": encoder,
-                "mask_token": MASK,
-                "label_tokens": LABELS,
+                "num_classes": 2,
             },
         }
     )
-    config.parameters.provenance = "public"
+    config.parameters = ConfigDict(
+        {"train": ("token/embedding",), "provenance": "public"}
+    )
     config.loss = ConfigDict(
         {"name": "dpjax.losses:classification", "label_smoothing": 0.0}
     )
     if private:
         config.mechanism = common.dp_sgd(
-            epsilon=8.0, delta=1e-5, clip_norm=0.1, rate=1024 / 6920, steps=STEPS
+            epsilon=8.0, delta=1e-5, clip_norm=0.05, rate=1024 / 6920, steps=STEPS
         )
     else:
         config.mechanism = common.non_private(batch_size=1024, steps=STEPS, delta=1e-5)
-    config.optimizer = common.adam(1e-2)
+    config.optimizer = common.adam(0.15)
     return config

@@ -5,7 +5,7 @@
 
 --task      e2e: descriptions of restaurants, by a tiny GPT with private LoRA adapters
             (configs/e2e_tiny_gpt.py; BLEU and ROUGE-L need the extra ``text``);
-            sst2: the mood of sentences, by a tiny encoder that fills in a word
+            sst2: the mood of sentences, by a tiny encoder
             (configs/sst2_tiny_encoder.py)
 --text      public text to pretrain on, and to learn the vocabulary from
 --data      e2e: devset.csv (private) and testset_w_refs.csv; sst2: train.tsv and test.tsv
@@ -30,9 +30,9 @@ from dpjax.config import ConfigError
 from experiments import options, sweep, timing
 
 _OPTIONS = ("task", "text", "data", "workdir")
-_VOCABULARY = 1024
+_VOCABULARY = {"e2e": 1024, "sst2": 4096}
 _SPECIALS = ("<eos>", "<mask>")
-_WORDS = ("poor", "good")  # of the classes, see configs/sst2_tiny_encoder.py
+_WORDS = (" poor", " good")  # of the classes for the untouched model: It was ...
 _FILES = {
     "e2e": {"devset.csv": "train.csv", "testset_w_refs.csv": "test.csv"},
     "sst2": {"train.tsv": "train.tsv", "test.tsv": "test.tsv"},
@@ -72,7 +72,7 @@ def _run(name: str, text: Path, data: Path, workdir: Path) -> None:
 
     task = {
         "e2e": Task(e2e_tiny_gpt, "lora", _compare_e2e),
-        "sst2": Task(sst2_tiny_encoder, "infilling", _compare_sst2),
+        "sst2": Task(sst2_tiny_encoder, "private", _compare_sst2),
     }[name]
     _prepare(name, text, data, workdir)
     recipes = {
@@ -118,7 +118,7 @@ def _prepare(name: str, text: Path, data: Path, workdir: Path) -> None:
     if not vocabulary.exists():
         train_bpe(
             paths=[str(text)],
-            vocab_size=_VOCABULARY,
+            vocab_size=_VOCABULARY[name],
             specials=_SPECIALS,
             out=str(vocabulary),
             provenance="public",
@@ -133,27 +133,44 @@ def _compare_sst2(
     from dpjax import config as configs
     from dpjax.checkpoint import load_export
 
-    config = recipes["infilling"]
-    source = configs.build(config["evaluation"]["source"])
-    model = configs.build(config["model"])
-    metric = configs.build(config["evaluation"]["metric"], model)
-    shown = range(0, len(source), 150)
-    scores, answers = {}, {}
-    for label, run in _runs("infilling").items():
+    config = recipes["private"]
+    shown, scores, answers = range(0, 1821, 150), {}, {}
+    for label, run in _runs("private").items():
+        spec, source = config["model"], config["evaluation"]["source"]
+        if run == "pretrain":
+            spec, source = _untouched(spec["model"]["encoder"], source)
+        source, model = configs.build(source), configs.build(spec)
+        metric = configs.build(config["evaluation"]["metric"], model)
         params = load_export(workdir / run / "export")
         scores[label] = {"accuracy": _mean(metric, source, params)}
         predict = jax.vmap(model.apply, (None, 0, None))
         logits = predict(params, source[shown], jax.random.key(0))
         answers[label] = [_WORDS[int(row.argmax())] for row in logits]
     rows = (workdir / "test.tsv").read_text().splitlines()
-    lines = ["The likelier word for every 150th sentence of the test set.\n"]
+    lines = ["The likelier class of every 150th sentence of the test set.\n"]
     for i, row in enumerate(shown):
         text, truth = rows[row].split("\t")
-        lines.append(f"**{text}** It was ...\n")
-        lines += [f"- {label}: {words[i]}" for label, words in answers.items()]
-        lines.append(f"- label: {_WORDS[int(truth)]}\n")
+        lines.append(f"**{text}**\n")
+        lines += [f"- {label}:{words[i]}" for label, words in answers.items()]
+        lines.append(f"- label:{_WORDS[int(truth)]}\n")
     (workdir / "results" / "samples.md").write_text("\n".join(lines))
     return scores
+
+
+def _untouched(encoder: Mapping[str, Any], source: Any) -> tuple[Any, Any]:
+    """Return model and source that ask the public model for a word: It was ..."""
+    from configs.sst2_tiny_encoder import MASK
+    from dpjax import config as configs
+
+    encode = configs.build(source["tokenizer"]).encode
+    model = {
+        "name": "dpjax.models.bert:infilling",
+        "encoder": encoder,
+        "mask_token": MASK,
+        "label_tokens": [encode(word)[0] for word in _WORDS],
+    }
+    template = ("{sentence}", " It was", "<mask>", ".")
+    return model, {**source, "template": template}
 
 
 def _compare_e2e(

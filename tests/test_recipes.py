@@ -36,6 +36,7 @@ TRAINED = {
     ("cifar10_vit", "film"): (IMAGE, 25 * 2 * 768 + 768 * 10 + 10),
     ("cifar10_vit", "all"): (IMAGE, 85_798_656 + 768 * 10 + 10),
     ("e2e_tiny_gpt", "lora"): (TOKENS, 2 * 8 * (4 * (128 + 128) + 2 * (128 + 512))),
+    ("sst2_tiny_encoder", "private"): (TOKENS, 4096 * 64),
     ("shakespeare_gpt", ""): (TOKENS, SHAKESPEARE),
 }
 

@@ -132,7 +132,7 @@ def roberta_large(
 
 
 class _Bert(nn.Module):
-    """The encoder and a head, called with (hidden, tokens, attend of the table)."""
+    """The encoder and a head, called with (hidden, tokens, attend of the table, mask)."""
 
     encoder: Encoder
     head: nn.Module
@@ -152,7 +152,7 @@ class _Bert(nn.Module):
         x = x + self._segments(segments).astype(x.dtype)
         x = norm(spec, name="embed_norm")(x)
         x = run_blocks(spec, x, mask=mask)
-        return self.head(x, tokens, token.attend)
+        return self.head(x, tokens, token.attend, mask)
 
     def _positions(self, tokens: int) -> Float[Array, "T D"]:
         start, width = self.encoder.first_position, self.encoder.width
@@ -178,9 +178,30 @@ class _ClassHead(nn.Module):
         x: Float[Array, "T D"],
         tokens: Int[Array, "T"],
         attend: Callable[[Array], Array],
+        mask: Bool[Array, "T"] | None,
+    ) -> Float[Array, "C"]:
+        del tokens, attend, mask
+        x = jnp.tanh(dense(self.spec, self.spec.width, name="dense", bias=True)(x[:1]))
+        return dense(self.spec, self.num_classes, name="out", bias=True)(x)[0]
+
+
+class _MeanHead(nn.Module):
+    """Classify by the mean over visible tokens: one linear map."""
+
+    spec: Spec
+    num_classes: int
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "T D"],
+        tokens: Int[Array, "T"],
+        attend: Callable[[Array], Array],
+        mask: Bool[Array, "T"] | None,
     ) -> Float[Array, "C"]:
         del tokens, attend
-        x = jnp.tanh(dense(self.spec, self.spec.width, name="dense", bias=True)(x[:1]))
+        seen = jnp.ones(len(x), x.dtype) if mask is None else mask.astype(x.dtype)
+        x = (seen @ x / jnp.maximum(jnp.sum(seen), 1.0))[None]
         return dense(self.spec, self.num_classes, name="out", bias=True)(x)[0]
 
 
@@ -198,7 +219,9 @@ class _TokenHead(nn.Module):
         x: Float[Array, "T D"],
         tokens: Int[Array, "T"],
         attend: Callable[[Array], Array],
+        mask: Bool[Array, "T"] | None,
     ) -> Float[Array, "..."]:
+        del mask
         if self.mask_token is not None:
             # One product with the table instead of T.
             x = x[jnp.argmax(tokens == self.mask_token)][None]
@@ -233,6 +256,27 @@ def classifier(*, encoder: Encoder, num_classes: int) -> Model:
             too many tokens.
     """
     head = _ClassHead(encoder.spec(), num_classes)
+    return token_model(_Bert(encoder, head), reads=_READS)
+
+
+def mean_classifier(*, encoder: Encoder, num_classes: int) -> Model:
+    """Build an encoder that classifies by the mean over its tokens, with one linear map.
+
+    Each token then moves the logits on its own, whatever the layers have learnt: a start
+    for encoders too small to gather a text at one place.
+
+    Args:
+        encoder: Its sizes.
+        num_classes: Number of classes C.
+
+    Returns:
+        A model to logits ``[C]``; it reads what that of ``classifier`` reads. Tokens that
+        nobody sees do not count in the mean; if there are none else, it is 0.
+
+    Raises:
+        ValueError: As ``classifier``.
+    """
+    head = _MeanHead(encoder.spec(), num_classes)
     return token_model(_Bert(encoder, head), reads=_READS)
 
 

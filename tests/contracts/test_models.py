@@ -66,6 +66,8 @@ def make_bert(*, head, **run):
         return model, masked_lm(model, mask_token=10, rate=0.5)
     if head == "infill":
         model = bert.infilling(encoder=encoder, mask_token=10, label_tokens=(4, 7, 2))
+    elif head == "mean":
+        model = bert.mean_classifier(encoder=encoder, num_classes=3)
     else:
         model = bert.classifier(encoder=encoder, num_classes=3)
     return model, classification(model)
@@ -84,6 +86,7 @@ CASES = {
     "bert-bookkeeping": (make_bert, {"head": "class", **SCAN}, DIFFERENCE),
     "bert-ghost": (make_bert, {"head": "token", **PLAIN}, FLAT),
     "bert-auto": (make_bert, {"head": "infill", **SCAN_REMAT}, FLAT),
+    "bert_mean-auto": (make_bert, {"head": "mean", **PLAIN}, FLAT),
 }
 
 

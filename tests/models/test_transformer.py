@@ -102,8 +102,9 @@ def test_a_decoder_sees_no_later_token():
     assert np.abs(before[4:] - after[4:]).min() > 0
 
 
-def test_an_encoder_does_not_see_what_is_masked():
-    model = bert.classifier(encoder=tiny_encoder(), num_classes=3)
+@pytest.mark.parametrize("head", [bert.classifier, bert.mean_classifier])
+def test_an_encoder_does_not_see_what_is_masked(head):
+    model = head(encoder=tiny_encoder(), num_classes=3)
     tokens, mask = np.arange(6, dtype=np.int32), np.arange(6) < 4
     params = draw_params(model, {"tokens": tokens, "mask": mask})
     apply = compiled(model.apply)
