@@ -17,7 +17,8 @@ whatever the sentence, and what all gradients share there buries the rest under 
 ``train.tsv`` and ``test.tsv`` (links) and ``tokenizer.json``, learnt from the public text.
 
 Two minutes on two CPU cores; epsilon 8.00, delta 1e-5; accuracy 0.636 (untouched 0.499,
-without privacy 0.710), and runs differ by several points. More: experiments/results/public_to_private.md.
+without privacy 0.710), and runs differ by several points. More:
+experiments/results/public_to_private.md.
 """
 
 from ml_collections import ConfigDict
