@@ -63,6 +63,7 @@ def test_a_resumed_run_has_the_same_memory_bit_for_bit(
 def test_the_memory_is_neither_exported_nor_logged_nor_printed(undisturbed):
     workdir, state = undisturbed
     assert {path.name for path in (workdir / "export").iterdir()} == {
+        "parameters.json",
         "params.npz",
         "privacy_card.json",
         "privacy_card.md",

@@ -62,7 +62,8 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(name, tmp_path, monkey
     public |= {"test/accuracy"}
     assert set().union(*metrics(one)) == public
     files = {path.name for path in (one / "export").iterdir()}
-    assert files == {"params.npz", "privacy_card.json", "privacy_card.md"}
+    cards = {"privacy_card.json", "privacy_card.md"}
+    assert files == {"parameters.json", "params.npz", *cards}
     # One of the two mechanisms moves its clip norm, and what is logged is the one used.
     logged = [row["clip_norm"] for row in metrics(one)]
     assert (len(set(logged)) > 1) == (name == "adaptive")

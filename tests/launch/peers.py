@@ -15,7 +15,8 @@ def main(argv):
     index, count = jax.process_index(), jax.process_count()
     total = multihost_utils.process_allgather(jnp.asarray(index + 1)).sum()
     devices = jax.local_device_count()
-    print(f"process {index} of {count}, {devices} devices: {total}", flush=True)
+    # On a line of its own: what Gloo says may stop within one.
+    print(f"\nprocess {index} of {count}, {devices} devices: {total}", flush=True)
 
 
 if __name__ == "__main__":
