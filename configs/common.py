@@ -1,5 +1,7 @@
 """The groups that most recipes share. Recipes set the rest; nothing else is inherited."""
 
+from typing import Any
+
 from ml_collections import ConfigDict, config_dict
 
 ADAPTERS = r".*/lora_[ab]"
@@ -87,6 +89,35 @@ def non_private(*, batch_size: int, steps: int, delta: float) -> ConfigDict:
             },
             "steps": steps,
             "delta": delta,
+        }
+    )
+
+
+def read_text(
+    config: ConfigDict,
+    *,
+    path: str,
+    length: int,
+    tokenizer: dict[str, Any],
+    metric: dict[str, Any],
+) -> None:
+    """Set ``data`` and ``evaluation`` to blocks of a public text, the last 5% held out."""
+    text = {
+        "name": "dpjax.data.text:text_blocks",
+        "path": path,
+        "length": length,
+        "tokenizer": tokenizer,
+    }
+    config.data = ConfigDict(
+        {"source": {**text, "start": 0.0, "stop": 0.95}, "provenance": "public"}
+    )
+    config.evaluation = ConfigDict(
+        {
+            "source": {**text, "start": 0.95, "stop": 1.0},
+            "provenance": "public",
+            "metric": metric,
+            "batch_size": 64,
+            "ema_decay": 0.0,
         }
     )
 

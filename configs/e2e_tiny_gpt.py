@@ -48,23 +48,12 @@ def get_config(argument: str = "lora") -> ConfigDict:
     }
     metric = {"name": "dpjax.losses:token_nats"}
     if variant == "pretrain":
-        text = {
-            "name": "dpjax.data.text:text_blocks",
-            "path": f"{folder}/public.txt",
-            "length": 192,
-            "tokenizer": tokenizer,
-        }
-        config.data = ConfigDict(
-            {"source": {**text, "start": 0.0, "stop": 0.95}, "provenance": "public"}
-        )
-        config.evaluation = ConfigDict(
-            {
-                "source": {**text, "start": 0.95, "stop": 1.0},
-                "provenance": "public",
-                "metric": metric,
-                "batch_size": 64,
-                "ema_decay": 0.0,
-            }
+        common.read_text(
+            config,
+            path=f"{folder}/public.txt",
+            length=192,
+            tokenizer=tokenizer,
+            metric=metric,
         )
         config.model = ConfigDict(gpt)
         config.mechanism = common.non_private(batch_size=32, steps=600, delta=1e-5)

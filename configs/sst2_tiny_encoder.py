@@ -57,34 +57,18 @@ def get_config(argument: str = "private") -> ConfigDict:
         "path": f"{folder}/tokenizer.json",
     }
     if variant == "pretrain":
-        text = {
-            "name": "dpjax.data.text:text_blocks",
-            "path": f"{folder}/public.txt",
-            "length": 64,
-            "tokenizer": tokenizer,
-        }
-        config.data = ConfigDict(
-            {"source": {**text, "start": 0.0, "stop": 0.95}, "provenance": "public"}
+        hidden = {"mask_token": MASK, "rate": 0.15}
+        common.read_text(
+            config,
+            path=f"{folder}/public.txt",
+            length=64,
+            tokenizer=tokenizer,
+            metric={"name": "dpjax.losses:hidden_token_nats", **hidden},
         )
         config.model = ConfigDict(
             {"name": "dpjax.models.bert:masked_lm", "encoder": encoder}
         )
-        config.evaluation = ConfigDict(
-            {
-                "source": {**text, "start": 0.95, "stop": 1.0},
-                "provenance": "public",
-                "metric": {
-                    "name": "dpjax.losses:hidden_token_nats",
-                    "mask_token": MASK,
-                    "rate": 0.15,
-                },
-                "batch_size": 64,
-                "ema_decay": 0.0,
-            }
-        )
-        config.loss = ConfigDict(
-            {"name": "dpjax.losses:masked_lm", "mask_token": MASK, "rate": 0.15}
-        )
+        config.loss = ConfigDict({"name": "dpjax.losses:masked_lm", **hidden})
         config.compute.physical_batch_size = 32
         config.mechanism = common.non_private(batch_size=32, steps=400, delta=1e-5)
         config.optimizer = common.adam(3e-3)

@@ -2,7 +2,8 @@
 
 Times as in ``suite``: alternating, against plain ``grad`` of the same batch. The largest
 batch follows from what the compiler allocates for two sizes: a program's memory is a part
-that stays and a part for each example.
+that stays and a part for each example. An engine that goes over to microbatches, as ``auto``
+does before memory ends, hardly grows between them: its figure is huge and says only that.
 """
 
 import functools

@@ -74,9 +74,9 @@ def summed(
     """Run a site; the gradient with respect to ``extra`` is its weighted gradient.
 
     Under ``vmap`` it is the sum over the batch of ``scale`` times the gradient of the
-    weight, in float32 and without any per-example gradient. The backward pass that feeds it
-    is not weighted: it is the pass that measured the norms, so that low precision cannot
-    make a contribution differ from what was measured.
+    weight, at least float32 and without any per-example gradient. The backward pass that
+    feeds it is not weighted: it is the pass that measured the norms, so that low precision
+    cannot make a contribution differ from what was measured.
 
     Args:
         site: Each iteration of its loops must have weights of its own.

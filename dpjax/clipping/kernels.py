@@ -3,7 +3,8 @@
 At a site the gradient of example b with respect to the weight is, up to the order of axes,
 ``W[h, b, k, n] = sum_t left[h, b, t, k] right[h, b, t, n]`` with h: axes that weight, data
 and output share; t: positions that share the weight; k: contracted axes; n: axes that only
-weight and output have. Everything here is computed in at least float32.
+weight and output have. Everything here is accumulated in at least float32; what is
+multiplied in bfloat16, and what norms allow for that, says ``weighted_sum``.
 """
 
 import dataclasses

@@ -152,6 +152,8 @@ def test_no_contribution_exceeds_the_clip_norm_in_low_precision(
     }
     x, y = rng.normal(size=(12, 6, 24)), rng.normal(size=(12, 6, 9))
     examples = {"x": jnp.float32(x), "y": jnp.float32(y)}
+    # Terms of bfloat16 are paid for by clipping further in.
+    least = 0.98 if terms and dtype == jnp.bfloat16 else 0.99
     loss = low_precision(dtype)
     run = jax.jit(lambda *args: engine(*args), static_argnums=0)
     for clip_norm in (0.7, 1.3):
@@ -159,7 +161,7 @@ def test_no_contribution_exceeds_the_clip_norm_in_low_precision(
         for i in range(12):
             one = batch_of(examples, mask=np.arange(12) == i)
             clipped, _ = run(loss, query, one, jax.random.key(0))
-            assert 0.98 * clip_norm < norm(clipped.total) <= clip_norm
+            assert least * clip_norm < norm(clipped.total) <= clip_norm
 
 
 def low(rng, *, t):
@@ -220,3 +222,16 @@ def test_terms_of_bfloat16_are_so_many_products(monkeypatch):
         return str(run(weights)).count("dot_general")
 
     assert [products(terms) for terms in (1, 2, 3)] == [1, 2, 3]
+
+
+def test_rows_are_summed_alike_on_accelerators(monkeypatch):
+    rows = np.random.default_rng(0).normal(size=(5, 3, 2)).astype(np.float32)
+    weights = jnp.asarray([1.0, 0.5, 0.0, 2.0, 0.0])
+    rows[2] = np.nan
+    known = np.where(np.isnan(rows), 0, rows)
+    expected = np.einsum("b,bij->ij", weights, known)
+    for backend in ("cpu", "gpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        np.testing.assert_allclose(
+            kernels.weighted_rows(jnp.asarray(rows), weights), expected, rtol=1e-6
+        )
