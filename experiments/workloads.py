@@ -13,7 +13,7 @@ from dpjax.models.bert import classifier, roberta_large
 from dpjax.models.convnet import groupnorm_cnn
 from dpjax.models.gpt2 import gpt2_small
 from dpjax.models.mlp import mlp
-from dpjax.models.vit import vit_b16
+from dpjax.models.vit import vit_b16, vit_ti16
 from dpjax.models.wide_resnet import wide_resnet
 from dpjax.typing import Batch, Example, Key, Loss, Model, Params, Scalar
 from experiments.transformers import Shape, gpt_loss, init_gpt, init_lora, with_lora
@@ -78,9 +78,9 @@ def _images(model: Model, *, side: int, channels: int, size: int) -> Recipe:
     return Recipe(classification(model), arrays)
 
 
-def _vit_b16() -> Recipe:
-    model = vit_b16(num_classes=10, image_size=224, **_LOW)
-    return _images(model, side=224, channels=3, size=64)
+def _vit(make: Callable[..., Model], *, dtype: str, size: int) -> Recipe:
+    model = make(num_classes=10, image_size=224, **_LOW | {"dtype": dtype})
+    return _images(model, side=224, channels=3, size=size)
 
 
 def _gpt2_small(length: int, *, size: int) -> Recipe:
@@ -204,9 +204,10 @@ WORKLOADS: dict[str, Callable[[], Recipe]] = {
     ),
     "gpt_scan": functools.partial(_gpt, _SMALL, size=16, stacked=True),
     "lora_gpt": _lora_gpt,
+    "vit_ti16": functools.partial(_vit, vit_ti16, dtype="float32", size=16),
     "gpt2_small_100": functools.partial(_gpt2_small, 100, size=64),
     "gpt2_small_1024": functools.partial(_gpt2_small, 1024, size=8),
-    "vit_b16": _vit_b16,
+    "vit_b16": functools.partial(_vit, vit_b16, dtype="bfloat16", size=64),
     "roberta_large": _roberta_large,
     "wrn28_10": functools.partial(_wrn, 28, 10, dtype="bfloat16", size=64),
 }
