@@ -5,8 +5,8 @@
         [--plot=FILE.png]
 
 --suite=clipping  clipped gradient sums of every engine
---suite=mechanisms  clipped sums of a step of DP-SGD, DiceSGD and DIFF2, relative to DP-SGD
-                    by the same engine
+--suite=mechanisms  steps of DP-SGD, DiceSGD and DIFF2, whole and their clipped sums alone,
+                    relative to DP-SGD by the same engine
 --suite=throughput  examples per second of every engine, and the largest batch; GPU only
 --out=FILE.json   receives the rows and how they were measured
 --workloads=A,B   all that suit the device if not given
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
 def _run(plan: Plan, argv: list[str]) -> None:
     import jax
 
-    from experiments import report, suite, throughput, timing
+    from experiments import report, steps, suite, throughput, timing
 
     results: dict[str, Any] = timing.provenance(
         module="experiments.benchmark",
@@ -74,7 +74,7 @@ def _run(plan: Plan, argv: list[str]) -> None:
     results |= {"suite": plan.suite, "rounds": plan.rounds, "baselines": {}, "rows": []}
     measure = {
         "clipping": suite.measure,
-        "mechanisms": suite.mechanisms,
+        "mechanisms": steps.measure,
         "throughput": throughput.measure,
     }[plan.suite]
     for name in plan.workloads:

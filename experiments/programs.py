@@ -96,30 +96,6 @@ def private(loss: Loss, engine: str, *, microbatch_size: int | None = None) -> P
     return program
 
 
-def step_sum(loss: Loss, engine: str, mechanism: str) -> Program:
-    """Return the clipped sums of one step, for ``(params, previous)`` as parameters.
-
-    Args:
-        loss: Of one example.
-        engine: Name.
-        mechanism: "dp_sgd": gradients at params; "dice_sgd": the same, and the sum of what
-            clipping cuts off; "diff2": differences of the gradients at both.
-    """
-    run = resolve_engine(engine)
-
-    def program(
-        points: tuple[Params, Params], batch: Batch, key: Key, clip_norm: Scalar
-    ) -> Any:
-        params, _ = points
-        query = Query((params,), clip_norm=clip_norm, residual=mechanism == "dice_sgd")
-        if mechanism == "diff2":
-            query = Query(points, signs=(1.0, -1.0), clip_norm=clip_norm)
-        clipped, _ = run(loss, query, batch, key)
-        return clipped.total, clipped.residual
-
-    return program
-
-
 def compiled(program: Program, arguments: tuple[Any, ...]) -> Compiled:
     """Compile for these arguments, arrays or shapes."""
     # Else what earlier programs traced of the same functions would be free.

@@ -13,7 +13,6 @@ from experiments.programs import Compiled, Program
 from experiments.timing import alternate, fastest, ratio, row
 from experiments.workloads import Workload, build
 
-MECHANISMS = ("dp_sgd", "dice_sgd", "diff2")
 REFERENCE = "vmap"
 _SCREENING_ROUNDS = 2
 _PLAUSIBLE = 1.5  # slower than the fastest by this factor: cannot be the baseline
@@ -46,57 +45,6 @@ def measure(
         for size in slice_sizes(workload)
     }
     return compare(workload, whole, sliced, rounds=rounds)
-
-
-def mechanisms(
-    name: str, *, engines: Sequence[str], rounds: int
-) -> tuple[Rows, str | None]:
-    """Measure the clipped sums of a step of each mechanism, relative to DP-SGD's.
-
-    Args:
-        name: Of the workload.
-        engines: Names.
-        rounds: How often all programs take their turn.
-
-    Returns:
-        The rows, their engine named engine/mechanism, and None: each engine has a baseline
-        of its own.
-    """
-    workload = build(name)
-    previous = jax.tree.map(lambda leaf: 0.99 * leaf, workload.params)
-    arguments = (
-        (workload.params, previous),
-        *_arguments(workload, jnp.float32(1.0))[1:],
-    )
-    ready = {
-        (engine, mechanism): programs.compiled(
-            programs.step_sum(workload.loss, engine, mechanism), arguments
-        )
-        for engine in engines
-        for mechanism in MECHANISMS
-    }
-    calls = {
-        "/".join(names): functools.partial(_wait, compiled, arguments)
-        for names, compiled in ready.items()
-    }
-    times = alternate(calls, rounds=rounds)
-    rows = []
-    for (engine, mechanism), compiled in ready.items():
-        unit, own = f"{engine}/{MECHANISMS[0]}", f"{engine}/{mechanism}"
-        plain = ready[engine, MECHANISMS[0]]
-        rows.append(
-            row(
-                name,
-                own,
-                time_ratio=ratio(times[own], times[unit]),
-                time_ms=1e3 * statistics.median(times[own]),
-                temp_bytes_ratio=compiled.temp_bytes / plain.temp_bytes,
-                flops_ratio=_quotient(compiled.flops, plain.flops),
-                compile_s=compiled.seconds,
-                compile_ratio=compiled.seconds / plain.seconds,
-            )
-        )
-    return rows, None
 
 
 def compare(
@@ -196,7 +144,7 @@ def _rows(
     for name, compiled in ready.items():
         values = {
             "temp_bytes_ratio": compiled.temp_bytes / grad.temp_bytes,
-            "flops_ratio": _quotient(compiled.flops, grad.flops),
+            "flops_ratio": quotient(compiled.flops, grad.flops),
             "compile_s": compiled.seconds,
             "compile_ratio": compiled.seconds / grad.seconds,
             "max_rel_error": (errors or {}).get(name),
@@ -208,5 +156,6 @@ def _rows(
     return rows
 
 
-def _quotient(value: float | None, unit: float | None) -> float | None:
+def quotient(value: float | None, unit: float | None) -> float | None:
+    """Return value / unit; None if one of them is not known."""
     return None if value is None or unit is None else value / unit
