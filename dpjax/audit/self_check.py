@@ -1,14 +1,14 @@
 """Checks of a run's own parts before its first step: ``run.self_check=True``.
 
-They run the configured loss, engine, sampler, mechanism and optimizer on a few real
-examples and on empty sums, and say only which checks passed: a number would be a statistic
-of private data without noise. That a check fails is a fact about the data, too; it stops
-the run, and is told to whoever started it.
+They run the configured loss, sampler, mechanism and optimizer, and every engine, on a few
+real examples and on empty sums, and say only which checks passed: a number would be a
+statistic of private data without noise. That a check fails is a fact about the data, too;
+it stops the run, and is told to whoever started it.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ from jaxtyping import Array
 
 from dpjax.audit import distinguish
 from dpjax.audit.views import has_view
-from dpjax.clipping import Engine, vmap
+from dpjax.clipping import ENGINES, Engine
 from dpjax.config import ConfigError
 from dpjax.experiment import Experiment
 from dpjax.mechanisms import Mechanism
@@ -39,9 +39,10 @@ from dpjax.typing import Batch, Params
 EXAMPLES = 8
 """Real examples that are looked at."""
 _STEPS = 64
+CONFIGURED = "config.compute.engine"
 _ROUNDING = 1e-4
 """Of float32 sums and norms, relative to the bound."""
-
+_FIX = "use config.compute.engine='vmap' and report the loss"
 
 Ask = Callable[[str, Params, Batch], tuple[ClippedSum, PerExample]]
 
@@ -55,15 +56,19 @@ class Part(NamedTuple):
 
     ``params`` are those that are trained.
 
-    ``ask`` and ``reference`` are ``(phase, params, batch) -> (ClippedSum, PerExample)``, by
-    the configured engine and by per-example gradients.
+    ``asks`` are ``(phase, params, batch) -> (ClippedSum, PerExample)`` by each engine: the
+    configured one first, as ``CONFIGURED``, then those that ship, by name.
     """
 
     experiment: Experiment
     params: Params
     batch: Batch
-    ask: Ask
-    reference: Ask
+    asks: Mapping[str, Ask]
+
+    @property
+    def reference(self) -> Ask:
+        """By per-example gradients."""
+        return self.asks.get("vmap", self.asks[CONFIGURED])
 
 
 def self_check(experiment: Experiment) -> str:
@@ -83,13 +88,13 @@ def self_check(experiment: Experiment) -> str:
     start = jax.jit(experiment.model.init)(jax.random.key(0), blank)
     params, frozen = partition(start, experiment.train)
     batch = Batch(rows, np.ones(count, bool), np.asarray(index, np.int32))
-    part = Part(
-        experiment,
-        params,
-        batch,
-        ask=_asking(experiment, experiment.engine, params, frozen),
-        reference=_asking(experiment, vmap, params, frozen),
-    )
+    engines = {CONFIGURED: experiment.engine} | {
+        name: engine
+        for name, engine in ENGINES.items()
+        if engine is not experiment.engine
+    }
+    asks = {name: _asking(experiment, e, params, frozen) for name, e in engines.items()}
+    part = Part(experiment, params, batch, asks)
     lines = [check(part) for check in _checks(experiment.mechanism)]
     return "\n".join(["self-check, all passed", *(f"  {line}" for line in lines)])
 
@@ -141,50 +146,57 @@ def check_per_example(part: Part) -> str:
 
 def check_sensitivity(part: Part) -> str:
     """Removing one example moves the clipped sum by at most what release assumes."""
-    count = len(part.batch.mask)
-    for phase, params in _points(part):
-        whole, _ = part.ask(phase, params, part.batch)
-        bound = float(whole.l2_bound)
-        rest = float(whole.outer_norm) - bound
-        for left_out in range(count):
-            mask = np.arange(count) != left_out
-            without, _ = part.ask(phase, params, part.batch._replace(mask=mask))
-            for name, limit in (("total", bound), ("residual", rest)):
-                one, two = getattr(whole, name), getattr(without, name)
-                if one is None or math.isinf(limit):
-                    continue
-                moved = float(optax.tree.norm(jax.tree.map(jnp.subtract, one, two)))
-                # Rounding grows with the sums, which are the larger for a large bound.
-                slack = _ROUNDING * count * float(whole.l2_bound)
-                if not moved <= limit + slack:
-                    raise SelfCheckError(
-                        f"removing one example moves the {name} of the clipped sum by more "
-                        "than its bound: the engine clips wrongly for this loss; use "
-                        "config.compute.engine='vmap' and report the loss"
-                    )
-    return "one example moves the clipped sum by at most its bound"
+    for engine, ask in part.asks.items():
+        for phase, params in _points(part):
+            _check_neighbours(engine, functools.partial(ask, phase, params), part.batch)
+    return "one example moves the clipped sum by at most its bound, in every engine"
+
+
+def _check_neighbours(
+    engine: str, ask: Callable[[Batch], tuple[ClippedSum, PerExample]], batch: Batch
+) -> None:
+    count = len(batch.mask)
+    whole, _ = ask(batch)
+    bound = float(whole.l2_bound)
+    # Rounding grows with the sums, which are the larger for a large bound.
+    slack = _ROUNDING * count * bound
+    limits = {"total": bound, "residual": float(whole.outer_norm) - bound}
+    for left_out in range(count):
+        without, _ = ask(batch._replace(mask=np.arange(count) != left_out))
+        for name, limit in limits.items():
+            one, two = getattr(whole, name), getattr(without, name)
+            if one is None or math.isinf(limit):
+                continue
+            moved = float(optax.tree.norm(jax.tree.map(jnp.subtract, one, two)))
+            if not moved <= limit + slack:
+                raise SelfCheckError(
+                    f"{engine}: removing one example moves the {name} of the clipped sum "
+                    f"by more than its bound: the engine clips wrongly for this loss; {_FIX}"
+                )
 
 
 def check_engine(part: Part) -> str:
-    """The configured engine agrees with per-example gradients; chunks add up."""
+    """Engines agree with per-example gradients, and the sums of chunks add up."""
+    count = len(part.batch.mask)
+    first = np.arange(count) < count // 2
     for phase, params in _points(part):
-        ours, _ = part.ask(phase, params, part.batch)
-        reference, _ = part.reference(phase, params, part.batch)
-        count = len(part.batch.mask)
-        first = np.arange(count) < count // 2
-        halves = [
-            part.ask(phase, params, part.batch._replace(mask=mask))[0]
-            for mask in (first, ~first)
-        ]
-        limit = 1e-3 * float(ours.l2_bound) * count
-        for other in (reference, halves[0].merge(halves[1])):
-            apart = jax.tree.map(jnp.subtract, ours.total, other.total)
-            if not float(optax.tree.norm(apart)) <= limit:
-                raise SelfCheckError(
-                    "the engine's sum is not that of per-example gradients, or not the sum "
-                    "of its parts: use config.compute.engine='vmap' and report the loss"
-                )
-    return "the engine agrees with per-example gradients, whole and in chunks"
+        truth, _ = part.reference(phase, params, part.batch)
+        limit = 1e-3 * float(truth.l2_bound) * count
+        for engine, ask in part.asks.items():
+            whole, _ = ask(phase, params, part.batch)
+            one, two = (
+                ask(phase, params, part.batch._replace(mask=mask))[0]
+                for mask in (first, ~first)
+            )
+            for sums in (whole, one.merge(two)):
+                apart = jax.tree.map(jnp.subtract, sums.total, truth.total)
+                if not float(optax.tree.norm(apart)) <= limit:
+                    raise SelfCheckError(
+                        f"{engine}: the sum is not that of per-example gradients, or not "
+                        f"the sum of its parts; {_FIX}"
+                    )
+    names = ", ".join(ENGINES)
+    return f"engines agree with per-example gradients, whole and in chunks: {names}"
 
 
 def check_sampler(part: Part) -> str:
@@ -271,7 +283,7 @@ def check_update(part: Part) -> str:
     experiment, params = part.experiment, part.params
     mechanism, key = experiment.mechanism, root_key(0)
     phase = mechanism.phase(0)
-    clipped, _ = part.ask(phase, params, part.batch)
+    clipped, _ = part.asks[CONFIGURED](phase, params, part.batch)
     state = mechanism.init(params)
     mean, _ = mechanism.release(clipped, state, params, key=key, step=0)
     for optimizer in (optax.identity(), experiment.optimizer):

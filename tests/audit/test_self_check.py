@@ -38,6 +38,7 @@ def test_a_plan_says_which_checks_were_passed():
     assert printed.startswith("self-check, all passed\n")
     assert "one example moves the clipped sum by at most its bound" in printed
     assert "noises are as accounted" in printed
+    assert "whole and in chunks: auto, bookkeeping, ghost, vmap" in printed
 
 
 RECIPES = (
@@ -173,6 +174,18 @@ def test_what_is_broken_is_named(name):
     make, message = BROKEN[name]
     with pytest.raises(SelfCheckError, match=message):
         self_check(make())
+
+
+@pytest.mark.parametrize(
+    ("broken_engine", "message"),
+    [(clip_times_ten, "moves the total"), (forgets_an_example, "sum of its parts")],
+)
+def test_an_engine_that_is_broken_is_named_also_where_another_runs(
+    monkeypatch, broken_engine, message
+):
+    monkeypatch.setitem(checks.ENGINES, "ghost", broken_engine)
+    with pytest.raises(SelfCheckError, match=f"^ghost: .*{message}"):
+        self_check(experiment())
 
 
 def test_an_update_that_is_not_of_the_release_is_named(monkeypatch):
