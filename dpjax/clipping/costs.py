@@ -100,9 +100,14 @@ def group_cost(group: Group, method: Method) -> Cost:
     return added([norm, total])
 
 
-def saved_bytes(group: Group, method: Method) -> int:
-    """Return the bytes of one example that live from the norms to the sum."""
-    return weight_bytes(group) if method == "keep" else factor_bytes(group)
+def saved_bytes(group: Group, method: Method) -> float:
+    """Return the bytes of one example that live from the norms to the sum.
+
+    FLOPs count for so little that those of a whole program are less than a byte: they
+    decide between methods that save as many.
+    """
+    saved = weight_bytes(group) if method == "keep" else factor_bytes(group)
+    return saved + 2.0**-48 * group_cost(group, method).flops
 
 
 def weight_bytes(group: Group) -> int:

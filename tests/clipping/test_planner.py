@@ -7,7 +7,7 @@ import pytest
 
 from dpjax.clipping import Query, bookkeeping, planned
 from dpjax.clipping.analysis import analyse
-from dpjax.clipping.costs import DEVICES, saved_bytes
+from dpjax.clipping.costs import DEVICES, group_cost, saved_bytes
 from dpjax.clipping.plan import make_plan
 from dpjax.clipping.planner import candidates, choose, estimate
 from dpjax.clipping.slots import find_slots
@@ -52,6 +52,22 @@ def program_of(**options):
     loss, params, examples = transformer(**options)
     query = Query((params,), clip_norm=1.0)
     return analyse(loss, query, batch_of(examples), KEY)
+
+
+def test_of_methods_that_save_as_much_the_one_with_fewer_flops_is_taken():
+    """32 positions of 64 + 64 numbers: as many as the head's gradient of 64 x 64 has."""
+    program = program_of(width=64, positions=32)
+    plan = make_plan(find_slots(program), saved_bytes)
+    (group,) = (
+        g
+        for g in plan.methods
+        if g.sites[0].weight_shape == (64, 64) and g.sites[0].kind == "dot_general"
+    )
+    saved = {m: int(saved_bytes(group, m)) for m in ("gram", "keep")}
+    assert saved["gram"] == saved["keep"]
+    assert plan.methods[group] == "keep"
+    keep, gram = (group_cost(group, m).flops for m in ("keep", "gram"))
+    assert keep < gram
 
 
 @pytest.mark.parametrize("positions", [2, 64])
