@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpjax.accounting import epsilon
+from dpjax.config import PRIVATE_START
 from dpjax.mechanisms import Mechanism
 from dpjax.partition import flatten
 from dpjax.typing import Params
@@ -181,10 +182,7 @@ def card_of(config: Mapping[str, Any], mechanism: Mechanism, steps: int) -> Priv
         flags.append("evaluated on private data without noise: the scores are private")
     start, assumptions = config["parameters"]["provenance"], []
     if start == "private":
-        flags.append(
-            "starts from parameters that were trained on private data: what they reveal "
-            "is not in this epsilon"
-        )
+        flags.append(f"{PRIVATE_START}: what they reveal is not in this epsilon")
     if start == "public":
         assumptions.append(
             "The parameters at the start were trained on public data, free to all."
