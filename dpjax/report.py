@@ -23,7 +23,10 @@ ASSUMPTIONS = (
     "The number of training examples is public.",
     "Noise and sampling come from non-cryptographic generators (threefry, Philox), "
     "sums are rounded and noise is added in floating point.",
-    "The time that steps take, which depends on the batches drawn, is not observed.",
+    "The time that steps take depends on the batches drawn: neither it nor the throughput "
+    "in the metrics, examples/s, is published.",
+    "What the config fixes (vocabulary, label words, lengths, constants of preprocessing) "
+    "was not learnt from the private data.",
     "The cost covers this run only: other runs on the same data, such as a search for "
     "hyper-parameters, add theirs.",
 )
