@@ -55,6 +55,9 @@ GROUPS: dict[str, tuple[str, ...] | None] = {
 WEIGHTS = "dpjax.models.weights:"
 """Specs of this module start a model from weights that were trained before."""
 
+PRIVATE_START = "starts from parameters that were trained on private data"
+"""How the flag on a card begins that says so."""
+
 FREE_ON_RESUME = (
     *(
         f"run.{key}"

@@ -1,8 +1,11 @@
 """The objects that a checked config names, ready for the loop."""
 
 import dataclasses
+import json
 import logging
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import optax
@@ -58,6 +61,7 @@ def build_experiment(config: Mapping[str, Any]) -> Experiment:
         ConfigError: The config is wrong, or does not fit the data.
     """
     configs.check(config)
+    _check_start(config)
     layout = _layout(config)
     source = configs.build(config["data"]["source"])
     held_out = configs.build(config["evaluation"]["source"])
@@ -89,6 +93,36 @@ def build_experiment(config: Mapping[str, Any]) -> Experiment:
         held_out=held_out,
         data_fingerprint=fingerprint(source),
     )
+
+
+def _check_start(config: Mapping[str, Any]) -> None:
+    """Refuse to call parameters public whose own card says that they are not."""
+    if config["parameters"]["provenance"] != "public":
+        return
+    model = configs.flatten({"model": config["model"]})
+    for key, value in model.items():
+        if value != f"{configs.WEIGHTS}exported":
+            continue
+        spec = key.removesuffix("name")
+        folder, fresh = model[f"{spec}path"], model[f"{spec}fresh"]
+        if _tells_of_private_data(Path(folder), fresh):
+            raise configs.ConfigError(
+                f"config.parameters.provenance='public' with the export {folder!r}, whose "
+                "privacy card tells of private data: say 'private'"
+            )
+
+
+def _tells_of_private_data(export: Path, fresh: Sequence[str]) -> bool:
+    """Return whether private data had a part in what an export gives but for ``fresh``."""
+    files = [export / name for name in ("privacy_card.json", "parameters.json")]
+    if not all(file.is_file() for file in files):
+        return False
+    card, names = (json.loads(file.read_text()) for file in files)
+    if any(flag.startswith(configs.PRIVATE_START) for flag in card["flags"]):
+        return True
+    kept = [n for n in names["trained"] if not any(re.fullmatch(p, n) for p in fresh)]
+    # Noise is added to private data only: an infinite epsilon is of public ones.
+    return bool(kept) and card["epsilon"] != "inf"
 
 
 def _layout(config: Mapping[str, Any]) -> Layout:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpjax.accounting import epsilon
+from dpjax.config import PRIVATE_START
 from dpjax.mechanisms import Mechanism
 from dpjax.partition import flatten
 from dpjax.typing import Params
@@ -22,7 +23,10 @@ ASSUMPTIONS = (
     "The number of training examples is public.",
     "Noise and sampling come from non-cryptographic generators (threefry, Philox), "
     "sums are rounded and noise is added in floating point.",
-    "The time that steps take, which depends on the batches drawn, is not observed.",
+    "The time that steps take depends on the batches drawn: neither it nor the throughput "
+    "in the metrics, examples/s, is published.",
+    "What the config fixes (vocabulary, label words, lengths, constants of preprocessing) "
+    "was not learnt from the private data.",
     "The cost covers this run only: other runs on the same data, such as a search for "
     "hyper-parameters, add theirs.",
 )
@@ -181,10 +185,7 @@ def card_of(config: Mapping[str, Any], mechanism: Mechanism, steps: int) -> Priv
         flags.append("evaluated on private data without noise: the scores are private")
     start, assumptions = config["parameters"]["provenance"], []
     if start == "private":
-        flags.append(
-            "starts from parameters that were trained on private data: what they reveal "
-            "is not in this epsilon"
-        )
+        flags.append(f"{PRIVATE_START}: what they reveal is not in this epsilon")
     if start == "public":
         assumptions.append(
             "The parameters at the start were trained on public data, free to all."

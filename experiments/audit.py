@@ -12,7 +12,8 @@
                          dirac, random, per_layer, input: one real run (of DpSgd, steps and
                          engine as configured) with canaries (dpjax.audit.canaries)
 --trials=N               simulated runs on each neighbour; 20000 if not given
---canaries=N             of the run with canaries; 200 if not given
+--canaries=N             of the run with canaries; 600 if not given. Too few to refute the
+                         claim are refused
 --scores=IN.txt,OUT.txt  instead of --attack: scores of an attack of your own on independent
                          runs with the target, and on as many without it; one number a
                          line, unsorted, the higher, the more "in"
@@ -76,7 +77,7 @@ def _plan(argv: list[str]) -> Plan:
         if attacks is None
         else options.choices("attack", attacks, (*SIMULATIONS, *CANARIES)),
         trials=options.positive("trials", given.get("trials", "20000")),
-        canaries=options.positive("canaries", given.get("canaries", "200")),
+        canaries=options.positive("canaries", given.get("canaries", "600")),
         scores=_scores(given),
         confidence=options.fraction("confidence", given.get("confidence", "0.99")),
         seed=options.natural("seed", given.get("seed", "0")),
@@ -146,6 +147,10 @@ def _findings(plan: Plan, experiment: Any) -> list[Any]:
     simulated = [a for a in chosen if a in SIMULATIONS]
     # Each attack has the same share of the error.
     error = (1 - plan.confidence) / len(chosen)
+    if set(chosen) & set(CANARIES):
+        claim = verdict.claim_of(mechanism)
+        # Before the run: it costs privacy, and a check that cannot fail is none.
+        verdict.check_canaries(plan.canaries, claim, confidence=1 - error)
     findings = []
     if simulated:
         findings = verdict.audit_mechanism(

@@ -16,7 +16,8 @@ DIR                the folder of a sweep that experiments.ablate wrote
 
 Scores are means over seeds, with the half-width of a 95% confidence interval (Student's t).
 Every run that began counts in the cost, at its planned steps: failed ones, and runs that the
-sweep no longer lists. Runs on data declared public cost nothing.
+sweep no longer lists. Runs on data declared public cost nothing. What the cost leaves out,
+such as written seeds, is said below it.
 
 Exit status: 0 all runs are finished, 1 some failed or are missing, 2 wrong arguments.
 """
@@ -82,8 +83,9 @@ def _report(plan: Plan, argv: list[str]) -> int:
     for choice in choices:
         if choice["edges"]:
             print(f"at the edge of its grid, {choice['edges']}: {choice['labels']}")
-    cost = summary.cost([plan.directory, *plan.others])
-    print(summary.cost_text(cost))
+    directories = [plan.directory, *plan.others]
+    cost, caveats = summary.cost(directories), summary.caveats(directories)
+    print(summary.cost_text(cost, caveats))
     if "chosen" in plan.given:
         sweep.write_json(Path(plan.given["chosen"]), {"choices": choices})
     if "plot" in plan.given:
@@ -101,7 +103,7 @@ def _report(plan: Plan, argv: list[str]) -> int:
         )
         kept = {name: facts[name] for name in ("command", "date", "git")}
         found = {**kept, "sweep": manifest["sweep"], **summary.provenance(results)}
-        found |= {"rows": rows, "cost": summary.cost_facts(cost)}
+        found |= {"rows": rows, "cost": summary.cost_facts(cost), "caveats": caveats}
         found["unfinished"] = len(unfinished)
         sweep.write_json(Path(plan.given["out"]), found)
         print(plan.given["out"])

@@ -113,16 +113,37 @@ def cost(directories: Sequence[Path]) -> "TuningCost | None":
     from dpjax.accounting import tuning_cost
 
     mechanisms = [
-        mechanism
-        for directory in directories
-        for path in sorted(directory.glob("*/config.json"))
-        if (mechanism := _mechanism(sweep.read_json(path))).private
+        _mechanism(config) for config in _begun(directories) if _protects(config)
     ]
     return tuning_cost(mechanisms) if mechanisms else None
 
 
-def cost_text(found: "TuningCost | None") -> str:
-    """Return the cost of a sweep in words."""
+def caveats(directories: Sequence[Path]) -> list[str]:
+    """Return what the cost of these runs leaves out."""
+    configs = _begun(directories)
+    private = [config for config in configs if _protects(config)]
+    sources = [config["data"]["source"] for config in private]
+    counts = {
+        "have a written seed: their noise protects nobody, and epsilon is what it would be "
+        "with secret ones": sum(c["run"]["seed"] is not None for c in private),
+        "were scored on private data without noise: what is chosen by such scores tells of "
+        "these data": sum(c["evaluation"]["provenance"] == "private" for c in private),
+        "logged statistics of training examples": sum(
+            c["run"]["log_sensitive"] for c in private
+        ),
+        "start from parameters that were trained on private data": sum(
+            c["parameters"]["provenance"] == "private" for c in private
+        ),
+        "have the data of private runs, but declared public: nothing here holds for what is "
+        "chosen or published of them": sum(
+            not _protects(c) and c["data"]["source"] in sources for c in configs
+        ),
+    }
+    return [f"{n} of {len(configs)} runs {text}" for text, n in counts.items() if n]
+
+
+def cost_text(found: "TuningCost | None", caveats: Sequence[str]) -> str:
+    """Return the cost of a sweep in words, with what it leaves out."""
     if found is None:
         return "\nNo run protected private data: the sweep has no epsilon."
     lines = [
@@ -143,6 +164,7 @@ def cost_text(found: "TuningCost | None") -> str:
             f"  (claimed: the epsilons of {found.claimed} runs rest on assumptions, and "
             "these with them)"
         )
+    lines += [f"  ! {caveat}" for caveat in caveats]
     return "\n" + "\n".join(lines)
 
 
@@ -235,6 +257,17 @@ def _row(group: Rows) -> dict[str, Any]:
         "epsilon": max((float(r["epsilon"]) for r in done), default=None),
         "proven": all(result["proven"] for result in done),
     }
+
+
+def _begun(directories: Sequence[Path]) -> list[dict[str, Any]]:
+    """Return the configs of all runs that began."""
+    paths = [p for folder in directories for p in sorted(folder.glob("*/config.json"))]
+    return [sweep.read_json(path) for path in paths]
+
+
+def _protects(config: Mapping[str, Any]) -> bool:
+    # What adds no noise is refused on private data, and noise on public ones.
+    return config["data"]["provenance"] == "private"
 
 
 def _mechanism(config: Mapping[str, Any]) -> Any:

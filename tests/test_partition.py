@@ -123,7 +123,7 @@ def test_a_run_starts_from_an_export_and_goes_on_with_the_same_weights_only(
     tmp_path, monkeypatch
 ):
     first, second = tmp_path / "first", tmp_path / "second"
-    train(tiny(), first)
+    train(tiny("nonprivate"), first)
     config = tiny(
         model=pretrained(first), **HEAD, **{"parameters.provenance": "public"}
     )
@@ -142,6 +142,23 @@ def test_a_run_starts_from_an_export_and_goes_on_with_the_same_weights_only(
         exported(second)["dense_0"]["kernel"], arrays["dense_0/kernel"]
     )
     assert "trained on public data" in card(second)["assumptions"][-1]
+
+
+def test_an_export_of_private_data_is_not_called_public(tmp_path):
+    first, second, head = tmp_path / "first", tmp_path / "second", tmp_path / "head"
+    public, private = ({"parameters.provenance": p} for p in ("public", "private"))
+    refused = pytest.raises(ConfigError, match="whose privacy card tells of private")
+    train(tiny(), first)
+    with refused:
+        plan(tiny(model=pretrained(first), **public))
+    plan(tiny(model=pretrained(first), **private))
+    # What is public by its own data is private by what it started from.
+    train(tiny("nonprivate", model=pretrained(first), **HEAD, **private), second)
+    with refused:
+        plan(tiny(model=pretrained(second), **public))
+    # All that was trained starts anew.
+    train(tiny(**HEAD), head)
+    plan(tiny(model=pretrained(head), **public))
 
 
 def test_an_export_with_more_than_the_model_is_refused(tmp_path):

@@ -238,6 +238,8 @@ def test_gather_writes_rows_choices_cost_and_plot(tmp_path, monkeypatch, capsys)
     assert files["png"].read_bytes().startswith(b"\x89PNG")
     output = capsys.readouterr().out
     assert "Cost of the sweep, 6 runs" in output
+    assert "! 6 of 6 runs have a written seed" in output
+    assert found["caveats"][0].startswith("6 of 6 runs have a written seed")
     assert "at the edge of its grid, ['lr']" in output
 
 
@@ -276,7 +278,45 @@ def test_runs_on_public_data_cost_nothing(tmp_path):
         json.dumps(config | {"resolved": {"mechanism": facts}})
     )
     assert summary.cost([tmp_path]) is None
-    assert "no epsilon" in summary.cost_text(None)
+    assert "no epsilon" in summary.cost_text(None, [])
+
+
+def test_the_cost_says_what_it_leaves_out(tmp_path):
+    secret = {"run.seed": None}
+    runs = {
+        "honest": tiny(**secret),
+        "seeded": tiny(),
+        "scored": tiny(**secret, **{"evaluation.provenance": "private"}),
+        "logged": tiny(**secret, **{"run.log_sensitive": True}),
+        "started": tiny(**secret, **{"parameters.provenance": "private"}),
+        "other data": tiny("nonprivate", **{"data.source.test_fraction": 0.5}),
+    }
+    facts = {"noise_multiplier": 4.0, "num_examples": 1437}
+
+    def found(*names):
+        for file in tmp_path.glob("*/config.json"):
+            file.unlink()
+        for name in names:
+            (tmp_path / name).mkdir(exist_ok=True)
+            config = runs[name] | {"resolved": {"mechanism": facts}}
+            (tmp_path / name / "config.json").write_text(json.dumps(config))
+        return summary.caveats([tmp_path])
+
+    assert found("honest", "other data") == []
+    for name, words in {
+        "seeded": "have a written seed",
+        "scored": "were scored on private data",
+        "logged": "logged statistics",
+        "started": "start from parameters that were trained on private",
+    }.items():
+        (caveat,) = found("honest", name)
+        assert caveat.startswith(f"1 of 2 runs {words}")
+    # Without noise on the very data that other runs protect.
+    runs["bare"] = tiny("nonprivate", **secret)
+    (caveat,) = found("honest", "bare")
+    assert caveat.startswith("1 of 2 runs have the data of private runs, but declared")
+    assert f"! {caveat}" in summary.cost_text(summary.cost([tmp_path]), [caveat])
+    assert summary.cost([tmp_path]).runs == 1
 
 
 def test_overrides_replace_values_and_groups_that_exist():

@@ -163,7 +163,7 @@ def judge_one_run(
         ValueError: Unequal lengths, or too few canaries to show anything.
     """
     values, coins = estimators.checked_scores(scores, np.asarray(members, np.float64))
-    guesses = len(values) // 6 * 2
+    guesses = _guesses(len(values))
     given = {"delta": claim.delta, "confidence": confidence}
     needed = 3 * one_run.canaries_needed(epsilon=0.0, **given) + 3
     if len(values) < needed:
@@ -191,6 +191,26 @@ def judge_one_run(
         roc=tuple(estimators.roc(inside, outside)),
         verdict="VIOLATED" if lower > claim.epsilon else "consistent",
     )
+
+
+def check_canaries(canaries: int, claim: Claim, *, confidence: float) -> None:
+    """Raise ValueError if flawless guesses of so many canaries could not refute the claim.
+
+    ``judge_one_run`` then finds any mechanism consistent. What it shows may be of interest
+    all the same; as a check it would be none.
+    """
+    guesses = _guesses(canaries)
+    given = {"delta": claim.delta, "confidence": confidence}
+    shown = one_run.epsilon_lower_bound(
+        canaries=canaries, guesses=guesses, correct=guesses, **given
+    )
+    if shown <= claim.epsilon:
+        needed = 3 * one_run.canaries_needed(epsilon=claim.epsilon, **given) + 3
+        raise ValueError(
+            f"canaries={canaries} show epsilon >= {shown:.4g} at most, even if every guess "
+            f"is right, and cannot refute epsilon={claim.epsilon:.4g}: at least {needed} "
+            "are needed"
+        )
 
 
 def audit_mechanism(
@@ -249,6 +269,11 @@ def _excess(
     shown = estimators.delta_at(claim.epsilons, *rates)
     at = int(np.argmax(shown - claimed))
     return Excess(claim.epsilons[at], float(shown[at]), claim.deltas[at])
+
+
+def _guesses(canaries: int) -> int:
+    """Return how many coins are guessed: a third, half of them each way."""
+    return canaries // 6 * 2
 
 
 def _check_trials(counted: int, claim: Claim, *, confidence: float) -> None:

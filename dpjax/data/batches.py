@@ -192,18 +192,30 @@ def overlap(source: Source, held_out: Source) -> float:
     """Return which part of ``held_out`` (of up to 256 records of it) is in ``source``.
 
     Reads all of ``source``. A few equal records are common in real data; a large part
-    means that the model is evaluated on what it was trained on.
+    means that the model is evaluated on what it was trained on. Compared is what both
+    have, as far as both have it: a text that is padded to another length is the same.
     """
     count = min(len(held_out), 256)
-    chosen = [i * len(held_out) // count for i in range(count)]
-    missing = wanted = _digests(held_out[chosen])
+    records = held_out[[i * len(held_out) // count for i in range(count)]]
+    first = source[[0]]
+    common = {
+        key: tuple(map(min, records[key].shape[1:], first[key].shape[1:]))
+        for key in sorted(records.keys() & first.keys())
+    }
+    if not common:
+        return 0.0
+    missing = wanted = _digests(records, common)
     for indices in slices(len(source)):
-        missing = missing - _digests(source[indices])
+        missing = missing - _digests(source[indices], common)
     return 1 - len(missing) / len(wanted)
 
 
-def _digests(records: dict[str, np.ndarray]) -> set[bytes]:
-    columns = [records[key] for key in sorted(records)]
+def _digests(
+    records: dict[str, np.ndarray], common: dict[str, tuple[int, ...]]
+) -> set[bytes]:
+    columns = [
+        records[key][(slice(None), *map(slice, shape))] for key, shape in common.items()
+    ]
     return {
         hashlib.blake2b(
             b"".join(part.tobytes() for part in row), digest_size=16

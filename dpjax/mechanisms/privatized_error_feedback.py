@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from dpjax.typing import Key, Params, Scalar
 
 
+_LEAST_ROOM = 1.01
+"""Of G over C: a residual is the difference of factors that are rounded to 1e-7 of G."""
+
+
 class ResidualEstimate(NamedTuple):
     """A moving average of released residuals, like params. Public."""
 
@@ -39,7 +43,7 @@ class PrivatizedErrorFeedback:
 
     Attributes:
         clip_norm: C, the L2 bound on what one example contributes to a.
-        outer_norm: G > C, to which gradients are clipped first.
+        outer_norm: G >= 1.01 C, to which gradients are clipped first.
         noise_multiplier: z, of both releases of a step together.
         residual_share: The part of ``1/z^2`` that is spent on r, in (0, 1).
         memory_rate: How fast h follows r, in (0, 1].
@@ -64,10 +68,11 @@ class PrivatizedErrorFeedback:
     def __post_init__(self) -> None:
         check_clip(clip_norm=self.clip_norm, style="flat")
         check_outer_norm(self.outer_norm, clip_norm=self.clip_norm)
-        if not self.clip_norm < self.outer_norm < math.inf:
+        if not _LEAST_ROOM * self.clip_norm <= self.outer_norm < math.inf:
             raise ValueError(
                 f"outer_norm={self.outer_norm} must be finite and above clip_norm="
-                f"{self.clip_norm}; without a residual use DpSgd"
+                f"{self.clip_norm}, by 1% at least: the noise on a shorter residual could "
+                "not hide its float32 rounding; without a residual use DpSgd"
             )
         check_noise(self.noise_multiplier)
         if not 0 < self.residual_share < 1:

@@ -67,6 +67,10 @@ WRONG = {
     "no such scores": ([DIGITS, *FAST[:-1], "--scores=a.txt,b.txt"], "a.txt"),
     "no trials": ([DIGITS, "--trials=0"], "--trials=0 must be an integer"),
     "too few trials": ([DIGITS, *FAST[:-1], "--trials=4"], "are needed"),
+    "too few canaries": (
+        [DIGITS, "--attack=dirac", "--canaries=200"],
+        "cannot refute epsilon=3: at least 2",
+    ),
     "confidence": ([DIGITS, "--confidence=99"], "--confidence=99 must be strictly"),
     "seed": ([DIGITS, "--seed=x"], "--seed=x must be an integer"),
     "dry run": ([DIGITS, "--config.run.dry_run=True"], "an audit makes nothing but"),

@@ -15,7 +15,7 @@ from dpjax.audit import self_check as checks
 from dpjax.audit.self_check import SelfCheckError, self_check
 from dpjax.clipping import vmap
 from dpjax.experiment import build_experiment
-from dpjax.sampling import Poisson
+from dpjax.sampling import CyclicPoisson, Poisson, TruncatedPoisson
 from tests.runs import tiny
 
 
@@ -72,6 +72,10 @@ def test_differences_of_a_part_pass():
     mechanism = mechanism_of("digits_mlp_diff2")
     config = tiny(mechanism=mechanism, **{"parameters.train": ("head/.*",)})
     assert "all passed" in self_check(build_experiment(config))
+
+
+def test_a_parameter_that_is_one_number_passes():
+    assert "all passed" in self_check(with_a_number(dpjax.DpSgd))
 
 
 def test_without_privacy_there_is_no_noise_to_check():
@@ -137,10 +141,85 @@ class FirstLeafOnly(dpjax.DpSgd):
         return treedef.unflatten(leaves), state
 
 
+class EverySecondKey(dpjax.DpSgd):
+    def release(self, clipped, state, params, *, key, step):
+        late = (step + 1) // 2
+        return super().release(clipped, state, params, key=key, step=late)
+
+
+class NoNoiseOnNumbers(dpjax.DpSgd):
+    def release(self, clipped, state, params, *, key, step):
+        mean, state = super().release(clipped, state, params, key=key, step=step)
+        return jax.tree.map(lambda x: x if x.ndim else 0 * x, mean), state
+
+
+def with_a_number(mutant):
+    """A model with a parameter of shape []."""
+    honest = experiment()
+
+    def init(key, example):
+        return honest.model.init(key, example) | {"scale": jnp.ones(())}
+
+    def loss(params, example, key):
+        params = dict(params)
+        return params.pop("scale") * honest.loss(params, example, key)
+
+    mechanism = mutant(**vars(honest.mechanism))
+    return broken(
+        mechanism=mechanism, model=honest.model._replace(init=init), loss=loss
+    )
+
+
+def counts_twice(loss, query, batch, key):
+    clipped, statistics = vmap(loss, query, batch, key)
+    return dataclasses.replace(clipped, count=2 * clipped.count), statistics
+
+
+def adaptive(engine):
+    config = tiny(mechanism=mechanism_of("digits_mlp_adaptive"))
+    return dataclasses.replace(build_experiment(config), engine=engine)
+
+
 class TwiceTheRate(Poisson):
     def draw(self, step, *, num_examples, seed):
         twice = Poisson(rate=2 * self.rate)
         return twice.draw(step, num_examples=num_examples, seed=seed)
+
+
+class CyclicAndMore(CyclicPoisson):
+    def draw(self, step, *, num_examples, seed):
+        more = CyclicPoisson(cycle=self.cycle, rate=1.5 * self.rate)
+        return more.draw(step, num_examples=num_examples, seed=seed)
+
+
+class TruncatedAndMore(TruncatedPoisson):
+    def draw(self, step, *, num_examples, seed):
+        more = TruncatedPoisson(rate=1.5 * self.rate, capacity=self.capacity)
+        return more.draw(step, num_examples=num_examples, seed=seed)
+
+
+class TruncatedTooLate(TruncatedPoisson):
+    def draw(self, step, *, num_examples, seed):
+        late = TruncatedPoisson(rate=self.rate, capacity=self.capacity + 5)
+        return late.draw(step, num_examples=num_examples, seed=seed)
+
+
+def sampling_as(sampling):
+    return broken(
+        mechanism=dataclasses.replace(experiment().mechanism, sampling=sampling)
+    )
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        CyclicPoisson(cycle=5, rate=0.3),
+        CyclicPoisson(cycle=16, rate=1.0),
+        TruncatedPoisson(rate=0.1, capacity=146),
+    ],
+)
+def test_samplings_that_ship_pass(sampling):
+    assert "12 batches are as the sampling" in self_check(sampling_as(sampling))
 
 
 BROKEN = {
@@ -157,13 +236,24 @@ BROKEN = {
     "no noise": (lambda: mechanism_as(NoNoise), "not alike on all"),
     "less noise": (lambda: mechanism_as(LessNoise), "not what is accounted"),
     "one key": (lambda: mechanism_as(OneKey), "the same noise"),
+    "every second key": (lambda: mechanism_as(EverySecondKey), "the same noise"),
+    "one number": (lambda: with_a_number(NoNoiseOnNumbers), "not alike on all param"),
+    "count x2": (lambda: adaptive(counts_twice), "moves the count of the clipped sum"),
     "one leaf": (lambda: mechanism_as(FirstLeafOnly), "not alike on all parameters"),
     "rate x2": (
-        lambda: broken(
-            mechanism=dataclasses.replace(
-                experiment().mechanism, sampling=TwiceTheRate(rate=0.1)
-            )
-        ),
+        lambda: sampling_as(TwiceTheRate(rate=0.1)),
+        "of other sizes than are accounted",
+    ),
+    "cyclic rate x1.5": (
+        lambda: sampling_as(CyclicAndMore(cycle=5, rate=0.3)),
+        "of other sizes than are accounted",
+    ),
+    "truncated rate x1.5": (
+        lambda: sampling_as(TruncatedAndMore(rate=0.1, capacity=200)),
+        "of other sizes than are accounted",
+    ),
+    "truncated too late": (
+        lambda: sampling_as(TruncatedTooLate(rate=0.1, capacity=144)),
         "of other sizes than are accounted",
     ),
 }

@@ -236,6 +236,19 @@ def test_overlap_is_the_part_of_held_out_records_that_were_trained_on():
     assert overlap(source, ArraySource({"x": rows[:100]})) == 1.0
     half = ArraySource({"x": rows[1150:1250]})
     assert overlap(source, half) == pytest.approx(0.5)
+    assert overlap(source, ArraySource({"z": rows[:100]})) == 0.0
+
+
+@pytest.mark.parametrize("length", [2, 5])
+def test_overlap_sees_records_that_are_padded_otherwise_or_have_more_columns(length):
+    tokens = np.arange(1, 1501, dtype=np.int32).reshape(500, 3)
+    source = ArraySource({"tokens": tokens, "mask": np.ones((500, 3), bool)})
+    other = np.zeros((600, length), np.int32)
+    other[:, : min(length, 3)] = np.resize(tokens + 2, (600, 3))[:, :length]
+    other[:500, : min(length, 3)] = tokens[:, :length]
+    mask, weights = other > 0, np.ones((600, length), np.float32)
+    held_out = ArraySource({"tokens": other, "mask": mask, "weights": weights})
+    assert overlap(source, held_out) == pytest.approx(500 / 600, abs=0.01)
 
 
 @pytest.mark.parametrize(("where", "value"), [(0, -1), (2, 7)])

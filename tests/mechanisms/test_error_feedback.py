@@ -337,6 +337,7 @@ def test_the_memory_is_not_printed():
             lambda: two_channels(outer_norm=1.0),
             "outer_norm=1.0 must be finite and above",
         ),
+        (lambda: two_channels(outer_norm=1.009), "above clip_norm=1.0, by 1% at least"),
         (lambda: two_channels(residual_share=1.0), "residual_share=1.0 must be in"),
         (lambda: two_channels(memory_rate=0.0), "memory_rate=0.0 must be in"),
     ],
