@@ -10,9 +10,20 @@ from pathlib import Path
 import hypothesis
 import jax
 
+# Compiling is most of what the tests cost: this makes slower machine code, several times
+# faster. Virtual devices wait for each other however busy the machine is.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
+        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+    ]
+)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Recompiling is most of what the tests cost; the cache is keyed by the program.
+# The cache is keyed by the program.
 jax.config.update("jax_compilation_cache_dir", os.path.abspath(".cache/jax-tests"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 

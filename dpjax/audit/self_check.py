@@ -184,7 +184,6 @@ def check_engine(part: Part) -> str:
     first = np.arange(count) < count // 2
     for phase, params in _points(part):
         truth, _ = part.reference(phase, params, part.batch)
-        limit = 1e-3 * float(truth.l2_bound) * count
         for engine, ask in part.asks.items():
             whole, _ = ask(phase, params, part.batch)
             one, two = (
@@ -192,14 +191,25 @@ def check_engine(part: Part) -> str:
                 for mask in (first, ~first)
             )
             for sums in (whole, one.merge(two)):
-                apart = jax.tree.map(jnp.subtract, sums.total, truth.total)
-                if not float(optax.tree.norm(apart)) <= limit:
+                if not _agree(sums, truth, count=count):
                     raise SelfCheckError(
                         f"{engine}: the sum is not that of per-example gradients, or not "
                         f"the sum of its parts; {_FIX}"
                     )
     names = ", ".join(ENGINES)
     return f"engines agree with per-example gradients, whole and in chunks: {names}"
+
+
+def _agree(sums: ClippedSum, truth: ClippedSum, *, count: int) -> bool:
+    limit = 1e-3 * float(truth.l2_bound) * count
+    for ours, theirs in ((sums.total, truth.total), (sums.residual, truth.residual)):
+        if theirs is None:
+            continue
+        apart = float(optax.tree.norm(jax.tree.map(jnp.subtract, ours, theirs)))
+        # Residuals are as long as gradients are.
+        if not apart <= limit + 1e-3 * float(optax.tree.norm(theirs)):
+            return False
+    return True
 
 
 def check_sampler(part: Part) -> str:

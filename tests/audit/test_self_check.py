@@ -266,6 +266,19 @@ def test_what_is_broken_is_named(name):
         self_check(make())
 
 
+def forgets_what_was_cut_off(loss, query, batch, key):
+    clipped, statistics = vmap(loss, query, batch, key)
+    residual = jax.tree.map(lambda x: 0.9 * x, clipped.residual)
+    return dataclasses.replace(clipped, residual=residual), statistics
+
+
+def test_an_engine_whose_residual_is_wrong_is_named():
+    plan = build_experiment(tiny(mechanism=mechanism_of("digits_mlp_dicesgd")))
+    wrong = dataclasses.replace(plan, engine=forgets_what_was_cut_off)
+    with pytest.raises(SelfCheckError, match="sum of its parts"):
+        self_check(wrong)
+
+
 @pytest.mark.parametrize(
     ("broken_engine", "message"),
     [(clip_times_ten, "moves the total"), (forgets_an_example, "sum of its parts")],
