@@ -138,11 +138,6 @@ def _activation(key: str, default: str) -> Setting:
     return Setting("activation", (key,), default, lambda n: _ACTIVATIONS.get(n, n))
 
 
-def _of_rope(*keys: str) -> list[str]:
-    # The first until transformers 4, the second since 5.
-    return [f"{g}.{k}" for g in ("rope_scaling", "rope_parameters") for k in keys]
-
-
 _GPT2 = Layout(
     (
         Rule("transformer.wte.weight", ("token/embedding",), SAME),
@@ -211,11 +206,18 @@ _LLAMA = Layout(
             Setting("heads", ("num_attention_heads",), 32),
             Setting("kv_heads", ("num_key_value_heads", "num_attention_heads"), 32),
             Setting("epsilon", ("rms_norm_eps",), 1e-6),
-            Setting("rotary_base", (*_of_rope("rope_theta"), "rope_theta"), 1e4),
+            Setting(
+                "rotary_base",
+                # The second since transformers 5, the last before.
+                ("rope_scaling.rope_theta", "rope_parameters.rope_theta", "rope_theta"),
+                1e4,
+            ),
             _activation("hidden_act", "silu"),
         ),
         only={
-            **dict.fromkeys(_of_rope("rope_type", "type"), "default"),
+            "rope_scaling.rope_type": "default",
+            "rope_scaling.type": "default",
+            "rope_parameters.rope_type": "default",
             "attention_bias": False,
             "mlp_bias": False,
         },

@@ -335,6 +335,11 @@ DIFFERENT = [
     ),
     (
         "llama_a",
+        {"num_attention_heads": 8},
+        "heads=4 here, num_attention_heads=8 there (heads=8 is needed)",
+    ),
+    (
+        "llama_a",
         {"num_key_value_heads": 4},
         "kv_heads=2 here, num_key_value_heads=4 there (kv_heads=4 is needed)",
     ),
@@ -358,6 +363,12 @@ DIFFERENT = [
         "llama_a",
         {"rope_parameters": None, "rope_theta": 5e5},
         "rotary_base=10000.0 here, rope_theta=500000.0 there "
+        "(rotary_base=500000.0 is needed)",
+    ),
+    (
+        "llama_a",
+        {"rope_scaling": {"rope_type": "default", "rope_theta": 5e5}},
+        "rotary_base=10000.0 here, rope_scaling.rope_theta=500000.0 there "
         "(rotary_base=500000.0 is needed)",
     ),
     (
@@ -431,6 +442,16 @@ DIFFERENT = [
     ),
     ("bert_token", {"is_decoder": True}, "is_decoder=True is not computed here"),
     (
+        "bert_token",
+        {"num_attention_heads": 6},
+        "heads=4 here, num_attention_heads=6 there (heads=6 is needed)",
+    ),
+    (
+        "bert_token",
+        {"layer_norm_eps": 1e-5},
+        "epsilon=1e-12 here, layer_norm_eps=1e-05 there (epsilon=1e-05 is needed)",
+    ),
+    (
         "bert_class",
         {"model_type": "roberta"},
         "family='bert' is not for model_type='roberta' (family='roberta' is needed)",
@@ -440,6 +461,23 @@ DIFFERENT = [
         {"pad_token_id": 0},
         "first_position=2 here, pad_token_id=0 there (first_position=1 is needed)",
     ),
+    (
+        "roberta_class",
+        {"num_attention_heads": 2},
+        "heads=4 here, num_attention_heads=2 there (heads=2 is needed)",
+    ),
+    (
+        "roberta_class",
+        {"hidden_act": "gelu_new"},
+        "activation='gelu' here, hidden_act='gelu_new' there "
+        "(activation='gelu_tanh' is needed)",
+    ),
+    (
+        "roberta_token",
+        {"position_embedding_type": "relative_key_query"},
+        "position_embedding_type='relative_key_query' is not computed here",
+    ),
+    ("roberta_token", {"is_decoder": True}, "is_decoder=True is not computed here"),
     (
         "roberta_token",
         {"layer_norm_eps": None},
@@ -480,6 +518,7 @@ ALIKE = [
     ("bert_class", {"hidden_act": None, "layer_norm_eps": None, "pad_token_id": 3}),
     ("roberta_class", {"pad_token_id": None}),
     ("roberta_class", {"model_type": "xlm-roberta"}),
+    ("roberta_class", {"model_type": "camembert"}),
 ]
 
 
@@ -487,6 +526,26 @@ ALIKE = [
 def test_other_spellings_and_defaults_of_the_config_agree(name, changes, tmp_path):
     config = unlike(name, **changes)
     start(tmp_path, config, MODELS[name](**PLAIN), family=name.split("_")[0])
+
+
+# Of GPT2Config() and the like, in transformers 5.24.0.
+DEFAULTS = {
+    "gpt2": "heads=12, epsilon=1e-05, activation='gelu_tanh'",
+    "bert": "heads=12, epsilon=1e-12, activation='gelu', first_position=0",
+    "roberta": "heads=12, epsilon=1e-12, activation='gelu', first_position=2",
+    "vit": "heads=12, epsilon=1e-12, activation='gelu'",
+    "llama": "heads=32, kv_heads=32, epsilon=1e-06, rotary_base=10000.0, activation='silu'",
+}
+
+
+@pytest.mark.parametrize("family", DEFAULTS)
+def test_a_config_that_says_nothing_means_the_defaults(family, tmp_path):
+    model, _ = OLD[family]
+    unset = model._replace(settings=dict.fromkeys(model.settings))
+    with pytest.raises(ValueError, match="is needed") as caught:
+        start(tmp_path, {"model_type": family}, unset, family=family)
+    needed = re.findall(r"\(([^()]*) is needed\)", str(caught.value))
+    assert ", ".join(needed) == DEFAULTS[family]
 
 
 # Keys that are compared, as they are on the hub: written by transformers 2 to 4.
