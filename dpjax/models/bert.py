@@ -234,7 +234,10 @@ class _TokenHead(nn.Module):
         return logits[0, jnp.asarray(self.label_tokens)]
 
 
-_READS = ("tokens", "mask", "segments")
+def _model(encoder: Encoder, head: nn.Module) -> Model:
+    model = token_model(_Bert(encoder, head), reads=("tokens", "mask", "segments"))
+    positions = {"first_position": encoder.first_position}
+    return model._replace(settings=dataclasses.asdict(encoder.spec()) | positions)
 
 
 def classifier(*, encoder: Encoder, num_classes: int) -> Model:
@@ -256,7 +259,7 @@ def classifier(*, encoder: Encoder, num_classes: int) -> Model:
             too many tokens.
     """
     head = _ClassHead(encoder.spec(), num_classes)
-    return token_model(_Bert(encoder, head), reads=_READS)
+    return _model(encoder, head)
 
 
 def mean_classifier(*, encoder: Encoder, num_classes: int) -> Model:
@@ -277,7 +280,7 @@ def mean_classifier(*, encoder: Encoder, num_classes: int) -> Model:
         ValueError: As ``classifier``.
     """
     head = _MeanHead(encoder.spec(), num_classes)
-    return token_model(_Bert(encoder, head), reads=_READS)
+    return _model(encoder, head)
 
 
 def masked_lm(*, encoder: Encoder) -> Model:
@@ -295,7 +298,7 @@ def masked_lm(*, encoder: Encoder) -> Model:
         ValueError: As ``classifier``.
     """
     head = _TokenHead(encoder.spec(), encoder.vocab_size)
-    return token_model(_Bert(encoder, head), reads=_READS)
+    return _model(encoder, head)
 
 
 def infilling(
@@ -335,4 +338,4 @@ def infilling(
         mask_token,
         tuple(label_tokens),
     )
-    return token_model(_Bert(encoder, head), reads=_READS)
+    return _model(encoder, head)

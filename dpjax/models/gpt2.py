@@ -1,5 +1,7 @@
 """GPT-2: a causal decoder with learnt positions and a tied head."""
 
+import dataclasses
+
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
@@ -95,7 +97,8 @@ def gpt2(
         scan=scan,
         remat=remat,
     )
-    return decoder_model(_Gpt2(vocab_size, length, spec))
+    model = decoder_model(_Gpt2(vocab_size, length, spec))
+    return model._replace(settings=dataclasses.asdict(spec))
 
 
 def gpt2_small(

@@ -60,4 +60,4 @@ def _fed(model: Model, scaled: Callable[[Example], Example]) -> Model:
     def apply(params: Params, example: Example, key: Key) -> Array:
         return model.apply(params, scaled(example), key)
 
-    return Model(init, apply)
+    return model._replace(init=init, apply=apply)

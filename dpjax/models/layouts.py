@@ -1,12 +1,12 @@
-"""Names and layouts of Hugging Face's tensors, beside ours, family by family.
+"""Names and layouts of Hugging Face's tensors and settings, beside ours, by family.
 
 A rule says which tensor holds which of our parameters. ``{}`` stands for the number of a
 layer. PyTorch's linear maps are stored transposed; GPT-2's are not, and hold query, key
-and value in one.
+and value in one. Settings are what ``config.json`` says and no shape shows.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,8 +42,40 @@ class Rule(NamedTuple):
     transform: Transform
 
 
+class Setting(NamedTuple):
+    """An argument of ours, and what ``config.json`` says of it.
+
+    Attributes:
+        ours: Its name in the ``settings`` of a model.
+        keys: Theirs, "a.b" for b of the object a: the first that is not null counts.
+        default: What transformers takes if there is none.
+        translate: From their value to ours.
+    """
+
+    ours: str
+    keys: tuple[str, ...]
+    default: Any
+    translate: Callable[[Any], Any] = lambda value: value
+
+
+class Config(NamedTuple):
+    """What the ``config.json`` of one family must say.
+
+    Attributes:
+        types: One of these as its ``model_type``.
+        settings: The same as the model.
+        only: Of these keys this value, the one that is computed here; or nothing.
+        limits: Of these keys at least this argument of ours; or nothing.
+    """
+
+    types: tuple[str, ...]
+    settings: tuple[Setting, ...]
+    only: dict[str, Any]
+    limits: dict[str, str]
+
+
 class Layout(NamedTuple):
-    """The tensors of one family.
+    """The tensors and the settings of one family.
 
     Attributes:
         rules: For every head; those whose parameters a model lacks do not apply.
@@ -51,11 +83,13 @@ class Layout(NamedTuple):
             a head leave it out.
         copies: Tensors that may be there too, and the one that they must equal: tied
             weights that were saved twice.
+        config: What is read of ``config.json``.
     """
 
     rules: tuple[Rule, ...]
     prefix: str
     copies: dict[str, str]
+    config: Config
 
 
 NOT_PARAMETERS = (
@@ -90,6 +124,20 @@ def _conv1d(theirs: str, *ours: str) -> list[Rule]:
 
 _QKV = tuple(f"layers_{{}}/attention/{name}" for name in ("query", "key", "value"))
 
+_ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_python": "gelu",
+    "swish": "silu",
+}
+
+
+def _activation(key: str, default: str) -> Setting:
+    # What is not in the table has the same name here, or is not computed here.
+    return Setting("activation", (key,), default, lambda n: _ACTIVATIONS.get(n, n))
+
+
 _GPT2 = Layout(
     (
         Rule("transformer.wte.weight", ("token/embedding",), SAME),
@@ -104,6 +152,20 @@ _GPT2 = Layout(
     ),
     "transformer.",
     {"lm_head.weight": "transformer.wte.weight"},
+    Config(
+        types=("gpt2",),
+        settings=(
+            Setting("heads", ("n_head", "num_attention_heads"), 12),
+            Setting("epsilon", ("layer_norm_epsilon",), 1e-5),
+            _activation("activation_function", "gelu_new"),
+        ),
+        only={
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False,
+        },
+        limits={},
+    ),
 )
 
 _LLAMA = Layout(
@@ -138,6 +200,29 @@ _LLAMA = Layout(
     ),
     "model.",
     {"lm_head.weight": "model.embed_tokens.weight"},
+    Config(
+        types=("llama", "mistral"),
+        settings=(
+            Setting("heads", ("num_attention_heads",), 32),
+            Setting("kv_heads", ("num_key_value_heads", "num_attention_heads"), 32),
+            Setting("epsilon", ("rms_norm_eps",), 1e-6),
+            Setting(
+                "rotary_base",
+                # The second since transformers 5, the last before.
+                ("rope_scaling.rope_theta", "rope_parameters.rope_theta", "rope_theta"),
+                1e4,
+            ),
+            _activation("hidden_act", "silu"),
+        ),
+        only={
+            "rope_scaling.rope_type": "default",
+            "rope_scaling.type": "default",
+            "rope_parameters.rope_type": "default",
+            "attention_bias": False,
+            "mlp_bias": False,
+        },
+        limits={"sliding_window": "length"},
+    ),
 )
 
 _VIT = Layout(
@@ -172,6 +257,16 @@ _VIT = Layout(
     ),
     "vit.",
     {},
+    Config(
+        types=("vit",),
+        settings=(
+            Setting("heads", ("num_attention_heads",), 12),
+            Setting("epsilon", ("layer_norm_eps",), 1e-12),
+            _activation("hidden_act", "gelu"),
+        ),
+        only={},
+        limits={},
+    ),
 )
 
 
@@ -196,6 +291,20 @@ def _encoder(name: str) -> list[Rule]:
     ]
 
 
+def _encoder_config(types: tuple[str, ...], first_position: Setting) -> Config:
+    return Config(
+        types=types,
+        settings=(
+            Setting("heads", ("num_attention_heads",), 12),
+            Setting("epsilon", ("layer_norm_eps",), 1e-12),
+            _activation("hidden_act", "gelu"),
+            first_position,
+        ),
+        only={"position_embedding_type": "absolute", "is_decoder": False},
+        limits={},
+    )
+
+
 _BERT = Layout(
     (
         *_encoder("bert"),
@@ -210,6 +319,7 @@ _BERT = Layout(
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",
     },
+    _encoder_config(("bert",), Setting("first_position", (), 0)),
 )
 
 _ROBERTA = Layout(
@@ -226,6 +336,11 @@ _ROBERTA = Layout(
         "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
         "lm_head.decoder.bias": "lm_head.bias",
     },
+    _encoder_config(
+        ("roberta", "xlm-roberta", "camembert"),
+        # Positions are counted from the token of padding on.
+        Setting("first_position", ("pad_token_id",), 1, lambda token: token + 1),
+    ),
 )
 
 LAYOUTS = {
@@ -235,3 +350,56 @@ LAYOUTS = {
     "vit": _VIT,
     "llama": _LLAMA,
 }
+
+
+def differences(
+    config: Mapping[str, Any], settings: Mapping[str, Any], *, family: str
+) -> list[str]:
+    """Say where a model is not that of a ``config.json``, in what no shape shows.
+
+    Args:
+        config: The contents of the file.
+        settings: Of the model; what they do not hold is not compared.
+        family: One of ``LAYOUTS``.
+
+    Returns:
+        A clause for each difference, with the value of each side and the one that is
+        needed; none if the model computes what transformers would.
+    """
+    ours, kind = LAYOUTS[family].config, config["model_type"]
+    if kind not in ours.types:
+        homes = [name for name, other in LAYOUTS.items() if kind in other.config.types]
+        fix = f"family={homes[0]!r} is needed" if homes else "no family here is"
+        # Keys of another family may mean something else.
+        return [f"{family=} is not for model_type={kind!r} ({fix})"]
+    clauses = []
+    for name, keys, default, translate in ours.settings:
+        key, value = _first(config, keys)
+        needed = translate(default if key is None else value)
+        if name in settings and settings[name] != needed:
+            said = f"{key}={value!r}" if key else f"no {keys[-1]}" if keys else kind
+            clauses.append(
+                f"{name}={settings[name]!r} here, {said} there ({name}={needed!r} is needed)"
+            )
+    for key, value in ours.only.items():
+        _, theirs = _first(config, (key,))
+        if theirs not in (None, value):
+            clauses.append(f"{key}={theirs!r} is not computed here, only {value!r}")
+    for key, name in ours.limits.items():
+        _, most = _first(config, (key,))
+        if most is not None and settings.get(name, 0) > most:
+            clauses.append(
+                f"{name}={settings[name]!r} is above {key}={most!r}, and such a limit is "
+                f"not computed here ({name}={most!r} or less is needed)"
+            )
+    return clauses
+
+
+def _first(config: Mapping[str, Any], keys: Sequence[str]) -> tuple[str | None, Any]:
+    """Return the first key that is there and not null, and its value; None and None."""
+    for key in keys:
+        group, _, last = key.rpartition(".")
+        holder = (config.get(group) or {}) if group else config
+        if holder.get(last) is not None:
+            return key, holder[last]
+    return None, None

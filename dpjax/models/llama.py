@@ -1,5 +1,7 @@
 """Llama: a causal decoder with RMSNorm, rotary positions and SwiGLU."""
 
+import dataclasses
+
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
@@ -92,4 +94,5 @@ def llama(
         scan=scan,
         remat=remat,
     )
-    return decoder_model(_Llama(vocab_size, length, tied, spec))
+    model = decoder_model(_Llama(vocab_size, length, tied, spec))
+    return model._replace(settings=dataclasses.asdict(spec) | {"length": length})

@@ -154,7 +154,7 @@ def prompt(model: Model, *, length: int, position: int) -> Model:
 
     prefill, later = adapted.decode, model.decode
     if prefill is None or later is None:
-        return Model(init, apply)
+        return model._replace(init=init, apply=apply)
 
     def decode(
         params: Params, tokens: Array, cache: Any, start: Array
@@ -167,7 +167,7 @@ def prompt(model: Model, *, length: int, position: int) -> Model:
         # The vectors are in the cache: these tokens stand after them.
         return later(params, tokens, cache, start + length)
 
-    return Model(init, apply, decode)
+    return model._replace(init=init, apply=apply, decode=decode)
 
 
 def prefix(model: Model, *, length: int) -> Model:

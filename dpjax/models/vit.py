@@ -1,5 +1,7 @@
 """Vision transformers."""
 
+import dataclasses
+
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
@@ -120,7 +122,8 @@ def vit(
         scan=scan,
         remat=remat,
     )
-    return image_model(_Vit(num_classes, image_size, patch, spec))
+    model = image_model(_Vit(num_classes, image_size, patch, spec))
+    return model._replace(settings=dataclasses.asdict(spec))
 
 
 def vit_b16(

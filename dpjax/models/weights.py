@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dpjax.models.layouts import LAYOUTS, NOT_PARAMETERS, Layout, Rule
+from dpjax.models.layouts import LAYOUTS, NOT_PARAMETERS, Layout, Rule, differences
 from dpjax.partition import flatten, unflatten
 from dpjax.typing import Example, Key, Model, Params
 
@@ -33,8 +33,13 @@ def pretrained(
 ) -> Model:
     """Start a model from weights in the Hugging Face format.
 
-    Names and shapes are checked whenever ``init`` is traced (also by ``jax.eval_shape``);
-    the numbers are read only when it runs.
+    What no shape shows (the number of heads, epsilon, the base of rotary positions, the
+    activation, the first position) must be as in ``config.json``, if there is one in
+    Hugging Face's format beside the weights: it is compared here, with ``model.settings``,
+    and what that file asks for and we do not compute is refused. Nothing is compared for
+    the path of a single file, nor if the model has no settings. Names and shapes are
+    checked whenever ``init`` is traced (also by ``jax.eval_shape``); the numbers are read
+    only when it runs.
 
     Args:
         model: Of ``family``, scanned or not.
@@ -51,11 +56,14 @@ def pretrained(
 
     Raises:
         FileNotFoundError: If there is no such file, nor a way to fetch it.
-        ValueError: If the family is unknown. From ``init``, if tensors are missing or left
-            over, have other shapes (another vocabulary), or are tied here and not there.
+        ValueError: If the family is unknown, or ``config.json`` says otherwise; it lists
+            every difference. From ``init``, if tensors are missing or left over, have
+            other shapes (another vocabulary), or are tied here and not there.
     """
     layout = _layout(family)
     files = _resolve(path)
+    if not Path(path).is_file():
+        _check_config(files[0].parent / "config.json", model, family=family)
 
     def init(key: Key, example: Example) -> Params:
         params = model.init(key, example)
@@ -182,7 +190,12 @@ def read(path: str) -> dict[str, np.ndarray]:
 
 
 def write(path: str, params: Params, *, family: str) -> None:
-    """Write parameters to a safetensors file that Hugging Face's models load."""
+    """Write parameters to a safetensors file that Hugging Face's models load.
+
+    It holds no settings. To load it by ``from_pretrained``, put it as
+    ``model.safetensors`` beside the ``config.json`` that the training started from, or
+    one that transformers makes (``GPT2Config(n_head=...).save_pretrained``).
+    """
     # Without this entry transformers refuses the file.
     save_file(to_hf(params, family=family), path, metadata={"format": "pt"})
 
@@ -191,6 +204,24 @@ def _layout(family: str) -> Layout:
     if family not in LAYOUTS:
         raise ValueError(f"{family=} is unknown; choose from {[*LAYOUTS]}")
     return LAYOUTS[family]
+
+
+def _check_config(file: Path, model: Model, *, family: str) -> None:
+    """Raise ValueError unless the model computes what the file says, if it says it."""
+    if model.settings is None or not file.exists():
+        return
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{str(file)!r} is no JSON: {error}") from error
+    if "model_type" not in config:
+        return  # not Hugging Face's, or older than the keys that are compared
+    found = differences(config, model.settings, family=family)
+    if found:
+        raise ValueError(
+            f"{str(file)!r} is of another model: {'; '.join(found)}. An argument that the "
+            "model does not take is fixed: then other weights are needed"
+        )
 
 
 def _named(layout: Layout, tensors: Tensors, *, skip: Sequence[str]) -> Tensors:
@@ -390,7 +421,11 @@ def _fetch(path: str) -> Path:
         folder = huggingface_hub.snapshot_download(
             name,
             revision=revision or None,
-            allow_patterns=["model*.safetensors", "model.safetensors.index.json"],
+            allow_patterns=[
+                "config.json",
+                "model*.safetensors",
+                "model.safetensors.index.json",
+            ],
         )
     except (
         OSError

@@ -2,9 +2,10 @@
 
     pip install -c constraints.txt '.[hf-test]' && python -m tests.golden.make_hf_fixtures
 
-Each model is saved as transformers saves it; ``expected.safetensors`` holds inputs and
-float32 logits, named MODEL/KEY. Weights are random everywhere: at their start, biases of 0
-and scales of 1 would hide mistakes. Written with transformers 5.24.0 and torch 2.13.0.
+Each model is saved as transformers saves it, its ``config.json`` in ``configs.json`` under
+its name; ``expected.safetensors`` holds inputs and float32 logits, named MODEL/KEY. Weights
+are random everywhere: at their start, biases of 0 and scales of 1 would hide mistakes.
+Written with transformers 5.24.0 and torch 2.13.0.
 """
 
 import json
@@ -101,7 +102,7 @@ def inputs(name, model):
 def main():
     shutil.rmtree(HOME, ignore_errors=True)
     HOME.mkdir()
-    expected = {}
+    expected, configs = {}, {}
     for seed, (name, build) in enumerate(MODELS.items()):
         torch.manual_seed(seed)
         model = build().eval()
@@ -116,12 +117,14 @@ def main():
             model.save_pretrained(folder)
             saved = pathlib.Path(folder)
             shutil.copy(saved / "model.safetensors", HOME / f"{name}.safetensors")
-            print(name, json.loads((saved / "config.json").read_text())["model_type"])
+            configs[name] = json.loads((saved / "config.json").read_text())
+            print(name, configs[name]["model_type"])
     small = {
         key: value.to(torch.int32) if value.dtype == torch.int64 else value
         for key, value in expected.items()
     }
     save_file(small, HOME / "expected.safetensors")
+    (HOME / "configs.json").write_text(json.dumps(configs, indent=1) + "\n")
     for file in HOME.iterdir():
         file.chmod(0o644)
     print(sum(file.stat().st_size for file in HOME.iterdir()), "bytes")

@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+import re
 import sys
 import types
 
@@ -12,10 +13,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dpjax.models import bert, weights
-from dpjax.models.gpt2 import gpt2
+from dpjax.models import bert, inputs, peft, weights
+from dpjax.models.gpt2 import gpt2, gpt2_small
 from dpjax.models.llama import llama
-from dpjax.models.vit import vit
+from dpjax.models.vit import vit, vit_b16
 from tests.checks import compiled
 
 HF = pathlib.Path(__file__).parents[1] / "golden" / "hf"
@@ -266,6 +267,381 @@ def test_pretrained_starts_from_the_file_and_checks_it_before_it_runs(tmp_path):
         jax.eval_shape(other.init, jax.random.key(0), example)
 
 
+# --- What no shape shows ------------------------------------------------------------------
+
+
+@functools.cache
+def configs():
+    return json.loads((HF / "configs.json").read_text())
+
+
+def start(folder, config, model, *, family):
+    """Start from a folder with the tensors of nobody: none is read before the check."""
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes(b"not weights")
+    options = {"family": family, "fresh": (), "skip": ()}
+    return weights.pretrained(model, path=str(folder), **options)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_config_of_transformers_agrees_with_our_model_of_it(name, tmp_path):
+    model = MODELS[name](**PLAIN)
+    assert start(tmp_path, configs()[name], model, family=name.split("_")[0]).settings
+
+
+def unlike(name, **changes):
+    """Return the config of a golden model with changes; those that are None are dropped."""
+    config = configs()[name] | changes
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def rope(**parameters):
+    return {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"} | parameters}
+
+
+# A model, what is changed in its config, and the clause about it.
+DIFFERENT = [
+    ("gpt2_a", {"n_head": 4}, "heads=2 here, n_head=4 there (heads=4 is needed)"),
+    (
+        "gpt2_a",
+        {"n_head": None, "num_attention_heads": 4},
+        "heads=2 here, num_attention_heads=4 there (heads=4 is needed)",
+    ),
+    (
+        "gpt2_a",
+        {"layer_norm_epsilon": 1e-6},
+        "epsilon=1e-05 here, layer_norm_epsilon=1e-06 there (epsilon=1e-06 is needed)",
+    ),
+    (
+        "gpt2_a",
+        {"activation_function": "gelu"},
+        "activation='gelu_tanh' here, activation_function='gelu' there "
+        "(activation='gelu' is needed)",
+    ),
+    (
+        "gpt2_a",
+        {"scale_attn_weights": False},
+        "scale_attn_weights=False is not computed here, only True",
+    ),
+    (
+        "gpt2_a",
+        {"scale_attn_by_inverse_layer_idx": True},
+        "scale_attn_by_inverse_layer_idx=True is not computed here, only False",
+    ),
+    (
+        "gpt2_a",
+        {"add_cross_attention": True},
+        "add_cross_attention=True is not computed here, only False",
+    ),
+    (
+        "llama_a",
+        {"num_attention_heads": 8},
+        "heads=4 here, num_attention_heads=8 there (heads=8 is needed)",
+    ),
+    (
+        "llama_a",
+        {"num_key_value_heads": 4},
+        "kv_heads=2 here, num_key_value_heads=4 there (kv_heads=4 is needed)",
+    ),
+    (
+        "llama_a",
+        {"num_key_value_heads": None},
+        "kv_heads=2 here, num_attention_heads=4 there (kv_heads=4 is needed)",
+    ),
+    (
+        "llama_b",
+        {"rms_norm_eps": None},
+        "epsilon=1e-05 here, no rms_norm_eps there (epsilon=1e-06 is needed)",
+    ),
+    (
+        "llama_a",
+        rope(rope_theta=5e5),
+        "rotary_base=10000.0 here, rope_parameters.rope_theta=500000.0 there "
+        "(rotary_base=500000.0 is needed)",
+    ),
+    (
+        "llama_a",
+        {"rope_parameters": None, "rope_theta": 5e5},
+        "rotary_base=10000.0 here, rope_theta=500000.0 there "
+        "(rotary_base=500000.0 is needed)",
+    ),
+    (
+        "llama_a",
+        {"rope_scaling": {"rope_type": "default", "rope_theta": 5e5}},
+        "rotary_base=10000.0 here, rope_scaling.rope_theta=500000.0 there "
+        "(rotary_base=500000.0 is needed)",
+    ),
+    (
+        "llama_b",
+        {"rope_parameters": None},
+        "rotary_base=500000.0 here, no rope_theta there (rotary_base=10000.0 is needed)",
+    ),
+    (
+        "llama_a",
+        rope(rope_type="llama3", factor=8.0),
+        "rope_parameters.rope_type='llama3' is not computed here, only 'default'",
+    ),
+    (
+        "llama_a",
+        {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        "rope_scaling.type='linear' is not computed here, only 'default'",
+    ),
+    (
+        "llama_a",
+        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+        "rope_scaling.rope_type='yarn' is not computed here, only 'default'",
+    ),
+    (
+        "llama_a",
+        {"attention_bias": True},
+        "attention_bias=True is not computed here, only False",
+    ),
+    ("llama_a", {"mlp_bias": True}, "mlp_bias=True is not computed here, only False"),
+    (
+        "llama_a",
+        {"model_type": "mistral", "sliding_window": 8},
+        "length=16 is above sliding_window=8, and such a limit is not computed here "
+        "(length=8 or less is needed)",
+    ),
+    (
+        "llama_a",
+        {"hidden_act": "gelu_pytorch_tanh"},
+        "activation='silu' here, hidden_act='gelu_pytorch_tanh' there "
+        "(activation='gelu_tanh' is needed)",
+    ),
+    (
+        "llama_a",
+        {"model_type": "gemma"},
+        "family='llama' is not for model_type='gemma' (no family here is)",
+    ),
+    (
+        "vit_a",
+        {"num_attention_heads": None},
+        "heads=2 here, no num_attention_heads there (heads=12 is needed)",
+    ),
+    (
+        "vit_a",
+        {"layer_norm_eps": 1e-6},
+        "epsilon=1e-12 here, layer_norm_eps=1e-06 there (epsilon=1e-06 is needed)",
+    ),
+    (
+        "vit_a",
+        {"hidden_act": "relu"},
+        "activation='gelu' here, hidden_act='relu' there (activation='relu' is needed)",
+    ),
+    (
+        "bert_class",
+        {"hidden_act": "gelu_new"},
+        "activation='gelu' here, hidden_act='gelu_new' there "
+        "(activation='gelu_tanh' is needed)",
+    ),
+    (
+        "bert_token",
+        {"position_embedding_type": "relative_key"},
+        "position_embedding_type='relative_key' is not computed here, only 'absolute'",
+    ),
+    ("bert_token", {"is_decoder": True}, "is_decoder=True is not computed here"),
+    (
+        "bert_token",
+        {"num_attention_heads": 6},
+        "heads=4 here, num_attention_heads=6 there (heads=6 is needed)",
+    ),
+    (
+        "bert_token",
+        {"layer_norm_eps": 1e-5},
+        "epsilon=1e-12 here, layer_norm_eps=1e-05 there (epsilon=1e-05 is needed)",
+    ),
+    (
+        "bert_class",
+        {"model_type": "roberta"},
+        "family='bert' is not for model_type='roberta' (family='roberta' is needed)",
+    ),
+    (
+        "roberta_token",
+        {"pad_token_id": 0},
+        "first_position=2 here, pad_token_id=0 there (first_position=1 is needed)",
+    ),
+    (
+        "roberta_class",
+        {"num_attention_heads": 2},
+        "heads=4 here, num_attention_heads=2 there (heads=2 is needed)",
+    ),
+    (
+        "roberta_class",
+        {"hidden_act": "gelu_new"},
+        "activation='gelu' here, hidden_act='gelu_new' there "
+        "(activation='gelu_tanh' is needed)",
+    ),
+    (
+        "roberta_token",
+        {"position_embedding_type": "relative_key_query"},
+        "position_embedding_type='relative_key_query' is not computed here",
+    ),
+    ("roberta_token", {"is_decoder": True}, "is_decoder=True is not computed here"),
+    (
+        "roberta_token",
+        {"layer_norm_eps": None},
+        "epsilon=1e-05 here, no layer_norm_eps there (epsilon=1e-12 is needed)",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "clause"),
+    DIFFERENT,
+    ids=[f"{name} {[*changes]}" for name, changes, _ in DIFFERENT],
+)
+def test_what_no_shape_shows_must_be_as_in_the_config(name, changes, clause, tmp_path):
+    model, config = MODELS[name](**PLAIN), unlike(name, **changes)
+    with pytest.raises(ValueError, match=re.escape(clause)) as caught:
+        start(tmp_path, config, model, family=name.split("_")[0])
+    # Nothing else is found.
+    assert ";" not in str(caught.value)
+
+
+ALIKE = [
+    ("gpt2_a", {"n_head": None, "num_attention_heads": 2}),
+    ("gpt2_a", {"activation_function": "gelu_pytorch_tanh"}),
+    ("gpt2_a", {"activation_function": None, "layer_norm_epsilon": None}),
+    ("gpt2_a", {"reorder_and_upcast_attn": True}),
+    ("llama_a", {"rope_parameters": None}),
+    ("llama_b", {"rope_parameters": None, "rope_theta": 500_000}),
+    (
+        "llama_b",
+        {
+            "rope_parameters": None,
+            "rope_theta": 5e5,
+            "rope_scaling": {"rope_type": "default"},
+        },
+    ),
+    ("llama_a", {"model_type": "mistral", "sliding_window": 16}),
+    ("bert_class", {"hidden_act": None, "layer_norm_eps": None, "pad_token_id": 3}),
+    ("roberta_class", {"pad_token_id": None}),
+    ("roberta_class", {"model_type": "xlm-roberta"}),
+    ("roberta_class", {"model_type": "camembert"}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), ALIKE)
+def test_other_spellings_and_defaults_of_the_config_agree(name, changes, tmp_path):
+    config = unlike(name, **changes)
+    start(tmp_path, config, MODELS[name](**PLAIN), family=name.split("_")[0])
+
+
+# Of GPT2Config() and the like, in transformers 5.24.0.
+DEFAULTS = {
+    "gpt2": "heads=12, epsilon=1e-05, activation='gelu_tanh'",
+    "bert": "heads=12, epsilon=1e-12, activation='gelu', first_position=0",
+    "roberta": "heads=12, epsilon=1e-12, activation='gelu', first_position=2",
+    "vit": "heads=12, epsilon=1e-12, activation='gelu'",
+    "llama": "heads=32, kv_heads=32, epsilon=1e-06, rotary_base=10000.0, activation='silu'",
+}
+
+
+@pytest.mark.parametrize("family", DEFAULTS)
+def test_a_config_that_says_nothing_means_the_defaults(family, tmp_path):
+    model, _ = OLD[family]
+    unset = model._replace(settings=dict.fromkeys(model.settings))
+    with pytest.raises(ValueError, match="is needed") as caught:
+        start(tmp_path, {"model_type": family}, unset, family=family)
+    needed = re.findall(r"\(([^()]*) is needed\)", str(caught.value))
+    assert ", ".join(needed) == DEFAULTS[family]
+
+
+# Keys that are compared, as they are on the hub: written by transformers 2 to 4.
+OLD = {
+    "gpt2": (
+        gpt2_small(vocab_size=50257, length=1024, **PLAIN),
+        {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-05, "n_head": 12},
+    ),
+    "bert": (
+        bert.masked_lm(encoder=bert.bert_base(vocab_size=30522, length=512, **PLAIN)),
+        {
+            "hidden_act": "gelu", "layer_norm_eps": 1e-12, "num_attention_heads": 12,
+            "pad_token_id": 0,
+        },
+    ),
+    "roberta": (
+        bert.masked_lm(
+            encoder=bert.roberta_base(vocab_size=50265, length=512, **PLAIN)
+        ),
+        {
+            "hidden_act": "gelu", "layer_norm_eps": 1e-05, "num_attention_heads": 12,
+            "pad_token_id": 1,
+        },
+    ),
+    "vit": (
+        vit_b16(num_classes=2, image_size=224, **PLAIN),
+        {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "num_attention_heads": 12},
+    ),
+    "llama": (  # Llama 3
+        llama(
+            vocab_size=128256, length=8192, layers=32, width=4096, heads=32, kv_heads=8,
+            hidden=14336, rotary_base=5e5, epsilon=1e-5, tied=False, **PLAIN,
+        ),
+        {
+            "attention_bias": False, "hidden_act": "silu", "num_attention_heads": 32,
+            "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_scaling": None,
+            "rope_theta": 500000.0,
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", OLD)
+def test_the_config_of_models_on_the_hub_agrees(family, tmp_path):
+    model, config = OLD[family]
+    start(tmp_path, config | {"model_type": family}, model, family=family)
+
+
+def test_all_differences_are_listed_at_once(tmp_path):
+    config = unlike("llama_a", num_attention_heads=8, rms_norm_eps=1e-5, mlp_bias=True)
+    with pytest.raises(ValueError, match=r"config.json' is of another model") as caught:
+        start(tmp_path, config, MODELS["llama_a"](**PLAIN), family="llama")
+    clauses = re.findall(r"\w+=[^ ]+ (?:here|is not)", str(caught.value))
+    assert clauses == ["heads=4 here", "epsilon=1e-06 here", "mlp_bias=True is not"]
+
+
+def test_an_encoder_that_starts_at_another_position_is_refused(tmp_path):
+    """Its table has as many rows: 9 positions from 2 on, or 11 from 0 on."""
+    model = MODELS["roberta_token"](**PLAIN)
+    with pytest.raises(
+        ValueError, match=r"first_position=2 here, bert there \(first_po"
+    ):
+        start(tmp_path, configs()["bert_token"], model, family="bert")
+
+
+AROUND = {
+    "lora": lambda m: peft.lora(m, rank=1, scale=1.0, targets=(".*query",)),
+    "prompt": lambda m: peft.prompt(m, length=1, position=0),
+    "prefix": lambda m: peft.prefix(m, length=1),
+    "resized": lambda m: inputs.resized(m, size=8),
+    "standardized": lambda m: inputs.standardized(m, mean=(0.5,), std=(0.5,)),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_a_model_around_a_model_is_compared_too(name, tmp_path):
+    config = unlike("gpt2_a", n_head=4)
+    with pytest.raises(ValueError, match="heads=2 here, n_head=4 there"):
+        start(tmp_path, config, AROUND[name](small()), family="gpt2")
+
+
+def test_what_cannot_be_compared_is_loaded_as_it_is(tensors, tmp_path):
+    wrong, model = unlike("gpt2_a", n_head=4), small()
+    unknown = model._replace(settings=None)
+    start(tmp_path, wrong, unknown, family="gpt2")
+    start(tmp_path, {"n_head": 4}, model, family="gpt2")  # no model_type: not of theirs
+    file = str(tmp_path / "model.safetensors")
+    options = {"family": "gpt2", "fresh": (), "skip": ()}
+    weights.pretrained(model, path=file, **options)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json' is no JSON: "):
+        weights.pretrained(model, path=str(tmp_path), **options)
+    (tmp_path / "config.json").unlink()
+    weights.pretrained(model, path=str(tmp_path), **options)
+
+
 def test_weights_in_parts_are_read_by_their_index(tensors, tmp_path):
     names = sorted(tensors)
     half = len(names) // 2
@@ -306,6 +682,7 @@ def test_the_hub_is_asked_for_the_revision_and_its_failure_is_explained(
     asked = []
 
     def snapshot_download(name, *, revision, allow_patterns):
+        assert "config.json" in allow_patterns
         asked.append((name, revision))
         if name == "absent/model":
             raise FileNotFoundError("offline")  # what its own errors are, too
