@@ -5,9 +5,7 @@ be caught. Slow and obvious on purpose.
 """
 
 import dataclasses
-import functools
 import math
-from unittest import mock
 
 import dp_accounting as dp
 import jax
@@ -21,22 +19,6 @@ from dpjax.clipping import Query, vmap
 from dpjax.sensitive import SEAL, ClippedSum, reveal
 from dpjax.toeplitz import strategy_column
 from dpjax.typing import Batch
-
-# Compiling is most of the cost: this makes slow machine code, six times faster.
-_CHEAP = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-    "xla_cpu_parallel_codegen_split_count": 1,
-}
-CHEAP_FLAGS = " ".join(f"--{name}={str(v).lower()}" for name, v in _CHEAP.items())
-"""The same as XLA_FLAGS, for processes."""
-
-compiled = functools.partial(jax.jit, compiler_options=_CHEAP)
-
-
-def compiled_cheaply():
-    """Make all that is passed to ``jax.jit`` in a with block ``compiled``."""
-    return mock.patch.object(jax, "jit", compiled)
 
 
 def batch_of(examples, *, mask=None, index=None):
@@ -125,7 +107,7 @@ def norm(tree):
 def check_engine_contract(engine, loss, query, batch, key, *, rtol=1e-5):
     """``engine`` returns the sum, residual, count and norms of the reference."""
     total, residual, count, norms = reference(loss, query, batch, key)
-    clipped, statistics = compiled(engine, static_argnums=0)(loss, query, batch, key)
+    clipped, statistics = jax.jit(engine, static_argnums=0)(loss, query, batch, key)
     assert_close(clipped.total, total, rtol=rtol, scale=norm(total) + query.clip_norm)
     if query.residual:
         scale = norm(residual) + norm(total) + query.clip_norm
@@ -154,7 +136,7 @@ def assert_close(actual, expected, *, rtol, scale):
 def check_sensitivity(engine, loss, params, batch, key, *, clip_norm, style):
     """Removing any one example moves the sum by at most ``clip_norm``, the count by 1/2."""
     query = Query((params,), clip_norm=clip_norm, style=style, count=True)
-    run = compiled(engine, static_argnums=0)
+    run = jax.jit(engine, static_argnums=0)
     whole, _ = run(loss, query, batch, key)
     # Float32 sums over B examples of norm at most C round by about B * C * 2**-24.
     slack = 1e-6 * clip_norm * len(batch.mask)
@@ -325,7 +307,7 @@ def _count_sensitivity(mechanism):
     """How far one example moves the count: by brute force, over short and long ones."""
     query = mechanism.query("gradient", jnp.zeros(2), mechanism.init(jnp.zeros(2)))
 
-    @compiled
+    @jax.jit
     def count(lengths, mask):
         batch = batch_of({"x": jnp.stack([lengths, 0 * lengths], axis=1)})
         batch, key = batch._replace(mask=mask), jax.random.key(0)

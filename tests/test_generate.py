@@ -10,7 +10,6 @@ from dpjax.models import peft
 from dpjax.models.gpt2 import gpt2
 from dpjax.models.llama import llama
 from dpjax.models.mlp import mlp
-from tests.checks import compiled
 
 KEY = jax.random.key(0)
 RUN = {"dtype": "float32", "remat": False}
@@ -53,11 +52,11 @@ def test_tokens_one_by_one_with_the_cache_give_the_logits_of_the_whole(name):
     model = MODELS[name]()
     params = drawn(model)
     tokens = np.random.default_rng(1).integers(0, 11, 9).astype(np.int32)
-    whole = compiled(model.apply)(params, {"tokens": tokens}, KEY)
+    whole = jax.jit(model.apply)(params, {"tokens": tokens}, KEY)
     room = np.where(np.arange(9) < 4, tokens, 0)
-    first, cache = compiled(lambda p, t: model.decode(p, t, None, 0))(params, room)
+    first, cache = jax.jit(lambda p, t: model.decode(p, t, None, 0))(params, room)
     np.testing.assert_allclose(first[:4], whole[:4], rtol=1e-4, atol=1e-5)
-    step = compiled(model.decode)
+    step = jax.jit(model.decode)
     for start, stop in ((4, 5), (5, 6), (6, 9)):
         rows, cache = step(params, tokens[start:stop], cache, start)
         np.testing.assert_allclose(rows, whole[start:stop], rtol=1e-4, atol=1e-5)
@@ -72,7 +71,7 @@ def test_greedy_samples_are_the_argmax_of_the_uncached_forward():
         model, max_new_tokens=6, stop_token=99, temperature=0.0, top_k=None, top_p=1.0
     )
     found = sample(params, prompts, lengths, KEY)
-    apply = compiled(model.apply)
+    apply = jax.jit(model.apply)
     for row in range(2):
         tokens = np.zeros(9, np.int32)
         tokens[: lengths[row]] = prompts[row, : lengths[row]]

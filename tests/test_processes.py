@@ -13,7 +13,7 @@ import pytest
 from dpjax.ledger import Ledger, NoiseReuseError
 from dpjax.train import Interrupted, train
 from experiments.train import main
-from tests.checks import CHEAP_FLAGS, assert_close, compiled_cheaply, norm
+from tests.checks import assert_close, norm
 from tests.runs import ROOT, assert_same_export, crash_after, exported, metrics, tiny
 
 TINY = "--config=tests/tiny_config.py"
@@ -32,8 +32,7 @@ def small(**changes):
 
 def train_here(workdir, **changes):
     """Train in this process."""
-    with compiled_cheaply():
-        train(small(**changes), workdir)
+    train(small(**changes), workdir)
 
 
 def free_port():
@@ -48,7 +47,6 @@ def two_processes(workdir, *, event=NEVER, flags=((), ())):
         "JAX_NUM_CPU_DEVICES": "2",
         "JAX_COMPILATION_CACHE_DIR": ".cache/jax-tests",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        "XLA_FLAGS": CHEAP_FLAGS,
     }
     port = free_port()
     peers = [

@@ -29,8 +29,6 @@ from dpjax.transforms import private
 from tests.checks import (
     assert_close,
     batch_of,
-    compiled,
-    compiled_cheaply,
     norm,
     reference,
 )
@@ -107,7 +105,7 @@ def sums_on(layout, engine, loss, query, chunks):
         clipped, statistics = engine(loss, query, batch, KEY)
         return sums.only().merge(clipped).stacked(1), statistics
 
-    @compiled
+    @jax.jit
     def run(query, chunks):
         sums = query.empty().stacked(layout.devices)
         statistics = []
@@ -190,7 +188,7 @@ def test_a_mesh_of_shared_parameters_sums_gradients_before_they_are_clipped(chec
         out_specs=PartitionSpec(),
         check_vma=check_vma,
     )
-    program = compiled(naive).lower(params, batch).compile()
+    program = jax.jit(naive).lower(params, batch).compile()
     moved = {shape for _, shape in collectives(program.as_text())}
     total = known_total(query, batch)
     error = norm(jax.tree.map(np.subtract, program(params, batch), total))
@@ -319,9 +317,8 @@ class Run:
         transform = private(
             self.mechanism, self.experiment.optimizer, noise_key=root_key(1)
         )
-        with compiled_cheaply():
-            self.state = init_state(config, self.experiment, transform)
-            self.step = make_train_step(config, self.experiment, transform)
+        self.state = init_state(config, self.experiment, transform)
+        self.step = make_train_step(config, self.experiment, transform)
 
     def batches(self):
         return batches(

@@ -27,7 +27,6 @@ from tests.checks import (
     batch_of,
     check_engine_contract,
     check_sensitivity,
-    compiled,
     norm,
 )
 
@@ -50,7 +49,7 @@ def run(engine, loss, query, batch):
 
 @functools.cache
 def _compiled(engine):
-    return compiled(engine, static_argnums=0)
+    return jax.jit(engine, static_argnums=0)
 
 
 def linear(params, example, key):

@@ -34,7 +34,7 @@ from dpjax.sampling import (
     TruncatedPoisson,
 )
 from dpjax.sensitive import ClippedSum
-from tests.checks import check_adds_to_sum, check_noise, compiled
+from tests.checks import check_adds_to_sum, check_noise
 
 PLAN = {"steps": 50, "num_examples": 1000, "delta": 1e-5}
 
@@ -304,12 +304,12 @@ def _compiled_slopes(mechanism):
         return jnp.dot(out["w"], u) / jnp.dot(u, u)
 
     each = jax.vmap(one, in_axes=(0, None, 0, None))
-    return compiled(lambda asked, roots, step: each(asked.total, asked, roots, step))
+    return jax.jit(lambda asked, roots, step: each(asked.total, asked, roots, step))
 
 
 @functools.cache
 def _compiled_release(mechanism):
-    return compiled(
+    return jax.jit(
         lambda clipped, state, params, key, step: mechanism.release(
             clipped, state, params, key=key, step=step
         )

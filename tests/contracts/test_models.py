@@ -23,7 +23,7 @@ from dpjax.models.llama import llama
 from dpjax.models.vit import vit
 from dpjax.partition import partition, with_frozen
 from dpjax.sensitive import reveal
-from tests.checks import batch_of, clip, compiled, norm
+from tests.checks import batch_of, clip, norm
 from tests.contracts.test_zoo import INDEX, KEY, MASK, check_sum
 from tests.contracts.zoo import BF16, B
 
@@ -202,7 +202,7 @@ def check_engines(asked, loss, points, frozen, *, tolerance):
         for name, rows in wanted.items()
     }
 
-    @compiled
+    @jax.jit
     def ask(points, frozen, batch, key):
         of_trained = with_frozen(loss, frozen)
         queries = {
@@ -245,7 +245,7 @@ def check_answer(answer, asked, rows, clip_norm, *, tolerance):
 def per_example_gradients(loss, points, frozen, examples):
     """Return the gradients ``[B, ...]`` at each point, as float64."""
 
-    @compiled
+    @jax.jit
     def run(point, frozen, examples, key):
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, INDEX)
         gradient = jax.grad(with_frozen(loss, frozen))

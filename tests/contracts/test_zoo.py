@@ -10,7 +10,7 @@ import pytest
 
 from dpjax.clipping import Query, auto, bookkeeping, ghost
 from dpjax.sensitive import reveal
-from tests.checks import assert_close, batch_of, clip, compiled, norm
+from tests.checks import assert_close, batch_of, clip, norm
 from tests.contracts.random_losses import random_loss
 from tests.contracts.zoo import ZOO
 
@@ -69,7 +69,7 @@ def known(name):
 def gradients(case):
     """Per-example gradients ``[B, ...]`` in the arithmetic of the loss, as float64."""
 
-    @compiled
+    @jax.jit
     def run(params, examples, key):
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, INDEX)
         return jax.vmap(jax.grad(case.loss), (None, 0, 0))(params, examples, keys)
@@ -121,7 +121,7 @@ def ask(engine, case, clip_norm):
         inner = [layers[n]["leaf"] for n in range(len(leaves))]
         return case.loss(jax.tree.unflatten(tree, inner), example, key)
 
-    @compiled
+    @jax.jit
     def run(params, layers, batch, key):
         flat = Query((params,), clip_norm=clip_norm, residual=True)
         split = Query((layers,), clip_norm=clip_norm, residual=True, style="per_layer")

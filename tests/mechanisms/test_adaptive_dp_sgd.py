@@ -13,7 +13,7 @@ import dpjax
 from dpjax.clipping import vmap
 from dpjax.mechanisms.adaptive_dp_sgd import ClipNormState
 from dpjax.sensitive import ClippedSum
-from tests.checks import batch_of, check_joint_release, compiled
+from tests.checks import batch_of, check_joint_release
 from tests.contracts.test_mechanisms import adaptive, dp_sgd
 
 ROOT = dpjax.root_key(0)
@@ -102,7 +102,7 @@ def test_the_clip_norm_goes_to_the_quantile(start, quantile, noise_multiplier):
         mean, state = mechanism.release(clipped, state, params, key=ROOT, step=number)
         return state, mean
 
-    scanned = compiled(lambda state: jax.lax.scan(step, state, jnp.arange(200)))
+    scanned = jax.jit(lambda state: jax.lax.scan(step, state, jnp.arange(200)))
     state, means = scanned(mechanism.init(params))
     assert np.isfinite(means).all()
     within = np.mean(norms <= float(state.clip_norm))
@@ -119,11 +119,11 @@ def test_it_trains_through_private_and_counts_over_chunks():
     x = np.stack([lengths, np.zeros(8, np.float32)], axis=1)
     query = mechanism.query("gradient", params, state.mechanism)
     total = query.empty()
-    engine = compiled(vmap, static_argnums=0)
+    engine = jax.jit(vmap, static_argnums=0)
     for mask in (np.arange(8) < 3, np.arange(8) >= 3):
         batch = batch_of({"x": x}, mask=mask)
         total = total.merge(engine(linear, query, batch, jax.random.key(0))[0])
-    updates, state = compiled(transform.update)(total, state, params)
+    updates, state = jax.jit(transform.update)(total, state, params)
     clipped = np.minimum(lengths, 0.5)
     np.testing.assert_allclose(updates, [-clipped.mean(), 0.0], rtol=1e-5, atol=1e-7)
     expected = 0.5 * math.exp(-0.2 * (4 / 8 - 0.7))

@@ -15,7 +15,7 @@ import scipy.special
 import dpjax
 from dpjax.sensitive import ClippedSum
 from dpjax.toeplitz import strategy_column
-from tests.checks import check_correlated, compiled
+from tests.checks import check_correlated
 from tests.contracts.test_mechanisms import band_mf, dp_sgd
 from tests.test_toeplitz import dense
 
@@ -26,7 +26,7 @@ EMPTY = ClippedSum.zeros(PARAMS, l2_bound=0.5)
 
 @functools.cache
 def step_of(mechanism):
-    return compiled(
+    return jax.jit(
         lambda clipped, state, step: mechanism.release(
             clipped, state, None, key=ROOT, step=step
         )

@@ -14,7 +14,7 @@ import pytest
 import dpjax
 from dpjax.clipping import vmap
 from dpjax.sampling import PeriodicPoisson
-from tests.checks import batch_of, compiled
+from tests.checks import batch_of
 from tests.contracts.test_mechanisms import bvr_l_sgd, diff2
 
 N, RATE, SEED = 40, 0.5, 3
@@ -24,7 +24,7 @@ rng = np.random.default_rng(1)
 X = rng.normal(size=(N, 5)).astype(np.float32)
 Y = rng.uniform(-1, 1, size=N).astype(np.float32)
 START = rng.normal(size=5).astype(np.float32)
-RUN = compiled(vmap, static_argnums=0)
+RUN = jax.jit(vmap, static_argnums=0)
 
 
 def loss(params, example, key):
@@ -37,7 +37,7 @@ def trained(mechanism, steps):
     transform = dpjax.private(mechanism, optax.sgd(RATE), noise_key=ROOT)
     params = {"w": jnp.asarray(START)}
     state, seen = transform.init(params), [START]
-    update = compiled(transform.update)
+    update = jax.jit(transform.update)
     for t in range(steps):
         drawn = mechanism.sampling.draw(t, num_examples=N, seed=SEED)
         mask = np.isin(np.arange(N), drawn)
@@ -148,7 +148,7 @@ def test_without_local_amplification_it_costs_what_diff2_does():
 
 def test_local_steps_are_clipped_by_their_own_length_and_corrected_from_the_round():
     mechanism = bvr_l_sgd()
-    release = compiled(functools.partial(mechanism.release, key=ROOT))
+    release = jax.jit(functools.partial(mechanism.release, key=ROOT))
     at = [{"w": jnp.full(4, x)} for x in (0.0, 0.5, 0.6)]
     state = mechanism.init(at[0])
     query = mechanism.query("restart", at[0], state)

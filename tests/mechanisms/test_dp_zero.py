@@ -14,7 +14,7 @@ from dpjax.clipping import vmap
 from dpjax.directions import gaussian_direction
 from dpjax.noise import add_noise
 from dpjax.sensitive import ClippedSum
-from tests.checks import batch_of, compiled
+from tests.checks import batch_of
 from tests.contracts.test_mechanisms import dp_sgd, dp_zero
 
 KEY = jax.random.key(5)
@@ -70,7 +70,7 @@ def test_without_noise_and_clipping_the_estimate_is_the_gradient_on_average():
         clipped, _ = vmap(loss, mechanism.query("slope", PARAMS, state), batch, KEY)
         return mechanism.release(clipped, state, PARAMS, key=ROOT, step=step)[0]
 
-    each = compiled(jax.vmap(estimate))(jnp.arange(5_000))
+    each = jax.jit(jax.vmap(estimate))(jnp.arange(5_000))
 
     def mean(params):
         return jnp.mean(jax.vmap(loss, (None, 0, None))(params, EXAMPLES, KEY))
@@ -83,7 +83,7 @@ def test_without_noise_and_clipping_the_estimate_is_the_gradient_on_average():
 def test_directions_are_gaussian_and_depend_on_seed_step_and_leaf_alone():
     like = {"a": jnp.zeros((40, 50)), "b": jnp.zeros(2000, jnp.bfloat16)}
 
-    @functools.partial(compiled, static_argnums=0)
+    @functools.partial(jax.jit, static_argnums=0)
     def draw(seed, step):
         return gaussian_direction(like, seed=seed, step=step)
 
@@ -117,7 +117,7 @@ def test_two_machines_that_share_numbers_only_walk_together():
     """Each sums the slopes of its half; what they send is one number a step."""
     mechanism = dp_zero(sampling=dpjax.FullBatch(), num_examples=8)
     transform = dpjax.private(mechanism, optax.sgd(1e-2), noise_key=ROOT)
-    run = compiled(vmap, static_argnums=0)
+    run = jax.jit(vmap, static_argnums=0)
     halves = [batch_of(EXAMPLES, mask=(np.arange(8) < 3) == k) for k in (True, False)]
     params = [PARAMS] * 3
     states = [transform.init(PARAMS)] * 3

@@ -15,7 +15,7 @@ import pytest
 import dpjax
 from dpjax.mechanisms.recursion import optimal_noise_ratio, variance_ratio
 from dpjax.sensitive import ClippedSum
-from tests.checks import batch_of, compiled, norm
+from tests.checks import batch_of, norm
 from tests.contracts import test_engines as engines
 from tests.contracts.test_mechanisms import diff2, spider_boost
 
@@ -28,7 +28,7 @@ def run(mechanism, loss, examples, params, *, engine, rate, steps):
     transform = dpjax.private(mechanism, optax.sgd(rate), noise_key=ROOT)
     state = transform.init(params)
     batch = batch_of(examples)
-    step = compiled(engine, static_argnums=0)
+    step = jax.jit(engine, static_argnums=0)
     for t in range(steps):
         query = mechanism.query(mechanism.phase(t), params, state.mechanism)
         clipped, _ = step(loss, query, batch, jax.random.fold_in(KEY, t))
@@ -253,7 +253,7 @@ def test_each_message_has_the_noise_of_a_whole_release_and_shares_it_with_none()
     mechanism, params = diff2(noisy_workers=9), {"w": jnp.zeros(20_000)}
     state = mechanism.init(params)
     empty = mechanism.query("restart", params, state).empty()
-    send = compiled(
+    send = jax.jit(
         functools.partial(mechanism.message, key=ROOT, step=0),
         static_argnames="worker",
     )

@@ -13,7 +13,6 @@ from dpjax.models.mlp import mlp
 from dpjax.models.transformer import Attention
 from dpjax.models.vit import vit
 from dpjax.partition import flatten, partition
-from tests.checks import compiled
 
 KEY = jax.random.key(0)
 TOKENS = {"tokens": np.array([3, 1, 4, 1, 5, 9], np.int32)}
@@ -72,7 +71,7 @@ def test_fresh_adapters_change_nothing_and_merged_ones_compute_the_same(scan):
     assert a.shape == ((2, 8, 2) if scan else (8, 2))
     # Five standard errors of the variance of so many normals.
     assert abs(np.mean(np.square(a)) * 8 - 1) < 5 * np.sqrt(2 / a.size)
-    apply, plain = compiled(model.apply), compiled(base.apply)
+    apply, plain = jax.jit(model.apply), jax.jit(base.apply)
     frozen = partition(start, [".*lora_."])[1]
     np.testing.assert_array_equal(apply(start, TOKENS, KEY), plain(frozen, TOKENS, KEY))
     params = drawn(model, TOKENS)

@@ -8,7 +8,6 @@ import pytest
 from dpjax.models import bert, gpt2, vit
 from dpjax.models.llama import llama
 from dpjax.models.transformer import rotate
-from tests.checks import compiled
 
 RUN = {"dtype": "float32", "scan": True, "remat": False}
 KEY = jax.random.key(0)
@@ -94,7 +93,7 @@ def test_a_decoder_sees_no_later_token():
     """So padding at the end needs no mask."""
     model, tokens = tiny_llama(), np.arange(6, dtype=np.int32)
     params = draw_params(model, {"tokens": tokens})
-    apply = compiled(model.apply)
+    apply = jax.jit(model.apply)
     before = apply(params, {"tokens": tokens}, KEY)
     changed = np.where(np.arange(6) < 4, tokens, 12).astype(np.int32)
     after = apply(params, {"tokens": changed}, KEY)
@@ -107,7 +106,7 @@ def test_an_encoder_does_not_see_what_is_masked(head):
     model = head(encoder=tiny_encoder(), num_classes=3)
     tokens, mask = np.arange(6, dtype=np.int32), np.arange(6) < 4
     params = draw_params(model, {"tokens": tokens, "mask": mask})
-    apply = compiled(model.apply)
+    apply = jax.jit(model.apply)
     changed = np.where(mask, tokens, 12).astype(np.int32)
     logits = [
         apply(params, {"tokens": t, "mask": m}, KEY)
@@ -130,16 +129,16 @@ def test_infilling_gives_the_logits_of_the_labels_at_the_mask():
     whole = bert.masked_lm(encoder=encoder)
     params = draw_params(whole, {"tokens": tokens})
     some = bert.infilling(encoder=encoder, mask_token=12, label_tokens=(7, 2))
-    logits = compiled(some.apply)(params, {"tokens": tokens}, KEY)
-    everywhere = compiled(whole.apply)(params, {"tokens": tokens}, KEY)
+    logits = jax.jit(some.apply)(params, {"tokens": tokens}, KEY)
+    everywhere = jax.jit(whole.apply)(params, {"tokens": tokens}, KEY)
     np.testing.assert_allclose(logits, everywhere[2, [7, 2]], rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_is_close_to_float32_and_remat_changes_nothing():
     tokens = {"tokens": np.arange(6, dtype=np.int32)}
     params = draw_params(tiny_llama(), tokens)
-    exact = compiled(tiny_llama().apply)(params, tokens, KEY)
-    low = compiled(tiny_llama(dtype="bfloat16", remat=True).apply)(params, tokens, KEY)
+    exact = jax.jit(tiny_llama().apply)(params, tokens, KEY)
+    low = jax.jit(tiny_llama(dtype="bfloat16", remat=True).apply)(params, tokens, KEY)
     assert exact.dtype == jnp.float32
     assert low.dtype == jnp.bfloat16
     scale = np.abs(exact).max()

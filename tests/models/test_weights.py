@@ -17,7 +17,6 @@ from dpjax.models import bert, inputs, peft, weights
 from dpjax.models.gpt2 import gpt2, gpt2_small
 from dpjax.models.llama import llama
 from dpjax.models.vit import vit, vit_b16
-from tests.checks import compiled
 
 HF = pathlib.Path(__file__).parents[1] / "golden" / "hf"
 PLAIN = {"dtype": "float32", "scan": False, "remat": False}
@@ -104,7 +103,7 @@ def test_logits_are_those_of_transformers(name):
     run = SCANNED if name.endswith(("_b", "_token")) else PLAIN
     model, examples = MODELS[name](**run), examples_of(name)
     params = params_of(model, name)
-    apply = compiled(jax.vmap(model.apply, in_axes=(None, 0, None)))
+    apply = jax.jit(jax.vmap(model.apply, in_axes=(None, 0, None)))
     logits = apply(params, examples, jax.random.key(0))
     right = expected()[f"{name}/logits"]
     if "mask" in examples and logits.ndim == 3:
@@ -255,7 +254,7 @@ def test_pretrained_starts_from_the_file_and_checks_it_before_it_runs(tmp_path):
     path = str(HF / "llama_b.safetensors")
     options = {"path": path, "family": "llama", "fresh": (), "skip": ()}
     model = weights.pretrained(MODELS["llama_b"](**SCANNED), **options)
-    params = compiled(model.init)(jax.random.key(0), example)
+    params = jax.jit(model.init)(jax.random.key(0), example)
     jax.tree.map(
         np.testing.assert_array_equal,
         params,
