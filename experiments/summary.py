@@ -194,9 +194,19 @@ def draw(found: Rows, *, x: str, lines: str, panels: str | None) -> Any:
         x: Label of the horizontal axis, which is logarithmic.
         lines: Label with a line for each of its values.
         panels: Label with a panel for each of its values; None for one panel.
+
+    Raises:
+        ValueError: Several rows would be one point of a line.
     """
     from matplotlib.figure import Figure
 
+    axes_of = [name for name in (x, lines, panels) if name is not None]
+    points = [tuple(r["labels"][name] for name in axes_of) for r in found if r["n"]]
+    if len(set(points)) < len(points):
+        raise ValueError(
+            f"--plot: several rows have the same {', '.join(axes_of)}; tell them apart by "
+            "--panels=LABEL, or keep the best by --choose=LABEL"
+        )
     parts: dict[str, Rows] = {}
     for row in found:
         name = "" if panels is None else f"{panels} {_number(row['labels'][panels])}"

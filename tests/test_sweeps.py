@@ -268,6 +268,10 @@ def test_a_plot_has_all_rows_in_their_panels():
     legend = figure.legends[0]
     assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
     assert len(summary.draw(rows, x="clip", lines="method", panels=None).axes) == 1
+    # Two rows at one place of a line would be joined as if one followed from the other.
+    rows.append(row("a", 2, 5.0, 0.4))
+    with pytest.raises(ValueError, match="same clip, method; .*--panels=LABEL"):
+        summary.draw(rows, x="clip", lines="method", panels=None)
 
 
 def test_runs_on_public_data_cost_nothing(tmp_path):
