@@ -3,7 +3,7 @@
 This module may import nothing of dpjax.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -46,15 +46,16 @@ class Model(NamedTuple):
             ``int32[T]`` for all positions there will be; each later one ``int32[t]`` new
             tokens for the positions from ``start`` on, and logits ``[t, V]`` are about the
             tokens after them. See ``dpjax.generate``.
-        settings: Of transformers, the arguments that shapes of parameters do not show, by
-            name (``heads``, ``epsilon``, ...): ``dpjax.models.weights.pretrained`` compares
-            them with what is said beside weights. None if they are not known.
+        settings: Of transformers, the arguments that shapes of parameters do not show, as
+            pairs of name (``heads``, ``epsilon``, ...) and value:
+            ``dpjax.models.weights.pretrained`` compares them with what is said beside
+            weights. None if they are not known.
     """
 
     init: Callable[[Key, Example], Params]
     apply: Callable[[Params, Example, Key], Array]
     decode: Callable[[Params, Array, Any, Any], tuple[Array, Any]] | None = None
-    settings: Mapping[str, Any] | None = None
+    settings: tuple[tuple[str, Any], ...] | None = None
 
 
 class Source(Protocol):

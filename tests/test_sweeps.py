@@ -270,7 +270,7 @@ def test_a_plot_has_all_rows_in_their_panels():
     assert len(summary.draw(rows, x="clip", lines="method", panels=None).axes) == 1
     # Two rows at one place of a line would be joined as if one followed from the other.
     rows.append(row("a", 2, 5.0, 0.4))
-    with pytest.raises(ValueError, match="same clip, method; .*--panels=LABEL"):
+    with pytest.raises(ValueError, match=r"same clip, method; .*--panels=LABEL"):
         summary.draw(rows, x="clip", lines="method", panels=None)
 
 

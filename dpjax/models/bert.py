@@ -236,8 +236,9 @@ class _TokenHead(nn.Module):
 
 def _model(encoder: Encoder, head: nn.Module) -> Model:
     model = token_model(_Bert(encoder, head), reads=("tokens", "mask", "segments"))
-    positions = {"first_position": encoder.first_position}
-    return model._replace(settings=dataclasses.asdict(encoder.spec()) | positions)
+    settings = dataclasses.asdict(encoder.spec())
+    settings["first_position"] = encoder.first_position
+    return model._replace(settings=tuple(settings.items()))
 
 
 def classifier(*, encoder: Encoder, num_classes: int) -> Model:

@@ -98,7 +98,7 @@ def gpt2(
         remat=remat,
     )
     model = decoder_model(_Gpt2(vocab_size, length, spec))
-    return model._replace(settings=dataclasses.asdict(spec))
+    return model._replace(settings=tuple(dataclasses.asdict(spec).items()))
 
 
 def gpt2_small(

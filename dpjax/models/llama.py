@@ -95,4 +95,5 @@ def llama(
         remat=remat,
     )
     model = decoder_model(_Llama(vocab_size, length, tied, spec))
-    return model._replace(settings=dataclasses.asdict(spec) | {"length": length})
+    settings = dataclasses.asdict(spec) | {"length": length}
+    return model._replace(settings=tuple(settings.items()))

@@ -123,7 +123,7 @@ def vit(
         remat=remat,
     )
     model = image_model(_Vit(num_classes, image_size, patch, spec))
-    return model._replace(settings=dataclasses.asdict(spec))
+    return model._replace(settings=tuple(dataclasses.asdict(spec).items()))
 
 
 def vit_b16(

@@ -216,7 +216,7 @@ def _check_config(file: Path, model: Model, *, family: str) -> None:
         raise ValueError(f"{str(file)!r} is no JSON: {error}") from error
     if "model_type" not in config:
         return  # not Hugging Face's, or older than the keys that are compared
-    found = differences(config, model.settings, family=family)
+    found = differences(config, dict(model.settings), family=family)
     if found:
         raise ValueError(
             f"{str(file)!r} is of another model: {'; '.join(found)}. An argument that the "

@@ -1,6 +1,8 @@
 """Make ``tests/golden/hf``: tiny models of transformers, with what they compute.
 
-    pip install -c constraints.txt '.[hf-test]' && python -m tests.golden.make_hf_fixtures
+    pip install '.[hf-test]' && python -m tests.golden.make_hf_fixtures
+
+(Without constraints.txt: torch wants an older mpmath than it pins.)
 
 Each model is saved as transformers saves it, its ``config.json`` in ``configs.json`` under
 its name; ``expected.safetensors`` holds inputs and float32 logits, named MODEL/KEY. Weights

@@ -286,6 +286,7 @@ def start(folder, config, model, *, family):
 def test_the_config_of_transformers_agrees_with_our_model_of_it(name, tmp_path):
     model = MODELS[name](**PLAIN)
     assert start(tmp_path, configs()[name], model, family=name.split("_")[0]).settings
+    hash(model)  # so that it can be a static argument of jit
 
 
 def unlike(name, **changes):
@@ -540,7 +541,7 @@ DEFAULTS = {
 @pytest.mark.parametrize("family", DEFAULTS)
 def test_a_config_that_says_nothing_means_the_defaults(family, tmp_path):
     model, _ = OLD[family]
-    unset = model._replace(settings=dict.fromkeys(model.settings))
+    unset = model._replace(settings=tuple((name, None) for name, _ in model.settings))
     with pytest.raises(ValueError, match="is needed") as caught:
         start(tmp_path, {"model_type": family}, unset, family=family)
     needed = re.findall(r"\(([^()]*) is needed\)", str(caught.value))
