@@ -34,5 +34,5 @@ class _BatchNormed(nn.Module):
 
 def test_a_module_that_keeps_statistics_of_batches_is_refused_with_the_fix():
     model = image_model(_BatchNormed())
-    with pytest.raises(ValueError, match="keeps batch_stats .* use GroupNorm"):
+    with pytest.raises(ValueError, match=r"keeps batch_stats .* use GroupNorm"):
         model.init(jax.random.key(0), {"image": np.ones((2, 2, 3), np.float32)})
