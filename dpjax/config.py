@@ -13,7 +13,10 @@ import hashlib
 import importlib
 import json
 import math
+import sysconfig
+import traceback
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from dpjax import checks, signatures
@@ -111,7 +114,25 @@ def build(spec: Mapping[str, Any], *args: Any, **extra: Any) -> Any:
     try:
         return target(*args, **kwargs, **extra)
     except (TypeError, ValueError, OSError) as error:
-        raise ConfigError(f"{spec['name']}: {error}") from error
+        raise ConfigError(f"{spec['name']}: {error}{place_of(error)}") from error
+    except (AttributeError, LookupError) as error:  # from the user's own code
+        raise ConfigError(f"{spec['name']}: {told(error)}") from error
+
+
+def told(error: Exception) -> str:
+    """Return type, first line and place of an error of the user's code, in one line."""
+    first = str(error).partition("\n")[0]
+    return f"{type(error).__name__}: {first}{place_of(error)}"
+
+
+def place_of(error: Exception) -> str:
+    """Return `` (FILE, line N)``, the innermost one that is the user's; "" if none is."""
+    paths = sysconfig.get_paths()
+    ours = (str(Path(__file__).parent), *(paths[k] for k in ("stdlib", "purelib")), "<")
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith(ours):
+            return f" ({Path(frame.filename).name}, line {frame.lineno})"
+    return ""
 
 
 def build_mechanism(spec: Mapping[str, Any], *, num_examples: int) -> Any:

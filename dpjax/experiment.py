@@ -14,7 +14,13 @@ from jaxtyping import Array
 from dpjax import config as configs
 from dpjax.checks import check_rows
 from dpjax.clipping import Engine, plain, resolve_engine
-from dpjax.data.batches import check_labels, check_tokens, fingerprint, overlap
+from dpjax.data.batches import (
+    check_labels,
+    check_records,
+    check_tokens,
+    fingerprint,
+    overlap,
+)
 from dpjax.losses import augmented
 from dpjax.mechanisms import DpZero, Mechanism
 from dpjax.sharding import Layout, make_layout
@@ -173,6 +179,10 @@ def _check_data(config: Mapping[str, Any], source: Source, held_out: Source) -> 
     for name, data in (("data", source), ("evaluation", held_out)):
         if len(data) == 0:
             raise configs.ConfigError(f"config.{name}.source has no examples")
+        try:
+            check_records(data)
+        except ValueError as error:
+            raise configs.ConfigError(f"config.{name}.source: {error}") from error
         keys, model = data[[0]], config["model"]
         classes = configs.number_of(model, "num_classes")
         vocabulary = configs.number_of(model, "vocab_size")

@@ -4,6 +4,7 @@ There is no batch axis, so nothing here can mix examples.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -177,17 +178,28 @@ def augmented(
     def augmented_loss(params: Params, example: Example, key: Key) -> Scalar:
         def view_loss(view_key: Key) -> Scalar:
             augment_key, loss_key = jax.random.split(view_key)
-            return loss(params, augment(augment_key, example), loss_key)
+            value = loss(params, augment(augment_key, example), loss_key)
+            _check_scalar(value)
+            return value
 
-        losses = jax.vmap(view_loss)(jax.random.split(key, views))
-        if losses.shape != (views,):
-            raise TypeError(
-                f"loss returned an array of shape {losses.shape[1:]}; it must return one "
-                "floating-point scalar for ONE example"
-            )
-        return jnp.mean(losses)
+        return jnp.mean(jax.vmap(view_loss)(jax.random.split(key, views)))
 
     return augmented_loss
+
+
+def _check_scalar(value: Any) -> None:
+    # A mean over views would hide an integer, whose gradient is zero.
+    if not hasattr(value, "shape") and not isinstance(value, float):
+        found = f"a {type(value).__name__}"
+    elif jnp.shape(value):
+        found = f"an array of shape {jnp.shape(value)}"
+    elif not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        found = f"a scalar of dtype {jnp.result_type(value)}"
+    else:
+        return
+    raise TypeError(
+        f"loss returned {found}; it must return one floating-point scalar for ONE example"
+    )
 
 
 def accuracy(model: Model) -> Callable[[Params, Example], Array]:

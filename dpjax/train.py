@@ -192,9 +192,10 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
                 # card tell of it.
                 _record(ledger, released)
                 previous = None
+                # The accountant takes its time, which is none of the steps'.
+                scalars = {"examples/s": clock.examples_per_second(step)}
                 if is_first:
                     report.card_of(config, mechanism, ledger.releases).write(workdir)
-                scalars = {"examples/s": clock.examples_per_second(step)}
                 scalars["epsilon"] = epsilon(mechanism, steps=step)
                 scalars["update_norm"] = float(released.update_norm)
                 if mechanism.private:
@@ -383,7 +384,7 @@ def check_parts(experiment: Experiment) -> tuple[Params, Params]:
         loss = jax.eval_shape(experiment.loss, params, blank, key)
     except Exception as error:  # Models, losses and metrics are the user's code.
         raise configs.ConfigError(
-            f"model, loss and metric do not fit the data: {type(error).__name__}: {error}"
+            f"model, loss and metric do not fit the data: {configs.told(error)}"
         ) from error
     for name, out in (("loss", loss), ("metric", score)):
         if getattr(out, "shape", None) != ():

@@ -34,3 +34,14 @@ def list_params(*, num_classes):
         init=lambda key, example: [jnp.zeros((64, num_classes))],
         apply=lambda params, example, key: example["image"].ravel() @ params[0],
     )
+
+
+def misspelt_source(*, split):
+    return {"train": 0}[f"{split}ing"]
+
+
+def misshapen(*, num_classes):
+    def apply(params, example, key):
+        return example["image"] @ params["w"]
+
+    return Model(lambda key, example: {"w": jnp.zeros((64, num_classes))}, apply)

@@ -455,6 +455,14 @@ WRONG_VALUES = {
         {"evaluation.metric.name": "tests.leaky:wrong_metric"},
         "model, loss and metric do not fit the data: TypeError",
     ),
+    "a slip in a source of the user's": (
+        {"data.source": {"name": "tests.leaky:misspelt_source", "split": "train"}},
+        "tests.leaky:misspelt_source: KeyError: 'training' (leaky.py, line ",
+    ),
+    "a slip in a model of the user's": (
+        {"model": {"name": "tests.leaky:misshapen", "num_classes": 10}},
+        "(leaky.py, line ",
+    ),
     "vector loss": (
         {"loss": {"name": "tests.leaky:vector_loss"}},
         "one floating-point scalar for ONE example",

@@ -215,3 +215,18 @@ def test_hidden_token_nats_are_the_loss_at_one_fixed_draw():
     nats = hidden_token_nats(TABLE, **options)(LOGITS, example)
     again = masked_lm(TABLE, **options)(LOGITS, example, jax.random.key(0))
     np.testing.assert_array_equal(nats, again)
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (jnp.ones(3), r"an array of shape \(3,\)"),
+        (jnp.int32(1), "a scalar of dtype int32"),
+        ((jnp.float32(1), {}), "a tuple"),
+    ],
+    ids=["vector", "integer", "with auxiliary values"],
+)
+def test_a_loss_that_is_no_scalar_is_named(value, found):
+    loss = augmented(lambda *_: value, augment=lambda key, example: example, views=1)
+    with pytest.raises(TypeError, match=f"loss returned {found}; it must return one"):
+        loss({}, EXAMPLE, KEY)

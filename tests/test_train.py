@@ -73,6 +73,20 @@ def test_metrics_hold_public_values_only(undisturbed):
     assert epsilons == sorted(epsilons)
 
 
+def test_throughput_leaves_out_the_time_of_the_accountant(tmp_path, monkeypatch):
+    real = report.card_of
+
+    def slow(*args):
+        time.sleep(1)
+        return real(*args)
+
+    monkeypatch.setattr(report, "card_of", slow)
+    config = tiny(**{"mechanism.steps": 3, "run.log_every": 1})
+    train(config, tmp_path)
+    # 143.7 examples are expected in a step: with that second they would be slower.
+    assert max(r["examples/s"] for r in metrics(tmp_path)[1:]) > 150
+
+
 def test_the_card_tells_the_epsilon_of_the_steps_taken(undisturbed):
     found = card(undisturbed)
     plan = dpjax.DpSgd(

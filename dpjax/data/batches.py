@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -222,6 +222,33 @@ def _digests(
         ).digest()
         for row in zip(*columns, strict=True)
     }
+
+
+def check_records(source: Source) -> None:
+    """Check on one record that a source gives dicts of stacked arrays of numbers.
+
+    Raises:
+        ValueError: With what came instead.
+    """
+    wanted = "a source takes a list of ints and returns a dict of stacked arrays"
+    try:
+        records = source[[0]]
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"source[[0]] raised {type(error).__name__}: {error}; {wanted}"
+        ) from error
+    if not isinstance(records, Mapping):
+        raise ValueError(f"source[[0]] is a {type(records).__name__}; {wanted}")
+    for key, array in records.items():
+        if np.shape(array)[:1] != (1,):
+            raise ValueError(
+                f"{key!r} of source[[0]] has shape {np.shape(array)}, not (1, ...); {wanted}"
+            )
+        if np.asarray(array).dtype.kind in "OSUM":
+            raise ValueError(
+                f"{key!r} has dtype {np.asarray(array).dtype}; leave it out, or make it "
+                "numbers"
+            )
 
 
 def check_labels(source: Source, *, num_classes: int, key: str = "label") -> None:

@@ -3,7 +3,7 @@
 Flax is imported only in ``dpjax.models``; the rest of dpjax sees pure functions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax import linen as nn
@@ -34,10 +34,13 @@ def array_model(module: nn.Module, *, field: str) -> Model:
 
     Returns:
         The model.
+
+    Raises:
+        ValueError: From ``init``, if the module has other variables than parameters.
     """
 
     def init(key: Key, example: Example) -> Params:
-        return module.init(key, example[field][None])["params"]
+        return _parameters(module.init(key, example[field][None]))
 
     def apply(params: Params, example: Example, key: Key) -> Array:
         del key
@@ -82,13 +85,24 @@ def token_model(module: nn.Module, *, reads: Sequence[str]) -> Model:
     """
 
     def init(key: Key, example: Example) -> Params:
-        return module.init(key, *_inputs(example, reads))["params"]
+        return _parameters(module.init(key, *_inputs(example, reads)))
 
     def apply(params: Params, example: Example, key: Key) -> Any:
         del key
         return module.apply({"params": params}, *_inputs(example, reads))
 
     return Model(init, apply)
+
+
+def _parameters(variables: Mapping[str, Any]) -> Params:
+    others = sorted(set(variables) - {"params"})
+    if others:
+        raise ValueError(
+            f"the module keeps {', '.join(others)} beside its parameters, and a model of "
+            "one example keeps nothing: for BatchNorm, which mixes examples, use GroupNorm "
+            "or LayerNorm"
+        )
+    return variables["params"]
 
 
 def _inputs(example: Example, reads: Sequence[str]) -> list[Array | None]:

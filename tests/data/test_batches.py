@@ -6,6 +6,7 @@ import pytest
 from dpjax.data.arrays import ArraySource
 from dpjax.data.batches import (
     check_labels,
+    check_records,
     check_tokens,
     fingerprint,
     overlap,
@@ -260,3 +261,28 @@ def test_check_tokens_names_the_first_offender(where, value):
         ValueError, match=f"token {value} of example {where} is outside"
     ):
         check_tokens(ArraySource({"tokens": tokens}), vocab_size=7)
+
+
+class _OneByOne:
+    """As sources of other libraries are: one record for one index."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return {"x": np.zeros(8, np.float32), "y": np.float32(0)}
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (_OneByOne(), r"'x' of source\[\[0\]\] has shape \(8,\)"),
+        ({"x": np.zeros((3, 8))}, "raised TypeError: unhashable"),
+        (np.zeros((3, 8)), r"source\[\[0\]\] is a ndarray"),
+        (ArraySource({"id": np.array(["a", "b"])}), "'id' has dtype <U1; leave it out"),
+    ],
+    ids=["one record at a time", "a dict", "an array", "text"],
+)
+def test_what_is_no_source_is_refused_with_what_it_gives(source, message):
+    with pytest.raises(ValueError, match=message):
+        check_records(source)

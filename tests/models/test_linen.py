@@ -1,5 +1,6 @@
 import jax
 import numpy as np
+import pytest
 from flax import linen as nn
 
 from dpjax.models.linen import image_model
@@ -23,3 +24,15 @@ def test_params_are_the_bare_dict_and_other_inputs_are_ignored():
     params = model.init(jax.random.key(0), example)
     assert jax.tree.map(np.shape, params) == {"kernel": (3, 2), "bias": (2,)}
     assert model.apply(params, example, jax.random.key(0)).shape == (2, 2, 2)
+
+
+class _BatchNormed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.BatchNorm(use_running_average=False)(x)
+
+
+def test_a_module_that_keeps_statistics_of_batches_is_refused_with_the_fix():
+    model = image_model(_BatchNormed())
+    with pytest.raises(ValueError, match=r"keeps batch_stats .* use GroupNorm"):
+        model.init(jax.random.key(0), {"image": np.ones((2, 2, 3), np.float32)})
