@@ -43,7 +43,8 @@ class PrivacyCard:
         epsilon_rdp: By RDP, a looser cross-check; None where RDP has no analysis.
         delta, adjacency: What epsilon refers to.
         amplified: Whether epsilon relies on amplification by sampling.
-        steps_taken, steps_planned: Releases.
+        steps_taken, steps_planned: Releases. While a run goes on, those taken include
+            what is taken before the next evaluation or checkpoint.
         mechanism: Every primary fact.
         event: What was accounted.
         key_source: Where noise and sampling seeds came from.
@@ -83,7 +84,7 @@ class PrivacyCard:
             "delta": f"{self.delta:g}",
             "adjacency": self.adjacency.replace("_", " "),
             "amplification by sampling": "yes" if self.amplified else "none claimed",
-            "steps taken / planned": f"{self.steps_taken} / {self.steps_planned}",
+            "steps accounted / planned": f"{self.steps_taken} / {self.steps_planned}",
             **{f"mechanism.{key}": value for key, value in self.mechanism.items()},
             "event": f"`{self.event}`",
             "seeds": self.key_source,

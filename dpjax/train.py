@@ -175,6 +175,7 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
             processes.interruptions() as interrupted,
         ):
             previous, clock = None, _Clock(mechanism.expected_batch_size, start)
+            accounted = 0
             for batch in stream:
                 state, released, statistics = train_step(state, batch)
                 # The device works on this step while the host records the one before.
@@ -194,9 +195,14 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
                 previous = None
                 # The accountant takes its time, which is none of the steps'.
                 scalars = {"examples/s": clock.examples_per_second(step)}
-                if is_first:
-                    report.card_of(config, mechanism, ledger.releases).write(workdir)
-                scalars["epsilon"] = epsilon(mechanism, steps=step)
+                if step > accounted or stop:
+                    accounted = (
+                        step if stop else _next_pause(step, run, last=mechanism.steps)
+                    )
+                    releases = max(accounted, ledger.releases)
+                    if is_first:
+                        report.card_of(config, mechanism, releases).write(workdir)
+                scalars["epsilon"] = epsilon(mechanism, steps=accounted)
                 scalars["update_norm"] = float(released.update_norm)
                 if mechanism.private:
                     scalars["clip_norm"] = float(released.clip_norm)
@@ -229,6 +235,16 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
                 export(workdir / "export", params, card.files() | names)
             print(report.end_block(card, {metric: score}, workdir))
     return state
+
+
+def _next_pause(step: int, run: Mapping[str, Any], *, last: int) -> int:
+    """Return the next step, from this one on, that is evaluated, saved or the last.
+
+    What a run reports before is accounted as if it had come so far: an accountant takes
+    seconds, and would hold up steps that take less if every line of the log had its own.
+    """
+    rounds = (run["eval_every"], run["checkpoint_every"])
+    return min(last, *(-(-step // every) * every for every in rounds))
 
 
 class TrainStep(NamedTuple):

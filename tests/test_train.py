@@ -74,17 +74,44 @@ def test_metrics_hold_public_values_only(undisturbed):
 
 
 def test_throughput_leaves_out_the_time_of_the_accountant(tmp_path, monkeypatch):
-    real = report.card_of
+    now = [0.0]
+
+    def tick():
+        now[0] += 1e-6
+        return now[0]
 
     def slow(*args):
-        time.sleep(1)
+        now[0] += 1000
         return real(*args)
 
+    real = report.card_of
     monkeypatch.setattr(report, "card_of", slow)
-    config = tiny(**{"mechanism.steps": 3, "run.log_every": 1})
+    monkeypatch.setattr(time, "perf_counter", tick)
+    changes = {"mechanism.steps": 3, "run.log_every": 1, "run.eval_every": 1}
+    train(tiny(**changes), tmp_path)
+    # 143.7 examples are expected in a step.
+    assert min(r["examples/s"] for r in metrics(tmp_path)) > 1000
+
+
+def test_between_evaluations_more_is_accounted_than_was_released(tmp_path, monkeypatch):
+    """A line of the log costs no accounting of its own, and never tells too little."""
+    told = []
+
+    def telling(config, mechanism, steps):
+        told.append(steps)
+        return real(config, mechanism, steps)
+
+    real = report.card_of
+    monkeypatch.setattr(report, "card_of", telling)
+    changes = {"mechanism.steps": 7, "run.log_every": 1, "run.eval_every": 3}
+    config = tiny(**changes | {"run.checkpoint_every": 5})
     train(config, tmp_path)
-    # 143.7 examples are expected in a step: with that second they would be slower.
-    assert max(r["examples/s"] for r in metrics(tmp_path)[1:]) > 150
+    assert told[-5:] == [3, 5, 6, 7, 7]
+    plan = build_experiment(config).mechanism
+    at = [3, 3, 3, 5, 5, 6, 7]
+    assert [r["epsilon"] for r in metrics(tmp_path)] == [
+        dpjax.epsilon(plan, steps=steps) for steps in at
+    ]
 
 
 def test_the_card_tells_the_epsilon_of_the_steps_taken(undisturbed):
@@ -250,7 +277,7 @@ def flip_bits(directory):
 
 
 def test_a_card_written_while_replaying_tells_of_all_releases(tmp_path, monkeypatch):
-    config = tiny(**{"run.log_every": 1})
+    config = tiny(**{"run.log_every": 1, "run.eval_every": 1})
     with monkeypatch.context() as patch:
         crash_after(patch, 11)  # Released and logged: 11 steps. Saved: 8.
         with pytest.raises(KeyboardInterrupt):
