@@ -1,6 +1,7 @@
 """The bridge from Flax nnx to ``dpjax.typing.Model``."""
 
 from collections.abc import Callable
+from typing import Any
 
 from flax import nnx
 from jaxtyping import Array
@@ -54,5 +55,5 @@ def array_model(make: Callable[[nnx.Rngs], nnx.Module], *, field: str) -> Model:
     return Model(init, apply)
 
 
-def _name(path: tuple[str | int, ...]) -> str:
+def _name(path: tuple[Any, ...]) -> str:
     return "/".join(map(str, path))
