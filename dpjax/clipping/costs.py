@@ -158,6 +158,11 @@ def parameter_bytes(program: Program) -> int:
     return 4 * sum(math.prod(shape) for shape in program.shapes)
 
 
+def constant_bytes(program: Program) -> int:
+    """Return the bytes of what the loss closes over, such as frozen parameters."""
+    return sum(_bytes(const) for const in program.closed.consts)
+
+
 def convolves(program: Program) -> bool:
     """Whether any use of a parameter is a convolution."""
     return any(s.kind == "conv_general_dilated" for s in program.sites.values())

@@ -103,9 +103,11 @@ def estimate(
     """Return what a plan is expected to cost with ``size`` examples at once."""
     cost = costs.example_cost(program, plan)
     params = costs.parameter_bytes(program)
+    # Read anew by the forward and the backward pass of each microbatch.
+    reread = 3 * params + 2 * costs.constant_bytes(program)
     peak = size * cost.bytes + 2 * params
     looped = size < examples and costs.convolves(program)
     total = examples * cost.seconds(on) * (on.looped_convolution if looped else 1.0)
-    total += examples / size * (3 * params / on.bandwidth + on.round)
+    total += examples / size * (reread / on.bandwidth + on.round)
     total += max(peak - costs.CACHED, 0.0) / on.fresh
     return Choice(plan, size, total, peak)

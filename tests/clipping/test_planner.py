@@ -70,6 +70,22 @@ def test_of_methods_that_save_as_much_the_one_with_fewer_flops_is_taken():
     assert keep < gram
 
 
+def test_each_microbatch_reads_what_is_frozen_anew():
+    frozen, on = jnp.ones((2000, 2000)), DEVICES["cpu"]
+
+    def loss(params, example, key):
+        del key
+        return jnp.sum(jnp.tanh(example["x"] @ frozen) @ params["w"])
+
+    params, examples = {"w": jnp.ones((2000, 3))}, {"x": jnp.ones((16, 2000))}
+    query = Query((params,), clip_norm=1.0)
+    program = analyse(loss, query, batch_of(examples), KEY)
+    plan = next(candidates(program, on))
+    one, all_ = (estimate(program, plan, size, 16, on).seconds for size in (1, 16))
+    # Forward and backward pass, for 15 microbatches more.
+    assert one - all_ > 15 * 2 * frozen.nbytes / on.bandwidth
+
+
 @pytest.mark.parametrize("positions", [2, 64])
 @pytest.mark.parametrize("budget", [4e5, 1e6, 4e6, 3e7])
 def test_temporaries_of_the_compiled_program_fit_the_budget(positions, budget):
