@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -393,16 +393,14 @@ def check_parts(experiment: Experiment) -> tuple[Params, Params]:
             trained as asked.
     """
     blank, key = _blank(experiment.source), jax.random.key(0)
-    try:
+    with _of_the_user("model"):
         params = jax.eval_shape(experiment.model.init, key, blank)
         flatten_params(jax.tree.map(lambda leaf: np.zeros((), leaf.dtype), params))
-        score = jax.eval_shape(experiment.metric, params, blank)
+    with _of_the_user("loss"):
         loss = jax.eval_shape(experiment.loss, params, blank, key)
-    except Exception as error:  # Models, losses and metrics are the user's code.
-        raise configs.ConfigError(
-            f"model, loss and metric do not fit the data: {configs.told(error)}"
-        ) from error
-    for name, out in (("loss", loss), ("metric", score)):
+    with _of_the_user("evaluation.metric"):
+        score = jax.eval_shape(experiment.metric, params, blank)
+    for name, out in (("loss", loss), ("evaluation.metric", score)):
         if getattr(out, "shape", None) != ():
             raise configs.ConfigError(
                 f"config.{name}: {out} must be one scalar for ONE example"
@@ -415,6 +413,17 @@ def check_parts(experiment: Experiment) -> tuple[Params, Params]:
         return jax.eval_shape(lambda key: _starts(experiment, key), key)
     except ValueError as error:
         raise configs.ConfigError(f"config.parameters.train: {error}") from error
+
+
+@contextlib.contextmanager
+def _of_the_user(part: str) -> Iterator[None]:
+    """Tell of which part an error is: models, losses and metrics are the user's code."""
+    try:
+        yield
+    except Exception as error:
+        raise configs.ConfigError(
+            f"config.{part} does not fit the data or the model: {configs.told(error)}"
+        ) from error
 
 
 def evaluated_params(state: TrainState, frozen: Params) -> Params:

@@ -453,7 +453,7 @@ WRONG_VALUES = {
     ),
     "metric of another model": (
         {"evaluation.metric.name": "tests.leaky:wrong_metric"},
-        "model, loss and metric do not fit the data: TypeError",
+        "config.evaluation.metric does not fit the data or the model: TypeError",
     ),
     "a slip in a source of the user's": (
         {"data.source": {"name": "tests.leaky:misspelt_source", "split": "train"}},
@@ -679,7 +679,7 @@ WRONG_TEXT = {
             folder,
             loss={"name": "dpjax.losses:classification", "label_smoothing": 0.0},
         ),
-        "model, loss and metric do not fit the data: KeyError: 'label'",
+        "config.loss does not fit the data or the model: KeyError: 'label'",
     ),
 }
 
