@@ -3,7 +3,7 @@
 PYTHON ?= python3
 WORKDIR ?= runs/digits
 
-.PHONY: train test lint
+.PHONY: train test test-long lint
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -17,6 +17,10 @@ train: .venv/installed
 
 test: .venv/installed
 	.venv/bin/python -m pytest --numprocesses=2 --dist=worksteal
+
+# What is left out of `test` to keep it short.
+test-long: .venv/installed
+	.venv/bin/python -m pytest --numprocesses=2 --dist=worksteal -m long
 
 # SkyPilot reads what launch writes for it. An environment of its own, since it wants an older
 # click than the other tools; by uv, since pip takes ten times as long for its 320 MB.

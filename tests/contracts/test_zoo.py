@@ -20,16 +20,19 @@ ENGINES = {
     "auto": auto,
 }
 all_engines = pytest.mark.parametrize("engine", ENGINES.values(), ids=list(ENGINES))
-all_names = pytest.mark.parametrize("name", ZOO)
 KEY = jax.random.key(3)
 MASK = np.array([True, True, False, True])
 INDEX = np.array([3, 0, 2, 1], np.int32)
 
 
-# To keep CI short: `ghost` shares analysis and rules with `bookkeeping`, and the planner of
-# `auto` mixes what the other two do.
-EVERY = {"bookkeeping": 1, "ghost": 2, "auto": 4}
-PAIRS = [(engine, name) for engine in ENGINES for name in [*ZOO][:: EVERY[engine]]]
+# The others are `long`. `ghost` shares analysis and rules with `bookkeeping`, and the planner
+# of `auto` mixes what the other two do.
+EVERY = {"bookkeeping": 2, "ghost": 4, "auto": 8}
+PAIRS = [
+    pytest.param(engine, name, marks=[pytest.mark.long] if i % every else [])
+    for engine, every in EVERY.items()
+    for i, name in enumerate(ZOO)
+]
 
 
 @pytest.mark.parametrize(("engine", "name"), PAIRS)
@@ -38,7 +41,7 @@ def test_engine_equals_per_example_gradients(engine, name):
     compare(ENGINES[engine], case, vectors)
 
 
-@all_names
+@pytest.mark.parametrize("name", [*ZOO][::2])
 def test_rules_of_the_zoo_are_of_its_parameters(name):
     """Zero gradients are where the rules say, and nowhere else."""
     case, vectors = known(name)
