@@ -39,7 +39,7 @@ class PrivacyCard:
     Attributes:
         private: Whether a finite epsilon is claimed at all.
         proven: Whether epsilon holds for any data; if not, flags say what it assumes.
-        epsilon: By PLD, at the steps really taken.
+        epsilon: By PLD, at ``steps_taken``.
         epsilon_rdp: By RDP, a looser cross-check; None where RDP has no analysis.
         delta, adjacency: What epsilon refers to.
         amplified: Whether epsilon relies on amplification by sampling.

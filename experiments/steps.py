@@ -19,7 +19,7 @@ from dpjax.sampling import FullBatch
 from dpjax.transforms import PrivateState, private
 from dpjax.typing import Batch, Key, Loss, Params
 from experiments.programs import Compiled, Program, compiled
-from experiments.suite import Rows, quotient
+from experiments.suite import Rows, quotient, wait
 from experiments.timing import alternate, ratio, row
 from experiments.workloads import build
 
@@ -82,7 +82,7 @@ def measure(name: str, *, engines: list[str], rounds: int) -> tuple[Rows, None]:
                 arguments = (start, batch, jax.random.key(4), jnp.float32(_CLIP_NORM))
                 made = compiled(program, arguments)
                 ready[engine, kind, extent] = made
-                calls[engine, kind, extent] = functools.partial(_wait, made, arguments)
+                calls[engine, kind, extent] = functools.partial(wait, made, arguments)
     times = alternate({"/".join(k): call for k, call in calls.items()}, rounds=rounds)
     rows = []
     for (engine, kind, extent), made in ready.items():
@@ -140,7 +140,3 @@ def _after_a_step(
     first = step(loss, "auto", mechanism, number=0, extent="whole")
     start = (params, _transform(mechanism).init(params))
     return jax.jit(first)(start, batch, jax.random.key(3), jnp.float32(_CLIP_NORM))
-
-
-def _wait(made: Compiled, arguments: tuple[Any, ...]) -> Any:
-    return jax.block_until_ready(made.run(*arguments))

@@ -114,10 +114,11 @@ def _compile(candidates: dict[str, Program], workload: Workload) -> dict[str, Co
 def _call(
     compiled: Compiled, workload: Workload, clip_norm: jax.Array
 ) -> Callable[[], Any]:
-    return functools.partial(_wait, compiled, _arguments(workload, clip_norm))
+    return functools.partial(wait, compiled, _arguments(workload, clip_norm))
 
 
-def _wait(compiled: Compiled, arguments: tuple[Any, ...]) -> Any:
+def wait(compiled: Compiled, arguments: tuple[Any, ...]) -> Any:
+    """Run a program until its results are there."""
     return jax.block_until_ready(compiled.run(*arguments))
 
 

@@ -160,8 +160,6 @@ def _check_neighbours(
     count = len(batch.mask)
     whole, _ = ask(batch)
     bound = float(whole.l2_bound)
-    # Rounding grows with the sums, which are the larger for a large bound.
-    slack = _ROUNDING * count * bound
     rest = float(whole.outer_norm) - bound
     limits = {"total": bound, "residual": rest, "count": 0.5}
     for left_out in range(count):
@@ -171,6 +169,8 @@ def _check_neighbours(
             if one is None or math.isinf(limit):
                 continue
             moved = float(optax.tree.norm(jax.tree.map(jnp.subtract, one, two)))
+            # Rounding grows with the sums, which are the larger for a large bound.
+            slack = _ROUNDING * count * (1.0 if name == "count" else bound)
             if not moved <= limit + slack:
                 raise SelfCheckError(
                     f"{engine}: removing one example moves the {name} of the clipped sum "
