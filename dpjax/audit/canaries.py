@@ -26,6 +26,7 @@ from dpjax.mechanisms import DpSgd
 from dpjax.noise import root_key
 from dpjax.partition import with_frozen
 from dpjax.sampling import FullBatch, Poisson, secret_seed
+from dpjax.sensitive import ClippedSum
 from dpjax.train import frozen_params, init_state, make_train_step
 from dpjax.transforms import private
 from dpjax.typing import Batch, Example, Key, Loss, Params
@@ -156,8 +157,7 @@ def canary_scores(
         sums = step_real.begin(phase, state)
         for chunk in batch.chunks:
             sums, _ = step_real.accumulate(phase, state, sums, step_real.place(chunk))
-        real = sums.merged()
-        known, bound = jax.tree.map(jnp.copy, (real.total, real.l2_bound))
+        known, bound = _merged(sums)
         drawn = mechanism.sampling.draw(batch.step, num_examples=count, seed=own_seed)
         taken = members & np.isin(np.arange(count), drawn)
         for chunk in _chunks(canaries, taken, config["compute"]["physical_batch_size"]):
@@ -165,9 +165,7 @@ def canary_scores(
                 phase, state, sums, step_canary.place(chunk)
             )
         state, _ = step_real.finish(state, sums)
-        rest = jax.tree.map(
-            lambda x, y, k: (x - y) * scale - k, before, state.params, known
-        )
+        rest = _rest(before, state.params, known, scale)
         scores += np.asarray(
             _decoded(canaries.loss, before, canaries.examples, rest, bound, spread)
         )
@@ -195,6 +193,20 @@ def _chunks(canaries: Canaries, taken: NDArray[np.bool_], rows: int) -> list[Bat
         examples = jax.tree.map(lambda x, i=index: np.asarray(x)[i], canaries.examples)
         found.append(Batch(examples, np.arange(rows) < len(part), index))
     return found
+
+
+# A program each, not one per operation: of programs that are reduced over virtual devices,
+# XLA's CPU client waits for ever when too many are under way.
+@jax.jit
+def _merged(sums: ClippedSum) -> tuple[Params, Array]:
+    merged = sums.merged()
+    return merged.total, merged.l2_bound
+
+
+@jax.jit
+def _rest(before: Params, after: Params, known: Params, scale: float) -> Params:
+    """Return the released sum of one step less the clipped sum of the real examples."""
+    return jax.tree.map(lambda x, y, k: (x - y) * scale - k, before, after, known)
 
 
 @functools.partial(jax.jit, static_argnums=0)
