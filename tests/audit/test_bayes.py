@@ -1,6 +1,5 @@
 """The posterior of epsilon: the authors' numbers, an oracle, coverage and width."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -39,15 +38,6 @@ def test_cdf_is_the_mass_of_the_private_region(counts):
         assert ours == pytest.approx(inside.mean(), abs=4e-3)
 
 
-@pytest.fixture
-def optimised(monkeypatch):
-    """Hundreds of posteriors: running them costs more than compiling them well."""
-    options = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
-    fast = jax.jit(bayes.quantiles.__wrapped__, compiler_options=options)
-    monkeypatch.setattr(bayes, "quantiles", fast)
-
-
-@pytest.mark.usefixtures("optimised")
 def test_intervals_cover_and_are_narrower_than_counting():
     """90 % intervals on Gaussian mechanisms; issue: at least 88 %."""
     rng, delta, runs = np.random.default_rng(3), 1e-5, 120
