@@ -11,6 +11,7 @@ import dp_accounting as dp
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import scipy.linalg
 import scipy.stats
 
@@ -19,6 +20,14 @@ from dpjax.clipping import Query, vmap
 from dpjax.sensitive import SEAL, ClippedSum, reveal
 from dpjax.toeplitz import strategy_column
 from dpjax.typing import Batch
+
+
+def thinned(cases, every):
+    """Return ``cases`` (tuples) for ``parametrize``; all but one in ``every`` are long."""
+    return [
+        pytest.param(*case, marks=[pytest.mark.long] if i % every else [])
+        for i, case in enumerate(cases)
+    ]
 
 
 def batch_of(examples, *, mask=None, index=None):

@@ -10,7 +10,7 @@ import pytest
 
 from dpjax.clipping import Query, auto, bookkeeping, ghost
 from dpjax.sensitive import reveal
-from tests.checks import assert_close, batch_of, clip, norm
+from tests.checks import assert_close, batch_of, clip, norm, thinned
 from tests.contracts.random_losses import random_loss
 from tests.contracts.zoo import ZOO
 
@@ -27,18 +27,12 @@ INDEX = np.array([3, 0, 2, 1], np.int32)
 
 # The others are `long`. `ghost` shares analysis and rules with `bookkeeping`, and the planner
 # of `auto` mixes what the other two do.
-EVERY = {"bookkeeping": 2, "ghost": 4, "auto": 8}
-
-
-def sampled(every, *first):
-    """Return the names, after ``first``; all but one in ``every`` are marked."""
-    return [
-        pytest.param(*first, name, marks=[pytest.mark.long] if i % every else [])
-        for i, name in enumerate(ZOO)
-    ]
-
-
-PAIRS = [pair for engine, every in EVERY.items() for pair in sampled(every, engine)]
+EVERY = {"bookkeeping": 4, "ghost": 8, "auto": 8}
+PAIRS = [
+    pair
+    for engine, every in EVERY.items()
+    for pair in thinned([(engine, name) for name in ZOO], every)
+]
 
 
 @pytest.mark.parametrize(("engine", "name"), PAIRS)
@@ -47,7 +41,9 @@ def test_engine_equals_per_example_gradients(engine, name):
     compare(ENGINES[engine], case, vectors)
 
 
-@pytest.mark.parametrize("name", sampled(EVERY["bookkeeping"]))
+@pytest.mark.parametrize(
+    "name", thinned([(name,) for name in ZOO], EVERY["bookkeeping"])
+)
 def test_rules_of_the_zoo_are_of_its_parameters(name):
     """Zero gradients are where the rules say, and nowhere else."""
     case, vectors = known(name)
