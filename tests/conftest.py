@@ -4,6 +4,7 @@ A test may be skipped only for want of a program that a machine need not have; t
 the output, and ``.cache/not_run``, then say so.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -32,6 +33,12 @@ collect_ignore = ["golden/make_hf_fixtures.py"]
 
 hypothesis.settings.register_profile("ci", max_examples=25, deadline=None)
 hypothesis.settings.load_profile("ci")
+
+
+def pytest_collection_finish():
+    # Tracing makes garbage fast, and little of it goes in circles.
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -60,7 +60,7 @@ def test_rules_of_the_zoo_are_of_its_parameters(name):
 
 @all_engines
 @hypothesis.given(case=random_loss())
-@hypothesis.settings(max_examples=10, derandomize=True)
+@hypothesis.settings(max_examples=8, derandomize=True)
 def test_engine_equals_per_example_gradients_of_random_losses(engine, case):
     compare(engine, case, gradients(case))
 
