@@ -327,7 +327,12 @@ def _gradients(part: Factors) -> Float[Array, "B H K N"]:
         if many and prefers_turns():
             return in_turn(lambda one: _gradients(one)[0], part)
         part = part.dense
-    blocks = [_dot("hbtk,hbtn->bhkn", left, part.right) for left in part.left]
+    if part.right.shape[0] == 1:
+        # XLA's CPU compiler copies the factors for the sake of an axis of length 1.
+        (right,) = part.right
+        blocks = [_dot("btk,btn->bkn", left[0], right)[:, None] for left in part.left]
+    else:
+        blocks = [_dot("hbtk,hbtn->bhkn", left, part.right) for left in part.left]
     return jnp.concatenate(blocks, axis=2)
 
 
