@@ -49,10 +49,10 @@ PARTS = {
 
 
 @pytest.mark.parametrize("makers", PARTS.values(), ids=list(PARTS))
-@pytest.mark.parametrize("t", [1, 4])
-def test_norms_and_sums_are_those_of_the_gradients(makers, t):
+@pytest.mark.parametrize(("t", "h"), [(1, 2), (4, 2), (4, 1)])
+def test_norms_and_sums_are_those_of_the_gradients(makers, t, h):
     rng = np.random.default_rng(t)
-    parts = [make(rng, t=t + i) for i, make in enumerate(makers)]
+    parts = [make(rng, t=t + i, h=h) for i, make in enumerate(makers)]
     expected = sum(map(in_full, parts))
     squares = np.sum(expected**2, axis=(1, 2, 3))
     np.testing.assert_allclose(gradients(parts), expected, rtol=1e-5, atol=1e-5)
