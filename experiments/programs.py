@@ -50,11 +50,12 @@ class Compiled:
     @functools.cached_property
     def _analysed(self) -> jax.stages.Compiled:
         # The default scheduler of the CPU trades memory for concurrency, by up to 2.7
-        # times, and may so reorder the programs.
+        # times, and may so reorder the programs. (The older boolean option for it is only
+        # read from the environment: here it would change nothing.)
         if jax.default_backend() != "cpu":
             return self.run
         return self.lowered.compile(
-            {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+            {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
         )
 
 

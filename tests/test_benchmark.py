@@ -191,6 +191,19 @@ def test_errors_are_of_the_sum_and_of_the_norms():
         np.testing.assert_allclose(found, error, rtol=1e-6)
 
 
+def test_memory_is_that_of_a_schedule_that_spares_it():
+    def program(x):
+        # One after the other needs one temporary; side by side, three.
+        return [f(x) @ x for f in (jnp.sin, jnp.cos, jnp.exp)]
+
+    size = 4 * 256 * 256
+    x = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+    compiled = programs.compiled(program, (x,))
+    assert size <= compiled.temp_bytes < 2 * size
+    default = compiled.run.memory_analysis().temp_size_in_bytes
+    assert default >= 2 * size, "else this test could not fail"
+
+
 def test_the_clip_norm_clips_some(monkeypatch):
     workload = workloads.build("tiny")
     clipped = programs.private(workload.loss, "vmap")

@@ -89,8 +89,8 @@ def group_cost(group: Group, method: Method) -> Cost:
     h, t, k, n = _group_sizes(group)
     gram, product = 4 * h * t * t, 2 * h * t * k * n
     if method == "keep":
-        return Cost(product, factors + 3 * weight, weight + factors, 0)
-    total = Cost(product, 3 * factors, factors, 0)
+        return Cost(product, factors + 3 * weight, weight + _kept_bytes(group), 0)
+    total = Cost(product, 3 * factors, _kept_bytes(group), 0)
     if method == "direct":
         norm = Cost(product, factors + 2 * weight, 0, weight)
     elif t == 1:
@@ -106,6 +106,12 @@ def saved_bytes(group: Group, method: Method) -> float:
     FLOPs count for so little that those of a whole program are less than a byte: they
     decide between methods that save as many.
     """
+    saved = weight_bytes(group) if method == "keep" else _kept_bytes(group)
+    return saved + 2.0**-48 * group_cost(group, method).flops
+
+
+def cut_bytes(group: Group, method: Method) -> float:
+    """Return ``saved_bytes``, but of images when their patches are cut out."""
     saved = weight_bytes(group) if method == "keep" else factor_bytes(group)
     return saved + 2.0**-48 * group_cost(group, method).flops
 
@@ -117,9 +123,21 @@ def weight_bytes(group: Group) -> int:
 
 
 def factor_bytes(group: Group) -> int:
-    """Return the bytes of one example's factors."""
+    """Return the bytes of one example's factors, patches cut out."""
     h, t, k, n = _group_sizes(group)
     return 4 * h * t * (k + n)
+
+
+def _kept_bytes(group: Group) -> int:
+    """Return the bytes of one example's factors as they are kept: of images, whole."""
+    if any(site.kind != "conv_general_dilated" for site in group.sites):
+        return factor_bytes(group)
+    sizes = [
+        math.prod(loop.length for loop in site.loops)
+        * (math.prod(site.data_shape) + math.prod(site.out_shape))
+        for site in group.sites
+    ]
+    return 4 * sum(sizes)
 
 
 def _group_sizes(group: Group) -> tuple[int, int, int, int]:

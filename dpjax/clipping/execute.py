@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dpjax.clipping import kernels, layouts
-from dpjax.clipping.analysis import Program, analyse
+from dpjax.clipping.analysis import Program, Site, analyse
 from dpjax.clipping.factors import centred_count, clip_factors
 from dpjax.clipping.kernels import Factors, Norms, Patches
 from dpjax.clipping.passes import (
@@ -128,10 +128,36 @@ def _pulled_back(
 
     Of those that are dropped: their squared norms ``[B]``.
     """
-    slots = [slot for slot in plan.slots if slot.materialised]
-    sites = {site.path: site for slot in slots for site in slot.sites}
-    if not sites:
-        return {}
+    found: dict[int, Array] = {}
+    for sites in _sharing(program, plan):
+        found |= _pulled_back_from(program, plan, inputs, backward, sites)
+    return found
+
+
+def _sharing(program: Program, plan: Plan) -> list[dict[Path, Site]]:
+    """Return the sites of materialised slots, together where they share parameters."""
+    found: list[tuple[set[int], dict[Path, Site]]] = []
+    for slot in plan.slots:
+        for site in slot.sites if slot.materialised else ():
+            slots = {program.slot(leaf) for leaf in site.value.leaves}
+            sites = {site.path: site}
+            apart = []
+            for some, theirs in found:
+                if some & slots:
+                    slots, sites = some | slots, theirs | sites
+                else:
+                    apart.append((some, theirs))
+            found = [*apart, (slots, sites)]
+    return [sites for _, sites in found]
+
+
+def _pulled_back_from(
+    program: Program,
+    plan: Plan,
+    inputs: Inputs,
+    backward: Backward,
+    sites: Mapping[Path, Site],
+) -> dict[int, Array]:
     factors = {path: backward.factors[path] for path in sites}
 
     def of_weights(some: Mapping[Path, Factors]) -> dict[Path, Array]:

@@ -67,7 +67,7 @@ class Patches:
     """Factors of a convolution, whose patches are cut out when they are needed.
 
     Attributes:
-        image: ``[H', B, ...]``, padded.
+        image: ``[H', B, ...]``.
         right: ``[H, B, T, N]``.
         cut: From an image to the ``left`` of ``Dense``, for any B.
     """
@@ -347,17 +347,28 @@ def in_turn(function: Callable[[Any], Any], factors: Any) -> Any:
         factors: Pytree of factors.
     """
     leaves, treedef = jax.tree.flatten(factors)
+    examples = leaves[0].shape[1]
     # Flat rows: XLA would copy an array before a loop for the sake of axes of length 1.
-    rows = [jnp.moveaxis(x, 1, 0).reshape(x.shape[1], -1) for x in leaves]
+    rows = [jnp.moveaxis(x, 1, 0).reshape(examples, -1) for x in leaves]
 
-    def one(row: list[Array]) -> Any:
+    def one(i: Array | int) -> Any:
         parts = [
-            flat.reshape(x.shape[0], 1, *x.shape[2:])
-            for flat, x in zip(row, leaves, strict=True)
+            row[i].reshape(x.shape[0], 1, *x.shape[2:])
+            for row, x in zip(rows, leaves, strict=True)
         ]
         return function(treedef.unflatten(parts))
 
-    return jax.lax.map(one, rows)
+    # Every row is overwritten. Of zeros, XLA would make one array for all loops and copy it.
+    start = rows[0][0, 0]
+    results = jax.tree.map(
+        lambda x: jnp.full((examples, *x.shape), start, x.dtype), jax.eval_shape(one, 0)
+    )
+    return jax.lax.fori_loop(
+        0,
+        examples,
+        lambda i, done: jax.tree.map(lambda x, y: x.at[i].set(y), done, one(i)),
+        results,
+    )
 
 
 def prefers_turns() -> bool:

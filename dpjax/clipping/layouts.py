@@ -229,10 +229,6 @@ def _conv_factors(site: Site, data: Array, cotangent: Array) -> Patches:
         return _merged(array, *groups, [channels])
 
     x = spatial_last(data, spec.lhs_spec)
-    edges = zip(params["padding"], params["lhs_dilation"], strict=True)
-    margins = [(low, high, dilation - 1) for (low, high), dilation in edges]
-    whole = (0, 0, 0)
-    x = jax.lax.pad(x, jnp.zeros((), x.dtype), [whole, whole, whole, *margins, whole])
     right = spatial_last(cotangent, spec.out_spec)
     groups = params["feature_group_count"]
     out = right.shape[3:-1]
@@ -242,6 +238,12 @@ def _conv_factors(site: Site, data: Array, cotangent: Array) -> Patches:
         h, b = array.shape[:2]
         split = array.reshape(h, b, -1, groups, array.shape[-1] // groups)
         return _merged(split, [0, 3], [1], [2], [4])
+
+    edges = zip(params["padding"], params["lhs_dilation"], strict=True)
+    whole = (0, 0, 0)
+    margins = (
+        [whole] * 3 + [(low, high, gap - 1) for (low, high), gap in edges] + [whole]
+    )
 
     def at(image: Array, offset: tuple[int, ...]) -> Array:
         steps = zip(
@@ -257,6 +259,7 @@ def _conv_factors(site: Site, data: Array, cotangent: Array) -> Patches:
     offsets = [*itertools.product(*(range(kernel[axis]) for axis in spec.rhs_spec[2:]))]
 
     def cut(image: Array) -> tuple[Array, ...]:
+        image = jax.lax.pad(image, jnp.zeros((), image.dtype), margins)
         blocks = tuple(at(image, offset) for offset in offsets)
         few = math.prod(out) <= FEW_POSITIONS or image.shape[1] == 1
         if few or blocks[0].shape[-1] < _NARROW:

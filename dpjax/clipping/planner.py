@@ -5,7 +5,7 @@ from typing import Final, NamedTuple
 
 from dpjax.clipping import costs
 from dpjax.clipping.analysis import Program
-from dpjax.clipping.costs import Device, group_cost, saved_bytes
+from dpjax.clipping.costs import Device, cut_bytes, group_cost, saved_bytes
 from dpjax.clipping.plan import Method, Plan, can_probe, make_plan
 from dpjax.clipping.slots import Group, find_slots
 
@@ -78,8 +78,9 @@ def choose(
 def candidates(program: Program, on: Device) -> Iterator[Plan]:
     """Yield the plans to choose from: fast, lean, and with two backward passes.
 
-    Two are lean: what is held until the sum is formed adds up under either, and which is
-    less at the peak depends on what else lives then.
+    Three are lean. What is held until the sum is formed adds up under the first two, and
+    which is less at the peak depends on what else lives then; the third drops only
+    gradients that are large beside the patches of their images, and so computes fewer twice.
     """
     slots = find_slots(program)
 
@@ -91,6 +92,7 @@ def candidates(program: Program, on: Device) -> Iterator[Plan]:
     yield make_plan(slots, lambda group, m: group_cost(group, m).seconds(on))
     yield make_plan(slots, lean)
     yield make_plan(slots, saved_bytes)
+    yield make_plan(slots, cut_bytes)
     if any(can_probe(slot) for slot in slots):
         yield make_plan(
             slots, lambda group, m: group_cost(group, m).seconds(on), two_passes=True
