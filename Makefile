@@ -7,8 +7,9 @@ WORKDIR ?= runs/digits
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check \
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
 		--constraint constraints.txt --editable '.[dev]'
+	.venv/bin/python -m compileall -qq -j 0 .venv/lib  # pip would use one core
 	touch $@
 
 train: .venv/installed
