@@ -7,7 +7,7 @@ import pytest
 
 from dpjax.clipping import Query, bookkeeping, planned
 from dpjax.clipping.analysis import analyse
-from dpjax.clipping.costs import DEVICES, group_cost, saved_bytes
+from dpjax.clipping.costs import DEVICES, cut_bytes, group_cost, saved_bytes
 from dpjax.clipping.plan import make_plan
 from dpjax.clipping.planner import candidates, choose, estimate
 from dpjax.clipping.slots import find_slots
@@ -68,6 +68,20 @@ def test_of_methods_that_save_as_much_the_one_with_fewer_flops_is_taken():
     assert plan.methods[group] == "keep"
     keep, gram = (group_cost(group, m).flops for m in ("keep", "gram"))
     assert keep < gram
+
+
+def test_convolutions_save_their_images_and_not_the_patches():
+    def loss(params, example, key):
+        image = example["x"][None]
+        return jnp.sum(jax.lax.conv(image, params["w"], (1, 1), "SAME") ** 2)
+
+    params, examples = {"w": jnp.ones((5, 3, 3, 3))}, {"x": jnp.ones((2, 3, 8, 8))}
+    query = Query((params,), clip_norm=1.0)
+    program = analyse(loss, query, batch_of(examples), KEY)
+    ((group,),) = (slot.groups for slot in find_slots(program))
+    outputs = 8 * 8 * 5
+    assert int(saved_bytes(group, "direct")) == 4 * (8 * 8 * 3 + outputs)
+    assert int(cut_bytes(group, "direct")) == 4 * (8 * 8 * 3 * 9 + outputs)
 
 
 def test_each_microbatch_reads_what_is_frozen_anew():
