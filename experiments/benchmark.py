@@ -63,8 +63,10 @@ def main(argv: list[str]) -> int:
 def _run(plan: Plan, argv: list[str]) -> None:
     import jax
 
+    from dpjax.allocator import keep_freed_memory
     from experiments import report, steps, suite, throughput, timing
 
+    keep_freed_memory()
     results: dict[str, Any] = timing.provenance(
         module="experiments.benchmark",
         argv=argv,

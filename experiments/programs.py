@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +12,7 @@ from jaxtyping import Array
 
 from dpjax.clipping import Query, resolve_engine
 from dpjax.typing import Batch, Key, Loss, Params, Scalar
+from experiments import flops
 
 Program = Callable[[Params, Batch, Key, Scalar], Any]
 """``(params, batch, key, clip_norm)`` to a gradient, without privacy, which ignores the
@@ -27,13 +27,11 @@ class Compiled:
         run: Takes what the program takes.
         seconds: Wall time of tracing, lowering and compiling.
         lowered: What was compiled.
-        has_loop: Whether the program has a loop.
     """
 
     run: jax.stages.Compiled
     seconds: float
     lowered: jax.stages.Lowered
-    has_loop: bool
 
     @property
     def temp_bytes(self) -> int:
@@ -43,9 +41,8 @@ class Compiled:
 
     @property
     def flops(self) -> float | None:
-        """None if the program has a loop, whose body would be counted once."""
-        analysis: Any = self._analysed.cost_analysis()
-        return None if self.has_loop else analysis["flops"]
+        """See ``experiments.flops.count``."""
+        return flops.count(self._analysed.as_text() or "")
 
     @functools.cached_property
     def _analysed(self) -> jax.stages.Compiled:
@@ -102,11 +99,10 @@ def compiled(program: Program, arguments: tuple[Any, ...]) -> Compiled:
     # Else what earlier programs traced of the same functions would be free.
     jax.clear_caches()
     start = time.perf_counter()
-    traced = jax.jit(program).trace(*arguments)
-    lowered = traced.lower()
+    lowered = jax.jit(program).trace(*arguments).lower()
     ready = lowered.compile()
     seconds = time.perf_counter() - start
-    return Compiled(ready, seconds, lowered, _has_loop(traced.jaxpr))
+    return Compiled(ready, seconds, lowered)
 
 
 def relative_error(
@@ -143,10 +139,6 @@ def _nonprivate(
 
 def _keys(key: Key, batch: Batch) -> Key:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, batch.index)
-
-
-def _has_loop(jaxpr: Any) -> bool:
-    return re.search(r"\b(scan|while)\[", str(jaxpr)) is not None
 
 
 def _norm(tree: Params) -> Array:

@@ -158,5 +158,5 @@ def _rows(
 
 
 def quotient(value: float | None, unit: float | None) -> float | None:
-    """Return value / unit; None if one of them is not known."""
-    return None if value is None or unit is None else value / unit
+    """Return value / unit; None if one of them is not known, or the unit is zero."""
+    return None if value is None or not unit else value / unit

@@ -47,12 +47,14 @@ def _run(command: Command) -> int:
     # Compiled programs are kept between runs; secrets are arguments, never constants.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(".cache") / "jax"))
     from dpjax import processes, train
+    from dpjax.allocator import keep_freed_memory
     from dpjax.checkpoint import CheckpointError
     from dpjax.ledger import NoiseReuseError
 
     if command.config["run"]["dry_run"]:
         print(train.plan(command.config))
         return 0
+    keep_freed_memory()
     peers = command.peers
     try:
         with nullcontext() if peers is None else processes.joined(**peers):

@@ -11,6 +11,9 @@ from pathlib import Path
 import hypothesis
 import jax
 
+from dpjax.allocator import keep_freed_memory
+
+keep_freed_memory()
 # Compiling is most of what the tests cost: this makes slower machine code, several times
 # faster. Virtual devices wait for each other however busy the machine is.
 os.environ["XLA_FLAGS"] = " ".join(

@@ -94,6 +94,8 @@ class Program:
         shapes: Shape of each.
         sites: By path, all sites of parameters that are not in ``plain``.
         plain: Inputs that get ordinary per-example differentiation -> why.
+        additions: Where one of these, smaller than the sum, is added to data between two
+            sites; and which operand it is.
         num_params: How many of the inputs are parameters.
         tree: Structure of one point.
     """
@@ -103,6 +105,7 @@ class Program:
     shapes: tuple[tuple[int, ...], ...]
     sites: dict[Path, Site]
     plain: dict[int, str]
+    additions: dict[Path, int]
     num_params: int
     tree: Any
 
@@ -115,6 +118,7 @@ class Program:
 class _Record:
     sites: dict[Path, Site] = dataclasses.field(default_factory=dict)
     plain: dict[int, str] = dataclasses.field(default_factory=dict)
+    additions: dict[Path, int] = dataclasses.field(default_factory=dict)
 
     def update(self, other: "_Record") -> None:
         self.sites |= other.sites
@@ -169,6 +173,7 @@ def analyse(loss: Loss, query: Query, batch: Batch, key: Key) -> Program:
         shapes=shapes,
         sites=record.sites,
         plain=record.plain,
+        additions=record.additions,
         num_params=len(params),
         tree=jax.tree.structure(query.points[0]),
     )
@@ -242,6 +247,11 @@ def _equation(
     if weights and name == "scan":
         return _scan(eqn, operands, path, loops, record)
     _differentiate_plainly(weights, f"meets data in {name}", record)
+    # Behind the last site that a backward pass reaches, nothing more is in store.
+    if len(weights) == 1 and not loops and len(record.sites) > 1:
+        side = operands.index(weights[0])
+        if _is_addition(eqn, side):
+            record.additions[path] = side
     return [DATA] * len(eqn.outvars)
 
 
@@ -320,6 +330,13 @@ def _stacked(tag: Tag, loop: Loop) -> Tag:
         return jnp.repeat(jnp.expand_dims(evaluator(tag), axis), loop.length, axis)
 
     return ParamValue(tag.leaves, tag.loops, repeated, linear=tag.linear)
+
+
+def _is_addition(eqn: JaxprEqn, side: int) -> bool:
+    """Whether an operand is added to every position of the other one."""
+    if eqn.primitive.name != "add" or len(shape_of(eqn.invars[side])) == 0:
+        return False
+    return shape_of(eqn.invars[side]) != shape_of(eqn.outvars[0])
 
 
 def _is_site(eqn: JaxprEqn, side: int) -> bool:

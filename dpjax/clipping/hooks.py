@@ -5,10 +5,12 @@ depend. The gradient "with respect to" that input is what we want to know.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import JaxprEqn
 from jaxtyping import Array
 
 from dpjax.clipping import kernels, layouts
@@ -31,6 +33,34 @@ def tap(out: Array, extra: Array) -> Array:
 
 
 tap.defvjp(lambda out, _: (out, None), lambda _, g: (g, g))
+
+
+def added(eqn: JaxprEqn, operands: Sequence[Array], *, side: int) -> Array:
+    """Run an addition; on the way back the sum over its positions comes first.
+
+    The gradient of the operand ``side`` is a sum over positions. XLA's CPU scheduler would
+    put it after the whole backward pass, up to which the gradient of the output lived. So
+    what goes back to the other operand waits for the sum: it gets a term that is zero,
+    whatever the sum, as no compiler can tell. (An optimization barrier is gone before the
+    scheduler runs.)
+    """
+
+    def run(*operands: Array) -> Array:
+        return bind(eqn, operands)[0]
+
+    transposed = jax.linear_transpose(run, *operands)
+
+    def backward(_: None, g: Array) -> tuple[Array, ...]:
+        gradients = [*transposed(g)]
+        beyond = jnp.max(jnp.abs(gradients[side])) > jnp.inf
+        zero = jnp.where(beyond, jnp.nan, 0.0).astype(g.dtype)
+        data = gradients[1 - side]
+        gradients[1 - side] = data + jnp.broadcast_to(zero, data.shape)
+        return tuple(gradients)
+
+    ordered = jax.custom_vjp(run)
+    ordered.defvjp(lambda *operands: (run(*operands), None), backward)
+    return ordered(*operands)
 
 
 def probe(site: Site, out: Array, data: Array, extra: Norms, *, direct: bool) -> Array:

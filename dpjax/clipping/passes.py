@@ -76,7 +76,9 @@ def first_backward(program: Program, plan: Plan, inputs: Inputs) -> Backward:
             return hooks.probe(site, out, data, norms, direct=direct), ()
 
         one = Inputs(_replaced(inputs.leaves, plain), example, key)
-        (value, first), saved = _forward(program, one, visit, taps | markers)
+        # Unmeasured elsewhere than on a CPU.
+        early = program.additions if jax.default_backend() == "cpu" else {}
+        (value, first), saved = _forward(program, one, visit, taps | markers, early)
         return value, (first, saved)
 
     # The batch axis stands after the loops, where the loops leave it anyway.
@@ -118,7 +120,7 @@ def second_backward(
             return hooks.summed(site, weight, data, extra, scale, terms=terms), ()
 
         one = Inputs(inputs.leaves, example, key)
-        (value, _), _ = _forward(program, one, visit, sums)
+        (value, _), _ = _forward(program, one, visit, sums, {})
         return value
 
     run = jax.vmap(jax.grad(loss), in_axes=(None, 0, 0, 0), out_axes=None)
@@ -173,10 +175,14 @@ def _pulled(
 
 
 def _forward(
-    program: Program, one: Inputs, visit: Visit, extra: Mapping[Path, Any]
+    program: Program,
+    one: Inputs,
+    visit: Visit,
+    extra: Mapping[Path, Any],
+    additions: Mapping[Path, int],
 ) -> tuple[list[Array], dict[Path, Any]]:
     values = [*one.leaves, *jax.tree.leaves((one.examples, one.keys))]
-    return interpret(program, values, visit=visit, extra=extra)
+    return interpret(program, values, visit=visit, extra=extra, additions=additions)
 
 
 def _replaced(leaves: Sequence[Array], some: Mapping[int, Array]) -> list[Array]:

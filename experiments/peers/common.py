@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dpjax.allocator import keep_freed_memory
 from experiments import options, report, timing
 
 WORKLOADS = ("mlp", "convnet", "gpt")
@@ -38,6 +39,7 @@ def main(
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    keep_freed_memory()
     results: dict[str, Any] = timing.provenance(
         module=module, argv=argv, packages=packages, device="cpu"
     )

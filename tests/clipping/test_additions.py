@@ -1,0 +1,74 @@
+"""Gradients of what is added to data are summed before the backward pass goes on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpjax.clipping import Query, passes, resolve_engine
+from dpjax.losses import classification
+from dpjax.models.convnet import groupnorm_cnn
+from dpjax.typing import Batch
+
+SPARING = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+
+
+def images(size=8):
+    rng = np.random.default_rng(0)
+    return Batch(
+        examples={
+            "image": jnp.asarray(rng.normal(size=(size, 16, 16, 3)), jnp.float32),
+            "label": jnp.arange(size) % 10,
+        },
+        mask=jnp.ones(size, bool),
+        index=jnp.arange(size),
+    )
+
+
+@pytest.fixture
+def convnet():
+    model = groupnorm_cnn(num_classes=10)
+    batch = images()
+    first = jax.tree.map(lambda x: x[0], batch.examples)
+    return classification(model), model.init(jax.random.key(0), first), batch
+
+
+def clipped(loss):
+    def run(params, batch, key):
+        query = Query((params,), clip_norm=1.0)
+        found, statistics = resolve_engine("bookkeeping")(loss, query, batch, key)
+        return found.total, statistics.norms
+
+    return run
+
+
+def late(monkeypatch):
+    interpret = passes.interpret
+    monkeypatch.setattr(
+        passes,
+        "interpret",
+        lambda *args, additions, **kwargs: interpret(*args, additions={}, **kwargs),
+    )
+
+
+def test_summing_early_takes_less_memory(convnet, monkeypatch):
+    loss, params, batch = convnet
+
+    def bytes_taken():
+        lowered = jax.jit(clipped(loss)).lower(params, batch, jax.random.key(1))
+        return lowered.compile(SPARING).memory_analysis().temp_size_in_bytes
+
+    early = bytes_taken()
+    late(monkeypatch)
+    assert early < 0.95 * bytes_taken()
+
+
+def test_summing_early_changes_no_value(convnet, monkeypatch):
+    loss, params, batch = convnet
+    early = clipped(loss)(params, batch, jax.random.key(1))
+    late(monkeypatch)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        early,
+        clipped(loss)(params, batch, jax.random.key(1)),
+    )
