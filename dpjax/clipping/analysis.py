@@ -9,7 +9,7 @@ meet data anywhere else get ordinary per-example automatic differentiation, alon
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +80,14 @@ class Site:
         return lead + shape_of(self.eqn.invars[self.side])
 
 
+class Affine(NamedTuple):
+    """The variables of ``data * scale + shift``; the latter two repeat over positions."""
+
+    data: Any
+    scale: Any
+    shift: Any
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
     """The analysed loss of one example, over all points of a query.
@@ -94,8 +102,7 @@ class Program:
         shapes: Shape of each.
         sites: By path, all sites of parameters that are not in ``plain``.
         plain: Inputs that get ordinary per-example differentiation -> why.
-        additions: Where one of these, smaller than the sum, is added to data between two
-            sites; and which operand it is.
+        affine: Where one of these shifts scaled data, behind more than one site.
         num_params: How many of the inputs are parameters.
         tree: Structure of one point.
     """
@@ -105,7 +112,7 @@ class Program:
     shapes: tuple[tuple[int, ...], ...]
     sites: dict[Path, Site]
     plain: dict[int, str]
-    additions: dict[Path, int]
+    affine: dict[Path, Affine]
     num_params: int
     tree: Any
 
@@ -118,7 +125,7 @@ class Program:
 class _Record:
     sites: dict[Path, Site] = dataclasses.field(default_factory=dict)
     plain: dict[int, str] = dataclasses.field(default_factory=dict)
-    additions: dict[Path, int] = dataclasses.field(default_factory=dict)
+    affine: dict[Path, Affine] = dataclasses.field(default_factory=dict)
 
     def update(self, other: "_Record") -> None:
         self.sites |= other.sites
@@ -173,7 +180,7 @@ def analyse(loss: Loss, query: Query, batch: Batch, key: Key) -> Program:
         shapes=shapes,
         sites=record.sites,
         plain=record.plain,
-        additions=record.additions,
+        affine=record.affine,
         num_params=len(params),
         tree=jax.tree.structure(query.points[0]),
     )
@@ -211,6 +218,7 @@ def _walk(
 ) -> list[Tag]:
     """Tag every variable of ``jaxpr``; record sites and plain parameters."""
     tags: dict[Any, Tag] = {}
+    made: dict[Any, JaxprEqn] = {}
 
     def read(atom: Any) -> Tag:
         return constant(atom.val) if isinstance(atom, Literal) else tags[atom]
@@ -220,8 +228,14 @@ def _walk(
     tags.update(zip(jaxpr.invars, inputs, strict=True))
     for index, eqn in enumerate(jaxpr.eqns):
         operands = [read(atom) for atom in eqn.invars]
-        out = _equation(eqn, operands, (*path, index), loops, record)
+        here = (*path, index)
+        out = _equation(eqn, operands, here, loops, record)
         tags.update(zip(eqn.outvars, out, strict=True))
+        made.update(dict.fromkeys(eqn.outvars, eqn))
+        # Behind the last site that a backward pass reaches, nothing more is in store.
+        if len(record.sites) > 1 and not loops:
+            affine = _affine(eqn, operands, made)
+            record.affine |= {} if affine is None else {here: affine}
     return [read(atom) for atom in jaxpr.outvars]
 
 
@@ -247,11 +261,6 @@ def _equation(
     if weights and name == "scan":
         return _scan(eqn, operands, path, loops, record)
     _differentiate_plainly(weights, f"meets data in {name}", record)
-    # Behind the last site that a backward pass reaches, nothing more is in store.
-    if len(weights) == 1 and not loops and len(record.sites) > 1:
-        side = operands.index(weights[0])
-        if _is_addition(eqn, side):
-            record.additions[path] = side
     return [DATA] * len(eqn.outvars)
 
 
@@ -332,11 +341,29 @@ def _stacked(tag: Tag, loop: Loop) -> Tag:
     return ParamValue(tag.leaves, tag.loops, repeated, linear=tag.linear)
 
 
-def _is_addition(eqn: JaxprEqn, side: int) -> bool:
-    """Whether an operand is added to every position of the other one."""
-    if eqn.primitive.name != "add" or len(shape_of(eqn.invars[side])) == 0:
-        return False
-    return shape_of(eqn.invars[side]) != shape_of(eqn.outvars[0])
+def _affine(
+    eqn: JaxprEqn, operands: Sequence[Tag], made: dict[Any, JaxprEqn]
+) -> Affine | None:
+    """Return what scales and shifts data position by position, as norms do at their end."""
+    if eqn.primitive.name != "add":
+        return None
+    for side, tag in enumerate(operands):
+        shift, data = eqn.invars[side], eqn.invars[1 - side]
+        product = None if isinstance(data, Literal) else made.get(data)
+        if not isinstance(tag, ParamValue) or not tag.leaves or product is None:
+            continue
+        if product.primitive.name == "mul" and _repeats(shift, eqn):
+            scales = [atom for atom in product.invars if _repeats(atom, product)]
+            if len(scales) == 1:
+                (full,) = [atom for atom in product.invars if atom is not scales[0]]
+                return Affine(full, scales[0], shift)
+    return None
+
+
+def _repeats(atom: Any, eqn: JaxprEqn) -> bool:
+    """Whether an operand stands at several positions of the result."""
+    shape = shape_of(atom)
+    return len(shape) > 0 and shape != shape_of(eqn.outvars[0])
 
 
 def _is_site(eqn: JaxprEqn, side: int) -> bool:

@@ -5,12 +5,10 @@ depend. The gradient "with respect to" that input is what we want to know.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import JaxprEqn
 from jaxtyping import Array
 
 from dpjax.clipping import kernels, layouts
@@ -35,32 +33,35 @@ def tap(out: Array, extra: Array) -> Array:
 tap.defvjp(lambda out, _: (out, None), lambda _, g: (g, g))
 
 
-def added(eqn: JaxprEqn, operands: Sequence[Array], *, side: int) -> Array:
-    """Run an addition; on the way back the sum over its positions comes first.
+def affine(data: Array, scale: Array, shift: Array) -> Array:
+    """Return ``data * scale + shift``; on the way back the gradient of ``shift`` is first.
 
-    The gradient of the operand ``side`` is a sum over positions. XLA's CPU scheduler would
-    put it after the whole backward pass, up to which the gradient of the output lived. So
-    what goes back to the other operand waits for the sum: it gets a term that is zero,
-    whatever the sum, as no compiler can tell. (An optimization barrier is gone before the
-    scheduler runs.)
+    It is a sum over positions, which XLA's CPU scheduler would put after the whole backward
+    pass: up to there the gradient of the result would live. So what goes back to ``data``
+    waits for it. ``scale`` gets a term that is zero whatever the sum, as no compiler can
+    tell. (Optimization barriers are gone before the scheduler runs.)
     """
 
-    def run(*operands: Array) -> Array:
-        return bind(eqn, operands)[0]
+    def backward(
+        saved: tuple[Array, Array, Array], g: Array
+    ) -> tuple[Array, Array, Array]:
+        data, scale, shift = saved
+        into_shift = _summed_to(shift.shape, g)
+        beyond = jnp.max(jnp.abs(into_shift)) > jnp.inf
+        later = scale + jnp.where(beyond, jnp.ones_like(scale), 0)
+        return g * later, _summed_to(scale.shape, g * data), into_shift
 
-    transposed = jax.linear_transpose(run, *operands)
-
-    def backward(_: None, g: Array) -> tuple[Array, ...]:
-        gradients = [*transposed(g)]
-        beyond = jnp.max(jnp.abs(gradients[side])) > jnp.inf
-        zero = jnp.where(beyond, jnp.nan, 0.0).astype(g.dtype)
-        data = gradients[1 - side]
-        gradients[1 - side] = data + jnp.broadcast_to(zero, data.shape)
-        return tuple(gradients)
+    def run(data: Array, scale: Array, shift: Array) -> Array:
+        return data * scale + shift
 
     ordered = jax.custom_vjp(run)
-    ordered.defvjp(lambda *operands: (run(*operands), None), backward)
-    return ordered(*operands)
+    ordered.defvjp(lambda *operands: (run(*operands), operands), backward)
+    return ordered(data, scale, shift)
+
+
+def _summed_to(shape: tuple[int, ...], array: Array) -> Array:
+    axes = [i for i, size in enumerate(shape) if size != array.shape[i]]
+    return jnp.sum(array, axis=axes, keepdims=True)
 
 
 def probe(site: Site, out: Array, data: Array, extra: Norms, *, direct: bool) -> Array:

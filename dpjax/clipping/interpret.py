@@ -8,7 +8,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jaxtyping import Array
 
 from dpjax.clipping import hooks
-from dpjax.clipping.analysis import CALLS, Program, Site, callee
+from dpjax.clipping.analysis import CALLS, Affine, Program, Site, callee
 from dpjax.clipping.tracing import scan_counts
 from dpjax.clipping.values import Path, bind
 
@@ -22,7 +22,7 @@ def interpret(
     *,
     visit: Visit,
     extra: Mapping[Path, Any],
-    additions: Mapping[Path, int],
+    affine: Mapping[Path, Affine],
 ) -> tuple[list[Any], dict[Path, Any]]:
     """Run ``program`` on the inputs of one example, handing its sites to ``visit``.
 
@@ -31,22 +31,22 @@ def interpret(
         inputs: One value for each input of the jaxpr.
         visit: Called for each site whose path is in ``extra``; others run unchanged.
         extra: What ``visit`` gets, with one leading axis for each loop around the site.
-        additions: Those of the program whose gradients ``hooks.added`` is to put first.
+        affine: Those of the program that ``hooks.affine`` is to run.
 
     Returns:
         The outputs, and by path what ``visit`` saved, stacked in the same way.
     """
-    run = _Interpreter(program.sites, visit, additions)
+    run = _Interpreter(program.sites, visit, affine)
     return run.jaxpr(program.closed.jaxpr, program.closed.consts, inputs, (), extra)
 
 
 class _Interpreter:
     def __init__(
-        self, sites: Mapping[Path, Site], visit: Visit, additions: Mapping[Path, int]
+        self, sites: Mapping[Path, Site], visit: Visit, affine: Mapping[Path, Affine]
     ) -> None:
         self._sites = sites
         self._visit = visit
-        self._additions = additions
+        self._affine = affine
 
     def jaxpr(
         self,
@@ -68,8 +68,8 @@ class _Interpreter:
             here = (*path, index)
             below = {k: v for k, v in extra.items() if k[: len(here)] == here}
             values = [read(atom) for atom in eqn.invars]
-            if here in self._additions:
-                out = [hooks.added(eqn, values, side=self._additions[here])]
+            if here in self._affine:
+                out = [hooks.affine(*map(read, self._affine[here]))]
             elif not below:
                 out = bind(eqn, values)
             else:

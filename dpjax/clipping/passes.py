@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dpjax.clipping import hooks, kernels, layouts
-from dpjax.clipping.analysis import Program, Site
+from dpjax.clipping.analysis import Affine, Program, Site
 from dpjax.clipping.interpret import Visit, interpret
 from dpjax.clipping.kernels import Factors, Norms
 from dpjax.clipping.plan import Plan
@@ -77,8 +77,8 @@ def first_backward(program: Program, plan: Plan, inputs: Inputs) -> Backward:
 
         one = Inputs(_replaced(inputs.leaves, plain), example, key)
         # Unmeasured elsewhere than on a CPU.
-        early = program.additions if jax.default_backend() == "cpu" else {}
-        (value, first), saved = _forward(program, one, visit, taps | markers, early)
+        affine = program.affine if jax.default_backend() == "cpu" else {}
+        (value, first), saved = _forward(program, one, visit, taps | markers, affine)
         return value, (first, saved)
 
     # The batch axis stands after the loops, where the loops leave it anyway.
@@ -179,10 +179,10 @@ def _forward(
     one: Inputs,
     visit: Visit,
     extra: Mapping[Path, Any],
-    additions: Mapping[Path, int],
+    affine: Mapping[Path, Affine],
 ) -> tuple[list[Array], dict[Path, Any]]:
     values = [*one.leaves, *jax.tree.leaves((one.examples, one.keys))]
-    return interpret(program, values, visit=visit, extra=extra, additions=additions)
+    return interpret(program, values, visit=visit, extra=extra, affine=affine)
 
 
 def _replaced(leaves: Sequence[Array], some: Mapping[int, Array]) -> list[Array]:

@@ -1,4 +1,4 @@
-"""Gradients of what is added to data are summed before the backward pass goes on."""
+"""Gradients of shifts are summed before the backward pass goes on."""
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ def late(monkeypatch):
     monkeypatch.setattr(
         passes,
         "interpret",
-        lambda *args, additions, **kwargs: interpret(*args, additions={}, **kwargs),
+        lambda *args, affine, **kwargs: interpret(*args, affine={}, **kwargs),
     )
 
 
