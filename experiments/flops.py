@@ -1,7 +1,7 @@
 """FLOPs of a compiled program, with the bodies of its loops as often as they run.
 
-XLA's own analysis counts a loop's body once. Here only products and convolutions count,
-of which there are 95 to 99% in the networks of the benchmark.
+XLA's own analysis counts a loop's body once. Here products of matrices, convolutions, the
+four arithmetic operations on arrays and sums of their entries count.
 """
 
 import math
@@ -14,6 +14,7 @@ _INSTRUCTION = re.compile(
     r"^\s+(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<type>\(.*?\)|\S+) (?P<op>[\w-]+)\("
     r"(?P<operands>[^)]*)\)(?P<rest>.*)$"
 )
+_ARITHMETIC = frozenset({"add", "subtract", "multiply", "divide"})
 _SHAPE = re.compile(r"\[([\d,]*)\]")
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.-]+)"
@@ -47,7 +48,7 @@ class _UnknownError(Exception):
 
 
 def count(text: str) -> float | None:
-    """Return the FLOPs of products and convolutions of an optimised HLO module.
+    """Return the FLOPs of an optimised HLO module.
 
     None if it has a loop whose number of turns the compiler does not know, or calls a
     library for products, as on a GPU.
@@ -99,6 +100,10 @@ def _of_instruction(
         return _of_dot(instruction, body)
     if op == "convolution":
         return _of_convolution(instruction, body)
+    if op in _ARITHMETIC:
+        return math.prod(instruction.shape)
+    if op == "reduce":
+        return math.prod(body[instruction.operands[0]].shape)
     if op == "custom-call" and re.search(r"matmul|conv|gemm", rest):
         raise _UnknownError
     called = _CALLED.findall(rest)
