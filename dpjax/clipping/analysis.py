@@ -348,15 +348,15 @@ def _affine(
     if eqn.primitive.name != "add":
         return None
     for side, tag in enumerate(operands):
-        shift, data = eqn.invars[side], eqn.invars[1 - side]
-        product = None if isinstance(data, Literal) else made.get(data)
+        shift, scaled = eqn.invars[side], eqn.invars[1 - side]
+        product = None if isinstance(scaled, Literal) else made.get(scaled)
         if not isinstance(tag, ParamValue) or not tag.leaves or product is None:
             continue
-        if product.primitive.name == "mul" and _repeats(shift, eqn):
+        if _repeats(shift, eqn) and not _repeats(scaled, eqn):
             scales = [atom for atom in product.invars if _repeats(atom, product)]
-            if len(scales) == 1:
-                (full,) = [atom for atom in product.invars if atom is not scales[0]]
-                return Affine(full, scales[0], shift)
+            if product.primitive.name == "mul" and len(scales) == 1:
+                (data,) = [atom for atom in product.invars if atom is not scales[0]]
+                return Affine(data, scales[0], shift)
     return None
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dpjax.clipping import Query, passes, resolve_engine
+from dpjax.clipping.analysis import analyse
 from dpjax.losses import classification
 from dpjax.models.convnet import groupnorm_cnn
 from dpjax.typing import Batch
@@ -72,3 +73,39 @@ def test_summing_early_changes_no_value(convnet, monkeypatch):
         early,
         clipped(loss)(params, batch, jax.random.key(1)),
     )
+
+
+def test_a_sum_that_is_larger_than_the_scaled_data_is_left_alone():
+    params = {
+        "first": jnp.full((3, 3), 0.5),
+        "second": jnp.ones((3, 4)),
+        "shift": jnp.arange(5.0),
+    }
+
+    def loss(params, example, key):
+        del key
+        x = jnp.tanh(example["x"] @ params["first"]) @ params["second"]
+        column = x[:, None]
+        scaled = column * jnp.sum(column**2, keepdims=True)
+        return jnp.sum(jnp.tanh(scaled + params["shift"][None]))
+
+    rng = np.random.default_rng(0)
+    batch = Batch(
+        examples={"x": jnp.asarray(rng.normal(size=(6, 3)), jnp.float32)},
+        mask=jnp.ones(6, bool),
+        index=jnp.arange(6),
+    )
+    query = Query((params,), clip_norm=1.0)
+    program = analyse(loss, query, batch, jax.random.key(0))
+    assert not program.affine
+    assert len(program.sites) == 2
+
+
+def test_norms_behind_more_than_one_site_are_found(convnet):
+    loss, params, batch = convnet
+    query = Query((params,), clip_norm=1.0)
+    program = analyse(loss, query, batch, jax.random.key(0))
+    convolutions = sum(
+        site.kind == "conv_general_dilated" for site in program.sites.values()
+    )
+    assert len(program.affine) == convolutions - 1
