@@ -1,6 +1,6 @@
 """The estimated fastest way to a clipped sum, from shapes alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 from dpjax.clipping import costs
@@ -51,11 +51,11 @@ def choose(
         ValueError: No plan fits.
     """
     on = on or costs.device()
+    sizes = [size for size in range(1, examples + 1) if examples % size == 0]
     choices = [
-        estimate(program, plan, size, examples, on)
+        choice
         for plan in candidates(program, on)
-        for size in range(1, examples + 1)
-        if examples % size == 0
+        for choice in estimates(program, plan, sizes, examples, on)
     ]
     fitting = [choice for choice in choices if choice.peak <= memory_budget]
     if not fitting:
@@ -99,17 +99,18 @@ def candidates(program: Program, on: Device) -> Iterator[Plan]:
         )
 
 
-def estimate(
-    program: Program, plan: Plan, size: int, examples: int, on: Device
-) -> Choice:
-    """Return what a plan is expected to cost with ``size`` examples at once."""
+def estimates(
+    program: Program, plan: Plan, sizes: Sequence[int], examples: int, on: Device
+) -> Iterator[Choice]:
+    """Yield what a plan is expected to cost with so many examples at once."""
     cost = costs.example_cost(program, plan)
     params = costs.parameter_bytes(program)
     # Read anew by the forward and the backward pass of each microbatch.
     reread = 3 * params + 2 * costs.constant_bytes(program)
-    peak = size * cost.bytes + 2 * params
-    looped = size < examples and costs.convolves(program)
-    total = examples * cost.seconds(on) * (on.looped_convolution if looped else 1.0)
-    total += examples / size * (reread / on.bandwidth + on.round)
-    total += max(peak - costs.CACHED, 0.0) / on.fresh
-    return Choice(plan, size, total, peak)
+    for size in sizes:
+        peak = size * cost.bytes + 2 * params
+        looped = size < examples and costs.convolves(program)
+        total = examples * cost.seconds(on) * (on.looped_convolution if looped else 1.0)
+        total += examples / size * (reread / on.bandwidth + on.round)
+        total += max(peak - costs.CACHED, 0.0) / on.fresh
+        yield Choice(plan, size, total, peak)

@@ -9,7 +9,7 @@ from dpjax.clipping import Query, bookkeeping, planned
 from dpjax.clipping.analysis import analyse
 from dpjax.clipping.costs import DEVICES, cut_bytes, group_cost, saved_bytes
 from dpjax.clipping.plan import make_plan
-from dpjax.clipping.planner import candidates, choose, estimate
+from dpjax.clipping.planner import candidates, choose, estimates
 from dpjax.clipping.slots import find_slots
 from tests.checks import batch_of, check_engine_contract
 
@@ -95,7 +95,7 @@ def test_each_microbatch_reads_what_is_frozen_anew():
     query = Query((params,), clip_norm=1.0)
     program = analyse(loss, query, batch_of(examples), KEY)
     plan = next(candidates(program, on))
-    one, all_ = (estimate(program, plan, size, 16, on).seconds for size in (1, 16))
+    one, all_ = (c.seconds for c in estimates(program, plan, (1, 16), 16, on))
     # Forward and backward pass, for 15 microbatches more.
     assert one - all_ > 15 * 2 * frozen.nbytes / on.bandwidth
 
@@ -200,9 +200,9 @@ def test_of_plans_that_are_about_as_fast_the_leanest_is_chosen(kind):
     program, on = program_of(width=64, positions=64), DEVICES[kind]
     chosen = choose(program, 16, memory_budget=1e12, on=on)
     found = [
-        estimate(program, plan, size, 16, on)
+        choice
         for plan in candidates(program, on)
-        for size in (1, 2, 4, 8, 16)
+        for choice in estimates(program, plan, (1, 2, 4, 8, 16), 16, on)
     ]
     fastest = min(found, key=lambda choice: choice.seconds)
     assert chosen.microbatch_size == fastest.microbatch_size
