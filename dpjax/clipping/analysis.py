@@ -232,10 +232,10 @@ def _walk(
         out = _equation(eqn, operands, here, loops, record)
         tags.update(zip(eqn.outvars, out, strict=True))
         made.update(dict.fromkeys(eqn.outvars, eqn))
+        affine = _affine(eqn, operands, made)
         # Behind the last site that a backward pass reaches, nothing more is in store.
-        if len(record.sites) > 1 and not loops:
-            affine = _affine(eqn, operands, made)
-            record.affine |= {} if affine is None else {here: affine}
+        if affine is not None and len(record.sites) > 1 and not loops:
+            record.affine[here] = affine
     return [read(atom) for atom in jaxpr.outvars]
 
 
