@@ -31,6 +31,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
+from dpjax.allocator import keep_freed_memory
 from dpjax.config import ConfigError
 from experiments import options, sweep, timing
 from experiments.sweep import Run, Sweep
@@ -80,6 +81,7 @@ def _run_all(runs: Sequence[Run], out: Path, argv: list[str]) -> int:
     if not runs:
         return 0
     _cache_programs()
+    keep_freed_memory()
     import jax
 
     from dpjax import report

@@ -90,3 +90,11 @@ def test_calls_of_a_library_have_no_count():
         "lhs_contracting_dims", 'custom_call_target="gemm", lhs_contracting_dims'
     )
     assert flops.count(library) is None
+
+
+def test_a_convolution_in_groups_of_its_batch_has_no_count():
+    run = functools.partial(convolution, kwargs=CONVOLUTIONS["padded"])
+    text = compiled(run, (2, 9, 8, 3), (3, 3, 3, 5)).as_text()
+    grouped = text.replace("dim_labels=", "batch_group_count=2, dim_labels=")
+    assert flops.count(text) is not None
+    assert flops.count(grouped) is None

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dpjax.clipping import hooks, kernels, layouts
-from dpjax.clipping.analysis import Affine, Program, Site
+from dpjax.clipping.analysis import Program, Site
 from dpjax.clipping.interpret import Visit, interpret
 from dpjax.clipping.kernels import Factors, Norms
 from dpjax.clipping.plan import Plan
@@ -76,9 +76,7 @@ def first_backward(program: Program, plan: Plan, inputs: Inputs) -> Backward:
             return hooks.probe(site, out, data, norms, direct=direct), ()
 
         one = Inputs(_replaced(inputs.leaves, plain), example, key)
-        # Unmeasured elsewhere than on a CPU.
-        affine = program.affine if jax.default_backend() == "cpu" else {}
-        (value, first), saved = _forward(program, one, visit, taps | markers, affine)
+        (value, first), saved = _forward(program, one, visit, taps | markers)
         return value, (first, saved)
 
     # The batch axis stands after the loops, where the loops leave it anyway.
@@ -120,7 +118,7 @@ def second_backward(
             return hooks.summed(site, weight, data, extra, scale, terms=terms), ()
 
         one = Inputs(inputs.leaves, example, key)
-        (value, _), _ = _forward(program, one, visit, sums, {})
+        (value, _), _ = _forward(program, one, visit, sums)
         return value
 
     run = jax.vmap(jax.grad(loss), in_axes=(None, 0, 0, 0), out_axes=None)
@@ -175,12 +173,11 @@ def _pulled(
 
 
 def _forward(
-    program: Program,
-    one: Inputs,
-    visit: Visit,
-    extra: Mapping[Path, Any],
-    affine: Mapping[Path, Affine],
+    program: Program, one: Inputs, visit: Visit, extra: Mapping[Path, Any]
 ) -> tuple[list[Array], dict[Path, Any]]:
+    # The same for both passes: the second must round as the one that measured the norms.
+    # Unmeasured elsewhere than on a CPU.
+    affine = program.affine if jax.default_backend() == "cpu" else {}
     values = [*one.leaves, *jax.tree.leaves((one.examples, one.keys))]
     return interpret(program, values, visit=visit, extra=extra, affine=affine)
 

@@ -109,3 +109,18 @@ def test_norms_behind_more_than_one_site_are_found(convnet):
         site.kind == "conv_general_dilated" for site in program.sites.values()
     )
     assert len(program.affine) == convolutions - 1
+
+
+def test_both_passes_of_ghost_round_alike(convnet, monkeypatch):
+    loss, params, batch = convnet
+    interpret, seen = passes.interpret, []
+
+    def recorded(*args, affine, **kwargs):
+        seen.append([*affine])
+        return interpret(*args, affine=affine, **kwargs)
+
+    monkeypatch.setattr(passes, "interpret", recorded)
+    query = Query((params,), clip_norm=1.0)
+    resolve_engine("ghost")(loss, query, batch, jax.random.key(1))
+    first, second = seen
+    assert first == second != []
