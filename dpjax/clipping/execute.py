@@ -321,16 +321,24 @@ def _weighted_sums(
     sums |= second_backward(program, plan, inputs, again)
     pulled = to_parameters(program, inputs.leaves, sums) if sums else {}
     pulled |= _sums_of_dropped(program, plan, inputs, known, weights)
+    pulled |= _sums_of_formed(known, weights)
 
     def total_of(slot: Slot) -> Array:
-        if slot.index in known.slots:
-            return kernels.weighted_rows(known.slots[slot.index], weights[slot.index])
         if slot.index in pulled:
             return pulled[slot.index]
         dtype = accumulation_dtype(inputs.leaves[slot.index].dtype)
         return jnp.zeros(program.shapes[slot.index], dtype)
 
     return [total_of(slot) for slot in plan.slots]
+
+
+def _sums_of_formed(known: _Known, weights: Sequence[Rows]) -> dict[int, Array]:
+    found: dict[int, Array] = {}
+    for rows in {id(weights[i]): weights[i] for i in known.slots}.values():
+        mine = [i for i in known.slots if weights[i] is rows]
+        totals = kernels.weighted_together([known.slots[i] for i in mine], rows)
+        found |= zip(mine, totals, strict=True)
+    return found
 
 
 def _sums_of_dropped(

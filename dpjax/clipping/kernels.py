@@ -8,12 +8,14 @@ multiplied in bfloat16, and what norms allow for that, says ``weighted_sum``.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dpjax.sensitive import accumulation_dtype
@@ -25,6 +27,8 @@ TERMS: Final = {"gram": 1, "direct": 2}
 """For how many terms of bfloat16 the norms of each kind allow: see ``weighted_sum``."""
 EXACT: Final = 3
 """So many terms hold all digits of float32."""
+_SMALL = 2**16
+"""Entries up to which a copy of an array costs less than kernels of its own."""
 _LARGE = 2**20
 """Entries from which on a copy of an array costs more than its sum."""
 FEW_POSITIONS = 32
@@ -256,6 +260,30 @@ def weighted_rows(
     return jnp.sum(jnp.where(used, scale * rows, 0.0), axis=0)
 
 
+def weighted_together(
+    parts: Sequence[Float[Array, "B ..."]], weights: Float[Array, "B"]
+) -> list[Float[Array, "..."]]:
+    """Return ``weighted_rows`` of each part; of small ones of one dtype in one go.
+
+    A model may have dozens of gains and biases, and XLA takes longer to compile two
+    kernels for each of them than all else that this module asks for.
+    """
+    totals: dict[int, Array] = {}
+    small: dict[Any, list[int]] = {}
+    for i, rows in enumerate(parts):
+        if rows.size <= _SMALL:
+            small.setdefault(rows.dtype, []).append(i)
+        else:
+            totals[i] = weighted_rows(rows, weights)
+    for some in small.values():
+        flat = [parts[i].reshape(parts[i].shape[0], -1) for i in some]
+        joined = weighted_rows(jnp.concatenate(flat, axis=1), weights)
+        ends = np.cumsum([rows.shape[1] for rows in flat])[:-1]
+        for i, total in zip(some, jnp.split(joined, ends), strict=True):
+            totals[i] = total.reshape(parts[i].shape[1:])
+    return [totals[i] for i in range(len(parts))]
+
+
 def _cut(part: Factors) -> Dense | Lookup:
     return part.dense if isinstance(part, Patches) else part
 
@@ -351,24 +379,32 @@ def in_turn(function: Callable[[Any], Any], factors: Any) -> Any:
     # Flat rows: XLA would copy an array before a loop for the sake of axes of length 1.
     rows = [jnp.moveaxis(x, 1, 0).reshape(examples, -1) for x in leaves]
 
-    def one(i: Array | int) -> Any:
+    # Of indices that may be out of bounds, XLA makes several kernels more for each loop.
+    index = functools.partial(
+        jax.lax.dynamic_index_in_dim, axis=0, allow_negative_indices=False
+    )
+    put = functools.partial(
+        jax.lax.dynamic_update_index_in_dim, axis=0, allow_negative_indices=False
+    )
+
+    @jax.jit  # Traced once, for shapes and for the loop.
+    def one(i: Array) -> Any:
         parts = [
-            row[i].reshape(x.shape[0], 1, *x.shape[2:])
+            index(row, i).reshape(x.shape[0], 1, *x.shape[2:])
             for row, x in zip(rows, leaves, strict=True)
         ]
         return function(treedef.unflatten(parts))
 
+    def turn(i: Array, done: Any) -> Any:
+        return jax.tree.map(lambda x, y: put(x, y, i), done, one(i))
+
+    shapes = jax.eval_shape(one, 0)
     # Every row is overwritten. Of zeros, XLA would make one array for all loops and copy it.
     start = rows[0][0, 0]
     results = jax.tree.map(
-        lambda x: jnp.full((examples, *x.shape), start, x.dtype), jax.eval_shape(one, 0)
+        lambda x: jnp.full((examples, *x.shape), start, x.dtype), shapes
     )
-    return jax.lax.fori_loop(
-        0,
-        examples,
-        lambda i, done: jax.tree.map(lambda x, y: x.at[i].set(y), done, one(i)),
-        results,
-    )
+    return jax.lax.fori_loop(0, examples, turn, results)
 
 
 def prefers_turns() -> bool:

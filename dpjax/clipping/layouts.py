@@ -1,7 +1,6 @@
 """How the axes of data, output and weight of a site become those of its factors."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -80,25 +79,20 @@ def weight_gradient(
 ) -> Float[Array, "..."]:
     """Return a gradient of factors as one of the weight, ``[..., *site.weight_shape]``."""
     lead = gradient.shape[:-3]
-    shape = site.weight_shape
     loops = len(site.value.loops)
+    shape = site.weight_shape[loops:]
     if site.kind == "conv_general_dilated":
-        order, split = _conv_order(site)
-        full = gradient.reshape(*lead, *shape[:loops], *split)
-        # [group, *offsets, in, out] -> [group, out, in, *offsets]
-        spatial = list(range(1, len(split) - 2))
-        moved = [0, len(split) - 1, len(split) - 2, *spatial]
-        base = len(lead) + loops
-        full = full.transpose(*range(base), *(base + axis for axis in moved))
-        full = full.reshape(*full.shape[:base], -1, *full.shape[base + 2 :])
+        split, sources = _conv_axes(site)
     else:
         axes = _gather_axes(site) if site.kind == "gather" else _dot_axes(site)
         order = [axis for group in axes.weight for axis in group]
-        sizes = [shape[loops + axis] for axis in order]
-        full = gradient.reshape(*lead, *shape[:loops], *sizes)
-        base = len(lead) + loops
-    inverse = [base + order.index(axis) for axis in range(len(order))]
-    return full.transpose(*range(base), *inverse)
+        split = [shape[axis] for axis in order]
+        sources = [[order.index(axis)] for axis in range(len(order))]
+    lead = (*lead, *site.weight_shape[:loops])
+    base = len(lead)
+    moved = [base + source for group in sources for source in group]
+    full = gradient.reshape(*lead, *split).transpose(*range(base), *moved)
+    return full.reshape(*lead, *shape)
 
 
 def sizes(site: Site) -> Sizes:
@@ -233,46 +227,54 @@ def _conv_factors(site: Site, data: Array, cotangent: Array) -> Patches:
     groups = params["feature_group_count"]
     out = right.shape[3:-1]
 
+    def grouped(array: Array) -> Array:
+        return array.reshape(*array.shape[:-1], groups, array.shape[-1] // groups)
+
     def by_group(array: Array) -> Array:
-        # [H, B, T, *spatial, groups * channels] -> [H * groups, B, T', channels]
-        h, b = array.shape[:2]
-        split = array.reshape(h, b, -1, groups, array.shape[-1] // groups)
-        return _merged(split, [0, 3], [1], [2], [4])
+        # [H, B, T, *spatial, groups, channels] -> [H * groups, B, T', channels]
+        last = array.ndim - 1
+        return _merged(array, [0, last - 1], [1], range(2, last - 1), [last])
 
     edges = zip(params["padding"], params["lhs_dilation"], strict=True)
     whole = (0, 0, 0)
     margins = (
         [whole] * 3 + [(low, high, gap - 1) for (low, high), gap in edges] + [whole]
     )
+    kernel = [shape_of(site.eqn.invars[1])[axis] for axis in spec.rhs_spec[2:]]
+    steps = [*zip(params["rhs_dilation"], params["window_strides"], strict=True)]
 
-    def at(image: Array, offset: tuple[int, ...]) -> Array:
-        steps = zip(
-            offset, params["rhs_dilation"], params["window_strides"], out, strict=True
-        )
-        cut = [
-            slice(o * dilation, o * dilation + (size - 1) * stride + 1, stride)
-            for o, dilation, stride, size in steps
+    def shifted(image: Array, axis: int) -> list[Array]:
+        (dilation, stride), size = steps[axis], out[axis]
+        starts = [offset * dilation for offset in range(kernel[axis])]
+        ends = [start + (size - 1) * stride + 1 for start in starts]
+        return [
+            jax.lax.slice_in_dim(image, start, end, stride, axis=3 + axis)
+            for start, end in zip(starts, ends, strict=True)
         ]
-        return by_group(image[(slice(None),) * 3 + tuple(cut)])
-
-    kernel = shape_of(site.eqn.invars[1])
-    offsets = [*itertools.product(*(range(kernel[axis]) for axis in spec.rhs_spec[2:]))]
 
     def cut(image: Array) -> tuple[Array, ...]:
-        image = jax.lax.pad(image, jnp.zeros((), image.dtype), margins)
-        blocks = tuple(at(image, offset) for offset in offsets)
         few = math.prod(out) <= FEW_POSITIONS or image.shape[1] == 1
-        if few or blocks[0].shape[-1] < _NARROW:
-            blocks = (jnp.concatenate(blocks, axis=-1),)
-        return blocks
+        joined = few or image.shape[-1] // groups < _NARROW
+        image = grouped(jax.lax.pad(image, jnp.zeros((), image.dtype), margins))
+        # Axis by axis: fewer slices to compile than there are offsets.
+        blocks = [image]
+        for axis in reversed(range(len(steps))):
+            blocks = shifted(blocks[0], axis)
+            if axis > 0 or joined:
+                blocks = [jnp.concatenate(blocks, axis=-1)]
+        return tuple(by_group(block) for block in blocks)
 
-    return Patches(x, by_group(right), cut)
+    return Patches(x, by_group(grouped(right)), cut)
 
 
-def _conv_order(site: Site) -> tuple[list[int], list[int]]:
-    """Return the weight's axes as (out, in, *spatial), and how H, K and N split."""
+def _conv_axes(site: Site) -> tuple[list[int], list[list[int]]]:
+    """Return how H, K and N split, and which of those axes make up each of the weight."""
     spec = site.eqn.params["dimension_numbers"].rhs_spec
     shape = shape_of(site.eqn.invars[1])
     out, into, *spatial = (shape[axis] for axis in spec)
     groups = site.eqn.params["feature_group_count"]
-    return list(spec), [groups, *spatial, into, out // groups]
+    split = [groups, *spatial, into, out // groups]
+    last = len(split) - 1
+    # (out, in, *spatial), in the order of the weight.
+    sources = [[0, last], [last - 1], *([i] for i in range(1, last - 1))]
+    return split, [sources[spec.index(axis)] for axis in range(len(spec))]

@@ -235,3 +235,20 @@ def test_rows_are_summed_alike_on_accelerators(monkeypatch):
         np.testing.assert_allclose(
             kernels.weighted_rows(jnp.asarray(rows), weights), expected, rtol=1e-6
         )
+
+
+def test_rows_together_are_summed_as_each_alone():
+    rng = np.random.default_rng(0)
+    weights = jnp.asarray([1.0, 0.5, 0.0, 2.0])
+    shapes = [(3, 2), (), (5,), (kernels._SMALL,), (2, 1)]
+    parts = [rng.normal(size=(4, *shape)).astype(np.float32) for shape in shapes]
+    parts[-1] = parts[-1].astype(np.float16)
+    parts[0][2] = parts[1][2] = np.nan
+    expected = [kernels.weighted_rows(jnp.asarray(rows), weights) for rows in parts]
+    run = jax.make_jaxpr(lambda w: kernels.weighted_together(parts, w))
+    found = kernels.weighted_together([jnp.asarray(rows) for rows in parts], weights)
+    for one, alone in zip(found, expected, strict=True):
+        assert one.dtype == alone.dtype
+        np.testing.assert_allclose(one, alone, rtol=1e-6)
+    # The three small ones at once, the large one and the one of another dtype alone.
+    assert str(run(weights)).count("dot_general") == 3
