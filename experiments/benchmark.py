@@ -1,10 +1,11 @@
 """Measure what clipping costs, against the fastest gradient without privacy.
 
-    python -m experiments.benchmark --suite=clipping|mechanisms|throughput --out=FILE.json
-        [--workloads=A,B] [--engines=A,B] [--device=cpu|gpu] [--rounds=N]
-        [--plot=FILE.png]
+    python -m experiments.benchmark --suite=clipping|compiling|mechanisms|throughput
+        --out=FILE.json [--workloads=A,B] [--engines=A,B] [--device=cpu|gpu]
+        [--rounds=N] [--plot=FILE.png]
 
---suite=clipping  clipped gradient sums of every engine
+--suite=clipping    clipped gradient sums of every engine
+--suite=compiling   how long the engines take to be traced and compiled
 --suite=mechanisms  steps of DP-SGD, DiceSGD and DIFF2, whole and their clipped sums alone,
                     relative to DP-SGD by the same engine
 --suite=throughput  examples per second of every engine, and the largest batch; GPU only
@@ -17,8 +18,9 @@
 
 Times are medians of the ratios, round by round, to the fastest of several programs for the
 gradient without privacy; temporary memory, FLOPs and compile time are relative to plain
-`grad`. A name such as vmap_mb64 means microbatches of 64. max_rel_error compares sum and
-norms with vmap's, at a clip norm that clips half of the examples.
+`grad`. Compile times are medians in compiling, and of one compilation each elsewhere.
+A name such as vmap_mb64 means microbatches of 64. max_rel_error compares sum and norms with
+vmap's, at a clip norm that clips half of the examples.
 
 Exit status: 0 done, 2 wrong arguments or input.
 """
@@ -31,7 +33,7 @@ from typing import Any, NamedTuple
 from experiments import options
 
 _OPTIONS = ("suite", "out", "workloads", "engines", "device", "rounds", "plot")
-_SUITES = ("clipping", "mechanisms", "throughput")
+_SUITES = ("clipping", "compiling", "mechanisms", "throughput")
 _PLATFORMS = {"cpu": "cpu", "gpu": "cuda"}
 
 
@@ -76,6 +78,7 @@ def _run(plan: Plan, argv: list[str]) -> None:
     results |= {"suite": plan.suite, "rounds": plan.rounds, "baselines": {}, "rows": []}
     measure = {
         "clipping": suite.measure,
+        "compiling": suite.measure_compiling,
         "mechanisms": steps.measure,
         "throughput": throughput.measure,
     }[plan.suite]
