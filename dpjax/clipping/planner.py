@@ -38,8 +38,8 @@ def choose(
 ) -> Choice:
     """Return the estimated fastest plan whose temporaries fit the budget.
 
-    Of plans that are about as fast, with as many examples at once and as many passes, the
-    leanest.
+    Of plans that are about as fast, with as many examples at once and as many passes, a
+    leaner one is preferred if it saves twice the share of memory that it costs of time.
 
     Args:
         program: The analysed loss.
@@ -72,7 +72,7 @@ def choose(
         and bool(choice.plan.probed) == bool(best.plan.probed)
         and choice.seconds <= TOLERANCE * best.seconds
     ]
-    return min(equal, key=lambda choice: choice.peak)
+    return min(equal, key=lambda choice: choice.seconds**2 * choice.peak)
 
 
 def candidates(program: Program, on: Device) -> Iterator[Plan]:

@@ -15,8 +15,9 @@ def main(argv):
     index, count = jax.process_index(), jax.process_count()
     total = multihost_utils.process_allgather(jnp.asarray(index + 1)).sum()
     devices = jax.local_device_count()
-    # On a line of its own: what Gloo says may stop within one.
-    print(f"\nprocess {index} of {count}, {devices} devices: {total}", flush=True)
+    # On a line of its own: what Gloo says may stop within one. In one piece: print would
+    # write the end of the line by itself where output is not buffered.
+    sys.stdout.write(f"\nprocess {index} of {count}, {devices} devices: {total}\n")
 
 
 if __name__ == "__main__":
