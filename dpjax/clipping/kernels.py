@@ -265,8 +265,8 @@ def weighted_together(
 ) -> list[Float[Array, "..."]]:
     """Return ``weighted_rows`` of each part; of small ones of one dtype in one go.
 
-    A model may have dozens of gains and biases, and XLA takes longer to compile two
-    kernels for each of them than all else that this module asks for.
+    A model may have dozens of gains and biases: each alone would take the compiler two
+    kernels.
     """
     totals: dict[int, Array] = {}
     small: dict[Any, list[int]] = {}
