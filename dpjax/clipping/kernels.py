@@ -28,7 +28,7 @@ TERMS: Final = {"gram": 1, "direct": 2}
 EXACT: Final = 3
 """So many terms hold all digits of float32."""
 _SMALL = 2**16
-"""Entries up to which a copy of an array costs less than kernels of its own."""
+"""Entries up to which rows are copied to be summed together with others."""
 _LARGE = 2**20
 """Entries from which on a copy of an array costs more than its sum."""
 FEW_POSITIONS = 32
