@@ -1,31 +1,48 @@
 """One process of a run, which may do something to itself: for tests.
 
 ``python -m tests.peer EVENT@STEP ARGUMENTS`` is ``python -m experiments.train ARGUMENTS``,
-but process 1 sends itself the signal EVENT when the release of STEP is recorded.
+but process 1 sends itself the signal EVENT when the release of STEP is recorded. With SIGTERM
+both processes then wait for what JAX does in the background: it looks for the signal once a
+second, in which a short run may end.
 """
 
 import hashlib
 import os
 import signal
 import sys
+import time
 
 from dpjax import processes
 from dpjax.ledger import Ledger
 from experiments.train import main
 
+# Where JAX keeps the steps from which it takes the one to stop after.
+STEPS_REACHED = "PREEMPTION_CURRENT_COUNTER/"
+
 
 def sent(event, step):
-    """Make process 1 send itself a signal at a step."""
+    """Make process 1 send itself a signal at a step, and all wait until it is heeded."""
     record = Ledger.record
 
     def recording(self, number, fingerprint):
         import jax
 
-        if jax.process_index() == 1 and number == int(step):
-            os.kill(os.getpid(), getattr(signal, event))
+        if number == int(step):
+            if jax.process_index() == 1:
+                os.kill(os.getpid(), getattr(signal, event))
+            if event == "SIGTERM":
+                wait_until_all_were_told(jax.process_count())
         record(self, number, fingerprint)
 
     Ledger.record = recording
+
+
+def wait_until_all_were_told(count):
+    """Wait until each process has told the others which step it has come to."""
+    from jax._src.distributed import global_state
+
+    while len(global_state.client.key_value_dir_get(STEPS_REACHED)) < count:
+        time.sleep(0.01)
 
 
 def told():
