@@ -16,16 +16,11 @@ from dpjax.typing import Batch, Key, Loss
 def auto(
     loss: Loss, query: Query, batch: Batch, key: Key
 ) -> tuple[ClippedSum, PerExample]:
-    """Return the clipped sum by the estimated fastest plan. See ``planned``.
-
-    Slopes need no plan: losses are evaluated for the whole batch at once.
-    """
-    if query.slope is not None:
-        return vmap(loss, query, batch, key)
-    return planned(memory_budget=default_budget())(loss, query, batch, key)
+    """Return the clipped sum by the estimated fastest plan. See ``planned``."""
+    return planned()(loss, query, batch, key)
 
 
-def planned(*, memory_budget: float) -> Engine:
+def planned(*, memory_budget: float | None = None) -> Engine:
     """Return the engine that plans for the loss it is given.
 
     For each use of each parameter it chooses between Gram matrices, per-example gradients
@@ -33,16 +28,19 @@ def planned(*, memory_budget: float) -> Engine:
     passes; and the number of examples at once: by the estimated time, among the plans
     whose estimated temporaries fit the budget.
 
-    The plan follows from shapes, device kind and budget alone.
+    The plan follows from shapes, device kind and budget alone. Slopes need none: losses are
+    evaluated for the whole batch at once.
 
     Args:
-        memory_budget: Bytes that the temporaries of one call may take.
+        memory_budget: Bytes that the temporaries of one call may take. None for half of the
+            device's memory, 2 GiB where the device does not say; if no plan fits that, for
+            a quarter more than the leanest takes.
 
     Raises:
         ValueError: The budget is not positive or, at trace time, no plan fits it or the
-            query is of slopes, which are not planned.
+            query is of slopes.
     """
-    if not memory_budget > 0:
+    if memory_budget is not None and not memory_budget > 0:
         raise ValueError(
             f"memory_budget={memory_budget} must be a positive size in bytes"
         )
@@ -51,12 +49,19 @@ def planned(*, memory_budget: float) -> Engine:
         loss: Loss, query: Query, batch: Batch, key: Key
     ) -> tuple[ClippedSum, PerExample]:
         if query.slope is not None:
+            if memory_budget is None:
+                return vmap(loss, query, batch, key)
             raise ValueError(
                 f"memory_budget={memory_budget} is for plans of gradients, and this query "
                 "is of slopes; use microbatch_size"
             )
         program = analyse(loss, query, batch, key)
-        choice = choose(program, batch.mask.shape[0], memory_budget=memory_budget)
+        choice = choose(
+            program,
+            batch.mask.shape[0],
+            memory_budget=memory_budget or default_budget(),
+            or_more=memory_budget is None,
+        )
 
         def run(
             loss: Loss, query: Query, batch: Batch, key: Key
@@ -72,7 +77,7 @@ def planned(*, memory_budget: float) -> Engine:
 
 
 def default_budget() -> float:
-    """Return half of the device's memory; 2 GiB where the device does not say.
+    """Return half of the device's memory, or 2 GiB.
 
     What happens to be in use does not count: a resumed run must plan as before.
     """

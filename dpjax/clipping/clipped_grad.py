@@ -100,7 +100,7 @@ def clipped_grad(
         microbatch_size: Examples at once; None for the whole batch, or as many as "auto"
             thinks best.
         memory_budget: Bytes of temporaries that "auto" may plan for; None for half of the
-            device's memory.
+            device's memory (see ``planned``).
         verify: Compare the engine's norms of the first two examples with those of "vmap"
             whenever the result is called, outside of ``jit``, before it answers.
 

@@ -1,11 +1,13 @@
 """The planner keeps to its budget and decides by shapes alone."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpjax.clipping import Query, bookkeeping, planned, planner
+from dpjax.clipping import Query, auto, bookkeeping, planned, planner
 from dpjax.clipping.analysis import analyse
 from dpjax.clipping.costs import DEVICES, cut_bytes, group_cost, saved_bytes
 from dpjax.clipping.plan import make_plan
@@ -129,6 +131,23 @@ def test_a_budget_that_nothing_fits_is_refused_with_what_would():
         planned(memory_budget=1000)(
             loss, Query((params,), clip_norm=1.0), batch_of(examples), KEY
         )
+
+
+def test_without_a_budget_a_plan_near_the_leanest_runs_if_none_fits(monkeypatch):
+    loss, params, examples = transformer(width=32, positions=64)
+    query, batch = Query((params,), clip_norm=0.5), batch_of(examples)
+    program = analyse(loss, query, batch, KEY)
+    for on in DEVICES.values():
+        least = min(
+            found.peak
+            for plan in candidates(program, on)
+            for found in estimates(program, plan, (1, 16), 16, on)
+        )
+        chosen = choose(program, 16, memory_budget=1000, or_more=True, on=on)
+        allowed = choose(program, 16, memory_budget=1.25 * least, on=on)
+        assert chosen[1:] == allowed[1:]
+    monkeypatch.setattr(sys.modules["dpjax.clipping.auto"], "default_budget", lambda: 1)
+    check_engine_contract(auto, loss, query, batch, KEY)
 
 
 @pytest.mark.parametrize("budget", [0, -1.0, float("nan")])
