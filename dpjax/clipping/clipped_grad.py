@@ -109,7 +109,8 @@ def clipped_grad(
             an unknown style or engine, a microbatch size below 1, a budget for another
             engine than "auto"; at the call, norms that ``verify`` finds wrong.
         TypeError: At trace time: the loss is not a pure function to one floating-point
-            scalar, a parameter is not floating point, or ``verify`` is asked under ``jit``.
+            scalar, a parameter is not floating point, a mask is not bool, or ``verify`` is
+            asked under ``jit``.
 
     Example:
         >>> import jax, jax.numpy as jnp, dpjax
@@ -165,6 +166,11 @@ def resolve_engine(
 
 def _as_batch(batch: Batch | Any) -> Batch:
     if isinstance(batch, Batch):
+        if batch.mask.dtype != bool:
+            raise TypeError(
+                f"batch.mask has dtype {batch.mask.dtype}; it must be bool, True for rows "
+                "that count: an example cannot be weighted outside of its loss"
+            )
         return batch
     size = jax.tree.leaves(batch)[0].shape[0]
     return Batch(batch, jnp.ones(size, bool), jnp.arange(size))

@@ -481,6 +481,15 @@ def test_clipped_grad_refuses_bad_options(options, message):
         clipped_grad(linear, **options)
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_clipped_grad_refuses_a_mask_of_weights(dtype):
+    loss, params, examples = CASES["linear"]
+    batch = batch_of(examples)
+    weighted = batch._replace(mask=2 * np.asarray(batch.mask, dtype))
+    with pytest.raises(TypeError, match=r"batch.mask has dtype .*32; it must be bool"):
+        clipped_grad(loss, clip_norm=1.0)(params, weighted, KEY)
+
+
 def test_clipped_grad_takes_plain_examples_and_knows_its_sensitivity():
     loss, params, examples = CASES["linear"]
     grad = clipped_grad(loss, clip_norm=0.25)
