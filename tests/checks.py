@@ -22,10 +22,16 @@ from dpjax.toeplitz import strategy_column
 from dpjax.typing import Batch
 
 
-def thinned(cases, every):
-    """Return ``cases`` (tuples) for ``parametrize``; all but one in ``every`` are long."""
+def thinned(cases, every, *, always=()):
+    """Return ``cases`` (tuples) for ``parametrize``; all but one in ``every`` are long.
+
+    Those that end in one of ``always`` are not.
+    """
     return [
-        pytest.param(*case, marks=[pytest.mark.long] if i % every else [])
+        pytest.param(
+            *case,
+            marks=[pytest.mark.long] if i % every and case[-1] not in always else [],
+        )
         for i, case in enumerate(cases)
     ]
 

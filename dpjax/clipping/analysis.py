@@ -32,6 +32,7 @@ from dpjax.clipping.values import (
     Tag,
     constant,
     derive,
+    own_backward,
     parameter,
     shape_of,
 )
@@ -247,10 +248,15 @@ def _equation(
     record: _Record,
 ) -> list[Tag]:
     values = [tag for tag in operands if isinstance(tag, ParamValue)]
-    if len(values) == len(operands):
-        return [*derive(eqn, values)]
     weights = [tag for tag in values if tag.leaves]
     name = eqn.primitive.name
+    if len(values) == len(operands):
+        if any(set(loops) - set(tag.loops) for tag in weights) and own_backward(eqn):
+            # Outside of the loop it would be called once, for the sum over iterations.
+            why = f"has a backward pass of its own in {name}, inside a loop"
+            _differentiate_plainly(weights, why, record)
+            return [DATA] * len(eqn.outvars)
+        return [*derive(eqn, values)]
     if weights and len(weights) == 1 and _is_site(eqn, operands.index(weights[0])):
         side = operands.index(weights[0])
         record.sites[path] = Site(path, eqn, side, weights[0], loops)
@@ -338,7 +344,7 @@ def _stacked(tag: Tag, loop: Loop) -> Tag:
         axis = len(tag.loops)
         return jnp.repeat(jnp.expand_dims(evaluator(tag), axis), loop.length, axis)
 
-    return ParamValue(tag.leaves, tag.loops, repeated, linear=tag.linear)
+    return ParamValue(tag.leaves, tag.loops, repeated, narrow=tag.narrow)
 
 
 def _affine(

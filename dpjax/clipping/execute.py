@@ -128,58 +128,108 @@ def _pulled_back(
 
     Of those that are dropped: their squared norms ``[B]``.
     """
+
+    def known(leaves: Mapping[int, Array]) -> dict[int, Array]:
+        return {
+            index: jnp.sum(jnp.square(leaf)) if index in plan.dropped else leaf
+            for index, leaf in leaves.items()
+        }
+
     found: dict[int, Array] = {}
-    for sites in _sharing(program, plan):
-        found |= _pulled_back_from(program, plan, inputs, backward, sites)
+    for sites in _sharing(plan.slots, program):
+        factors = {path: backward.factors[path] for path in sites}
+        of_one, of_all = _ways_back(program, inputs, sites, known)
+        if _prefers_turns(factors):
+            found |= kernels.in_turn(of_one, factors)
+        else:
+            found |= of_all(factors)
     return found
 
 
-def _sharing(program: Program, plan: Plan) -> list[dict[Path, Site]]:
-    """Return the sites of materialised slots, together where they share parameters."""
-    found: list[tuple[set[int], dict[Path, Site]]] = []
-    for slot in plan.slots:
-        for site in slot.sites if slot.materialised else ():
-            slots = {program.slot(leaf) for leaf in site.value.leaves}
-            sites = {site.path: site}
-            apart = []
-            for some, theirs in found:
-                if some & slots:
-                    slots, sites = some | slots, theirs | sites
-                else:
-                    apart.append((some, theirs))
-            found = [*apart, (slots, sites)]
-    return [sites for _, sites in found]
-
-
-def _pulled_back_from(
+def _sums_of_dropped(
     program: Program,
     plan: Plan,
     inputs: Inputs,
-    backward: Backward,
-    sites: Mapping[Path, Site],
+    known: _Known,
+    weights: Sequence[Rows],
 ) -> dict[int, Array]:
-    factors = {path: backward.factors[path] for path in sites}
+    """Form the gradients of examples again, for their sum.
 
-    def of_weights(some: Mapping[Path, Factors]) -> dict[Path, Array]:
+    A sum over examples must not be taken back as one: where the way back cancels most of it
+    (a mean is subtracted, say), what is rounded is in proportion to the whole batch, and
+    may be more than one example's contribution.
+    """
+
+    def dropped(leaves: Mapping[int, Array]) -> dict[int, Array]:
+        return {index: leaves[index] for index in leaves.keys() & plan.dropped}
+
+    found: dict[int, Array] = {}
+    for sites in _sharing([plan.slots[i] for i in sorted(plan.dropped)], program):
+        factors = {path: known.backward.factors[path] for path in sites}
+        of_one, of_all = _ways_back(program, inputs, sites, dropped)
+        reached = {
+            program.slot(leaf) for s in sites.values() for leaf in s.value.leaves
+        }
+        rows = {index: weights[index] for index in reached & plan.dropped}
+        if _prefers_turns(factors):
+            found |= kernels.total_in_turn(of_one, factors, rows)
+        else:
+            # Else XLA would keep what it formed for the norms.
+            factors, rows = jax.lax.optimization_barrier((factors, rows))
+            found |= jax.tree.map(kernels.weighted_rows, of_all(factors), rows)
+    return found
+
+
+def _sharing(slots: Sequence[Slot], program: Program) -> list[dict[Path, Site]]:
+    """Return the sites of materialised slots, together where they share parameters."""
+    found: list[tuple[set[int], dict[Path, Site]]] = []
+    for slot in slots:
+        for site in slot.sites if slot.materialised else ():
+            reached = {program.slot(leaf) for leaf in site.value.leaves}
+            sites = {site.path: site}
+            apart = []
+            for some, theirs in found:
+                if some & reached:
+                    reached, sites = some | reached, theirs | sites
+                else:
+                    apart.append((some, theirs))
+            found = [*apart, (reached, sites)]
+    return [sites for _, sites in found]
+
+
+def _ways_back(
+    program: Program,
+    inputs: Inputs,
+    sites: Mapping[Path, Site],
+    finish: Callable[[Mapping[int, Array]], dict[int, Array]],
+) -> tuple[Callable[[Any], dict[int, Array]], Callable[[Any], dict[int, Array]]]:
+    """Return ``finish`` of the gradients of parameters, from factors of sites.
+
+    The first function takes factors of one example (B = 1) and its result has no B; the
+    second takes all of them.
+    """
+
+    def of_weights(factors: Mapping[Path, Factors]) -> dict[Path, Array]:
         return {
             path: layouts.weight_gradient(sites[path], kernels.gradients([part]))
-            for path, part in some.items()
+            for path, part in factors.items()
         }
 
     def to_leaves(weights: Mapping[Path, Array]) -> dict[int, Array]:
-        found = to_parameters(program, inputs.leaves, weights)
-        return {
-            index: jnp.sum(jnp.square(leaf)) if index in plan.dropped else leaf
-            for index, leaf in found.items()
-        }
+        return finish(to_parameters(program, inputs.leaves, weights))
 
-    def one(some: Mapping[Path, Factors]) -> dict[int, Array]:
-        return to_leaves(jax.tree.map(lambda x: x[0], of_weights(some)))
+    def of_one(factors: Mapping[Path, Factors]) -> dict[int, Array]:
+        return to_leaves(jax.tree.map(lambda x: x[0], of_weights(factors)))
 
+    def of_all(factors: Mapping[Path, Factors]) -> dict[int, Array]:
+        return jax.vmap(to_leaves)(of_weights(factors))
+
+    return of_one, of_all
+
+
+def _prefers_turns(factors: Mapping[Path, Factors]) -> bool:
     patches = all(isinstance(part, Patches) for part in factors.values())
-    if patches and kernels.prefers_turns():
-        return kernels.in_turn(one, factors)
-    return jax.vmap(to_leaves)(of_weights(factors))
+    return patches and kernels.prefers_turns()
 
 
 def _joined(
@@ -338,27 +388,4 @@ def _sums_of_formed(known: _Known, weights: Sequence[Rows]) -> dict[int, Array]:
         mine = [i for i in known.slots if weights[i] is rows]
         totals = kernels.weighted_together([known.slots[i] for i in mine], rows)
         found |= zip(mine, totals, strict=True)
-    return found
-
-
-def _sums_of_dropped(
-    program: Program,
-    plan: Plan,
-    inputs: Inputs,
-    known: _Known,
-    weights: Sequence[Rows],
-) -> dict[int, Array]:
-    """Sum at the sites, then take the sums back: that way is linear."""
-    factors, found = known.backward.factors, {}
-    for rows in {id(weights[i]): weights[i] for i in plan.dropped}.values():
-        mine = {i for i in plan.dropped if weights[i] is rows}
-        sites = [s for slot in plan.slots if slot.index in mine for s in slot.sites]
-        sums = {
-            site.path: layouts.weight_gradient(
-                site, _contracted([factors[site.path]], rows, terms=kernels.EXACT)
-            )
-            for site in sites
-        }
-        pulled = to_parameters(program, inputs.leaves, sums)
-        found |= {index: pulled[index] for index in mine}
     return found

@@ -115,6 +115,9 @@ def concatenated(parts: Sequence[Factors]) -> list[Factors]:
     dense = [part for part in parts if isinstance(part, Dense)]
     lookups = [part for part in parts if isinstance(part, Lookup)]
     joined: list[Factors] = []
+    if len({len(part.left) for part in dense}) > 1:
+        whole = [jnp.concatenate(part.left, axis=3) for part in dense]
+        dense = [Dense((x,), p.right) for x, p in zip(whole, dense, strict=True)]
     if dense:
         blocks = zip(*(part.left for part in dense), strict=True)
         joined.append(
@@ -374,37 +377,68 @@ def in_turn(function: Callable[[Any], Any], factors: Any) -> Any:
         function: Of a pytree of factors with B = 1; its results have no B.
         factors: Pytree of factors.
     """
-    leaves, treedef = jax.tree.flatten(factors)
-    examples = leaves[0].shape[1]
-    # Flat rows: XLA would copy an array before a loop for the sake of axes of length 1.
-    rows = [jnp.moveaxis(x, 1, 0).reshape(examples, -1) for x in leaves]
-
-    # Of indices that may be out of bounds, XLA makes several kernels more for each loop.
-    index = functools.partial(
-        jax.lax.dynamic_index_in_dim, axis=0, allow_negative_indices=False
-    )
+    one, examples = _one_by_one(function, factors)
     put = functools.partial(
         jax.lax.dynamic_update_index_in_dim, axis=0, allow_negative_indices=False
     )
-
-    @jax.jit  # Traced once, for shapes and for the loop.
-    def one(i: Array) -> Any:
-        parts = [
-            index(row, i).reshape(x.shape[0], 1, *x.shape[2:])
-            for row, x in zip(rows, leaves, strict=True)
-        ]
-        return function(treedef.unflatten(parts))
 
     def turn(i: Array, done: Any) -> Any:
         return jax.tree.map(lambda x, y: put(x, y, i), done, one(i))
 
     shapes = jax.eval_shape(one, 0)
     # Every row is overwritten. Of zeros, XLA would make one array for all loops and copy it.
-    start = rows[0][0, 0]
+    start = jax.tree.leaves(factors)[0].ravel()[0]
     results = jax.tree.map(
         lambda x: jnp.full((examples, *x.shape), start, x.dtype), shapes
     )
     return jax.lax.fori_loop(0, examples, turn, results)
+
+
+def total_in_turn(function: Callable[[Any], Any], factors: Any, weights: Any) -> Any:
+    """Return ``weighted_rows`` of the results of ``in_turn``, which are never all there.
+
+    Args:
+        function: As for ``in_turn``.
+        factors: Likewise.
+        weights: ``[B]`` for each array that ``function`` returns.
+    """
+    one, examples = _one_by_one(function, factors)
+
+    def turn(i: Array, totals: Any) -> Any:
+        def added(total: Array, row: Array, weights: Array) -> Array:
+            weight = _row(weights, i)
+            return total + jnp.where(weight != 0, weight * row, 0.0)
+
+        return jax.tree.map(added, totals, one(i), weights)
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, 0))
+    return jax.lax.fori_loop(0, examples, turn, zeros)
+
+
+# Of indices that may be out of bounds, XLA makes several kernels more for each loop.
+_row = functools.partial(
+    jax.lax.dynamic_index_in_dim, axis=0, keepdims=False, allow_negative_indices=False
+)
+
+
+def _one_by_one(
+    function: Callable[[Any], Any], factors: Any
+) -> tuple[Callable[[Any], Any], int]:
+    """Return index of an example -> result of ``function``, and the number of examples."""
+    leaves, treedef = jax.tree.flatten(factors)
+    examples = leaves[0].shape[1]
+    # Flat rows: XLA would copy an array before a loop for the sake of axes of length 1.
+    rows = [jnp.moveaxis(x, 1, 0).reshape(examples, -1) for x in leaves]
+
+    @jax.jit  # Traced once, for shapes and for the loop.
+    def one(i: Array) -> Any:
+        parts = [
+            _row(row, i).reshape(x.shape[0], 1, *x.shape[2:])
+            for row, x in zip(rows, leaves, strict=True)
+        ]
+        return function(treedef.unflatten(parts))
+
+    return one, examples
 
 
 def prefers_turns() -> bool:

@@ -204,6 +204,8 @@ def _gather_axes(site: Site) -> Axes:
 
 def _lookup(site: Site, rows: Array, right: Array) -> Lookup:
     size = shape_of(site.eqn.invars[0])[0]
+    if rows.dtype.itemsize < 4:
+        rows = rows.astype(jnp.int32)  # A table may be longer than 8 bits can count.
     if site.eqn.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP:
         found = (rows >= 0) & (rows < size)
         right = jnp.where(found[..., None], right, 0.0)

@@ -23,7 +23,7 @@ class Plan:
         probed: Sites that only say their norm during a first backward pass, and how ("gram"
             or "direct"); they get their sum from a second one.
         dropped: Materialised slots whose per-example gradients are dropped when their norms
-            are known; their sum is formed at the sites and taken back to the parameter.
+            are known, and formed again for the sum.
     """
 
     slots: tuple[Slot, ...]
@@ -65,8 +65,8 @@ def make_plan(
 
 
 def _drops(slot: Slot, count: int, cost: Callable[[Group, Method], float]) -> bool:
-    if not all(site.value.linear for site in slot.sites):
-        return False  # The way back of a sum is not the sum of the ways back.
+    if any(site.value.narrow for site in slot.sites):
+        return False  # Formed again, they might be rounded otherwise than their norm.
     points = {leaf // count for site in slot.sites for leaf in site.value.leaves}
     if len(points) > 1:
         # The gradients of two points nearly cancel: another way to sum them would round

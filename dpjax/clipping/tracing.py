@@ -62,14 +62,16 @@ def one_example(batch: Batch, key: Key) -> tuple[Any, Any]:
 
 def below_float32(jaxpr: Jaxpr) -> bool:
     """Whether any value is computed in a floating dtype narrower than float32."""
-    for eqn in jaxpr.eqns:
-        for var in eqn.outvars:
-            dtype = getattr(var.aval, "dtype", jnp.dtype(bool))  # Tokens have none.
-            if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
-                return True
-        if any(below_float32(inner) for inner in jaxprs_in_params(eqn.params)):
+    return any(narrow(eqn) for eqn in jaxpr.eqns)
+
+
+def narrow(eqn: JaxprEqn) -> bool:
+    """Whether an equation takes or gives floating values narrower than float32."""
+    for var in (*eqn.invars, *eqn.outvars):
+        dtype = getattr(var.aval, "dtype", jnp.dtype(bool))  # Tokens have none.
+        if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
             return True
-    return False
+    return any(below_float32(inner) for inner in jaxprs_in_params(eqn.params))
 
 
 def trace(function: Callable[..., Any], *args: Any) -> ClosedJaxpr:

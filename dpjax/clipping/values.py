@@ -17,6 +17,8 @@ import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn
 from jaxtyping import Array
 
+from dpjax.clipping.tracing import narrow
+
 Path = tuple[int, ...]
 """Where an equation stands: its index at each level of nesting."""
 
@@ -47,15 +49,14 @@ class ParamValue:
         view: If its entries are entries of one parameter, each at most once: which ones, as
             a numpy view of a buffer shaped like the parameter that nobody reads. Numpy's
             own rules for shapes, strides and shared memory then answer what overlaps.
-        linear: Whether gradients go back to the parameters linearly. A backward pass that
-            the loss brings along (``custom_vjp``) may do anything: clip, for instance.
+        narrow: Whether it is made from the parameters in less than float32 somewhere.
     """
 
     leaves: frozenset[int]
     loops: tuple[Loop, ...]
     compute: Callable[["Evaluator"], Any]
     view: np.ndarray | None = None
-    linear: bool = True
+    narrow: bool = False
 
 
 Tag = ParamValue | _Data
@@ -140,19 +141,21 @@ def derive(eqn: JaxprEqn, inputs: Sequence[ParamValue]) -> list[ParamValue]:
     def output(index: int) -> Callable[[Evaluator], Any]:
         return lambda evaluator: evaluator.once(run, lambda: run(evaluator))[index]
 
-    linear = all(value.linear for value in inputs) and not _own_backward(eqn)
+    below = any(value.narrow for value in inputs) or narrow(eqn)
     return [
-        ParamValue(leaves, loops, output(i), views[i], linear)
-        for i in range(len(views))
+        ParamValue(leaves, loops, output(i), views[i], below) for i in range(len(views))
     ]
 
 
-def _own_backward(eqn: JaxprEqn) -> bool:
-    """Whether an equation, or one inside it, has a backward pass of the loss's own."""
+def own_backward(eqn: JaxprEqn) -> bool:
+    """Whether an equation, or one inside it, has a backward pass of the loss's own.
+
+    That (``custom_vjp``) need not be linear in the gradient: it may clip, for instance.
+    """
     if eqn.primitive.name.startswith(("custom_vjp", "custom_transpose", "linear_call")):
         return True
     inner = [getattr(x, "jaxpr", x) for x in jax.tree.leaves([*eqn.params.values()])]
-    return any(_own_backward(e) for x in inner if isinstance(x, Jaxpr) for e in x.eqns)
+    return any(own_backward(e) for x in inner if isinstance(x, Jaxpr) for e in x.eqns)
 
 
 def _views(

@@ -253,38 +253,3 @@ def test_a_leaner_plan_is_chosen_where_it_is_about_as_fast(kind):
     assert chosen.microbatch_size == fastest.microbatch_size
     assert chosen.seconds <= 1.1 * fastest.seconds
     assert chosen.peak < fastest.peak
-
-
-@jax.custom_vjp
-def clip_backward(value):
-    return value
-
-
-clip_backward.defvjp(
-    lambda value: (value, None), lambda _, g: (jnp.clip(g, -0.1, 0.1),)
-)
-
-
-@pytest.mark.parametrize(
-    "derived",
-    [
-        clip_backward,
-        jax.jit(clip_backward),
-        jax.checkpoint(clip_backward),
-        lambda w: jax.lax.cond(w[0, 0] > 0, clip_backward, jnp.sin, w),
-        lambda w: (
-            2 * jax.lax.scan(lambda c, _: (clip_backward(c), None), w, None, 2)[0]
-        ),
-    ],
-    ids=["bare", "jit", "checkpoint", "cond", "scan"],
-)
-def test_nothing_is_dropped_behind_a_backward_pass_that_need_not_be_linear(derived):
-    def loss(params, example, key):
-        del key
-        return jnp.sum(jnp.square(example["x"] @ derived(params)))
-
-    batch = batch_of({"x": jnp.ones((4, 1, 24))})
-    query = Query((jnp.ones((24, 16)),), clip_norm=1.0)
-    slots = find_slots(analyse(loss, query, batch, KEY))
-    assert slots[0].materialised
-    assert not make_plan(slots, saved_bytes).dropped

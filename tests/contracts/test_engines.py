@@ -490,6 +490,27 @@ def test_clipped_grad_refuses_a_mask_of_weights(dtype):
         clipped_grad(loss, clip_norm=1.0)(params, weighted, KEY)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8])
+@pytest.mark.parametrize("engine", [bookkeeping, ghost, auto])
+def test_ids_of_a_byte_are_looked_up_in_longer_tables(engine, dtype):
+    """Against the same ids in 32 bits: the gradient of JAX's own lookup may be wrong."""
+    rng = np.random.default_rng(0)
+    params = {"table": jnp.asarray(rng.normal(size=(300, 3)), jnp.float32)}
+    ids = rng.integers(0, np.iinfo(dtype).max, size=(8, 9))
+
+    def loss(params, example, key):
+        del key
+        return jnp.sum(jnp.sin(jnp.take(params["table"], example["ids"], axis=0)))
+
+    query = Query((params,), clip_norm=1.0)
+    long, short = (
+        run(engine, loss, query, batch_of({"ids": jnp.asarray(ids, kind)}))
+        for kind in (jnp.int32, dtype)
+    )
+    assert_close(short[0].total, long[0].total, rtol=1e-6, scale=1.0)
+    np.testing.assert_allclose(reveal(short[1])["norms"], reveal(long[1])["norms"])
+
+
 def test_clipped_grad_takes_plain_examples_and_knows_its_sensitivity():
     loss, params, examples = CASES["linear"]
     grad = clipped_grad(loss, clip_norm=0.25)

@@ -1255,6 +1255,12 @@ def conv_twice(p, e, key):
     return score(convolve(jnp.tanh(convolve(e["x"], p["k"])), p["k"], 2))
 
 
+@case({"k": tied(3, 3, 64, 2)}, {"x": x(7, 6, 64), "y": x(4, 3, 64)})
+def conv_shared_by_few_and_many_positions(p, e, key):
+    """A head of several resolutions."""
+    return score(convolve(e["x"], p["k"])) + score(convolve(e["y"], p["k"]))
+
+
 @case({"k": tied(3, 2, 4)}, {"x": x(6, 2)})
 def conv_and_its_transpose(p, e, key):
     down = jnp.tanh(convolve(e["x"], p["k"], 2))
@@ -1612,6 +1618,41 @@ def custom_vjp_on_activations(p, e, key):
 def custom_vjp_on_the_weight(p, e, key):
     """Looks like a view, and is none: the gradient changes on the way back."""
     return score(e["x"] @ _clip_backward(p["w"]))
+
+
+@case({"w": fallback(4, 4)}, {"x": x(5, 4)})
+def custom_vjp_on_a_weight_in_a_loop(p, e, key):
+    """Its backward pass clips what each iteration sends back, not their sum."""
+    carry = jnp.zeros(4)
+    for w in (p["w"], jnp.sin(p["w"])):
+        step = functools.partial(_clipped_recurrence, w)
+        carry, _ = jax.lax.scan(step, carry, e["x"])
+    return score(carry)
+
+
+@case({"w": fallback(2, 4, 4), "v": derived(2, 4, 4)}, {"x": x(5, 4)})
+def custom_vjp_on_a_weight_in_nested_loops(p, e, key):
+    """Each iteration of the outer loop has a weight of its own, that of the inner none."""
+
+    def outer(carry, layer):
+        w, v = layer
+        carry = jnp.tanh(carry @ _clip_backward(v))
+        return jax.lax.scan(functools.partial(_clipped_recurrence, w), carry, e["x"])
+
+    carry, _ = jax.lax.scan(outer, jnp.ones(4), (p["w"], p["v"]))
+    return score(carry)
+
+
+def _clipped_recurrence(w, carry, data):
+    return jnp.tanh(carry @ _clip_backward(w) + data), None
+
+
+@case({"w": derived(4, 4)}, {"x": x(5, 4)})
+def custom_vjp_on_a_weight_before_a_loop(p, e, key):
+    w = _clip_backward(p["w"])
+    return score(
+        jax.lax.scan(lambda c, d: (jnp.tanh(c @ w + d), None), jnp.ones(4), e["x"])[0]
+    )
 
 
 @case({"w": dense(3, 4), "s": elementwise(4)}, {"x": x(5, 3)})
