@@ -10,6 +10,7 @@ This module may not import jax or, at the top, dp_accounting (0.9 s).
 import collections
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from dp_accounting import DpEvent, PrivacyAccountant
 
 Accountant = Literal["pld", "rdp"]
+LARGEST_EPSILON, LEAST_DELTA = 50.0, 1e-14  # by PLD
 MechanismT = TypeVar("MechanismT")
 
 
@@ -31,7 +33,9 @@ def epsilon(
     Args:
         mechanism: Any mechanism.
         steps: Releases really made; all the planned ones by default.
-        accountant: "pld" (tight, pessimistic rounding) or "rdp" (looser cross-check).
+        accountant: "pld" (tight, pessimistic rounding) or "rdp" (looser cross-check). Above
+            an epsilon of 50, where PLD takes minutes and gigabytes, and at a delta below
+            1e-14, where its own error is more, "pld" is the bound by RDP too.
 
     Returns:
         Epsilon; ``inf`` if nothing is guaranteed, ``nan`` if the accountant does not
@@ -122,9 +126,16 @@ def tuning_cost(mechanisms: Sequence[Any]) -> TuningCost:
         mechanisms: One for each run, all on the same data; at least one.
 
     Raises:
-        ValueError: There are none, or their delta differs.
+        ValueError: There are none, or their delta or adjacency differs.
     """
     import dp_accounting as dp
+
+    adjacencies = {mechanism.sampling.adjacency for mechanism in mechanisms}
+    if len(adjacencies) > 1:
+        raise ValueError(
+            f"runs of the adjacencies {sorted(adjacencies)} have no common epsilon: gather "
+            "them apart"
+        )
 
     deltas = {mechanism.delta for mechanism in mechanisms}
     if len(deltas) != 1:
@@ -190,11 +201,19 @@ def _named(event: "DpEvent") -> _Named:
 def _spent(named: _Named, delta: float, accountant: Accountant) -> float:
     from dp_accounting.privacy_accountant import UnsupportedEventError
 
+    if accountant == "pld":
+        looser = _spent(named, delta, "rdp")
+        if looser > LARGEST_EPSILON or (delta < LEAST_DELTA and not math.isnan(looser)):
+            return looser
+    absl = logging.getLogger("absl")
+    level = absl.level
+    absl.setLevel(logging.ERROR)  # RDP tells of each order that it has to leave out.
     try:
-        ledger = _composed(named, accountant)
+        return float(_composed(named, accountant).get_epsilon(delta))
     except UnsupportedEventError:
         return math.nan
-    return float(ledger.get_epsilon(delta))
+    finally:
+        absl.setLevel(level)
 
 
 class _Remembering:

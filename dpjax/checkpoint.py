@@ -287,7 +287,9 @@ def export(directory: Path, params: PyTree[Array], card: Mapping[str, str]) -> N
     """
     directory = Path(directory).absolute()
     if directory.exists():
-        raise FileExistsError(f"directory={directory} exists: export to a new one")
+        raise FileExistsError(
+            f"directory={directory} exists: remove it, or export to a new one"
+        )
     for name in card:
         if name == "params.npz" or Path(name).name != name:
             raise ValueError(f"card file name {name!r}: use a plain, unused file name")

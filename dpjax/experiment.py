@@ -22,7 +22,7 @@ from dpjax.data.batches import (
     overlap,
 )
 from dpjax.losses import augmented
-from dpjax.mechanisms import DpZero, Mechanism
+from dpjax.mechanisms import DpZero, Mechanism, NonPrivate
 from dpjax.sharding import Layout, make_layout
 from dpjax.typing import Example, Loss, Model, Params, Source
 
@@ -127,8 +127,10 @@ def _tells_of_private_data(export: Path, fresh: Sequence[str]) -> bool:
     if any(flag.startswith(configs.PRIVATE_START) for flag in card["flags"]):
         return True
     kept = [n for n in names["trained"] if not any(re.fullmatch(p, n) for p in fresh)]
-    # Noise is added to private data only: an infinite epsilon is of public ones.
-    return bool(kept) and card["epsilon"] != "inf"
+    # Noise is added to private data, and to no others (see ``dpjax.config``).
+    mechanism = card["mechanism"]
+    silent = mechanism["name"] == NonPrivate.__name__
+    return bool(kept) and not (silent or mechanism.get("noise_multiplier") == 0)
 
 
 def _layout(config: Mapping[str, Any]) -> Layout:

@@ -39,7 +39,7 @@ class PrivacyCard:
     Attributes:
         private: Whether a finite epsilon is claimed at all.
         proven: Whether epsilon holds for any data; if not, flags say what it assumes.
-        epsilon: By PLD, at ``steps_taken``.
+        epsilon: By PLD, or by RDP where that does not reach, at ``steps_taken``.
         epsilon_rdp: By RDP, a looser cross-check; None where RDP has no analysis.
         delta, adjacency: What epsilon refers to.
         amplified: Whether epsilon relies on amplification by sampling.
@@ -75,8 +75,11 @@ class PrivacyCard:
 
     def to_markdown(self) -> str:
         """Return the card as a page for people."""
+        # Equal to the last digit only where PLD does not reach (see ``epsilon``).
+        same = self.epsilon == self.epsilon_rdp and 0 < self.epsilon < math.inf
+        accountant = "RDP" if same else "PLD"
         rows = {
-            "epsilon (PLD)": f"{self.epsilon:.4f}",
+            f"epsilon ({accountant})": f"{self.epsilon:.4f}",
             "epsilon (RDP cross-check)": "no analysis"
             if self.epsilon_rdp is None
             else f"{self.epsilon_rdp:.4f}",

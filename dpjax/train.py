@@ -230,7 +230,7 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
         params = processes.to_host(params)
         if is_first:
             card.write(workdir)
-            if not (workdir / "export").exists():
+            if not (workdir / "export" / "params.npz").exists():
                 names = report.parameter_names(state.params, frozen)
                 export(workdir / "export", params, card.files() | names)
             print(report.end_block(card, {metric: score}, workdir))

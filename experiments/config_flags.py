@@ -41,6 +41,8 @@ def command_from(argv: list[str], *, directory: str = "workdir") -> Command:
         ConfigError: In one line, whatever is wrong.
     """
     file = next((a for a in argv if a.startswith("--config=")), None)
+    if file is None and "--config" in argv:
+        raise ConfigError("--config FILE is written --config=FILE")
     if file is None:
         raise ConfigError("--config=FILE is missing; see --help")
     path = Path(file.removeprefix("--config=").partition(":")[0])
@@ -60,7 +62,7 @@ def command_from(argv: list[str], *, directory: str = "workdir") -> Command:
         )
         functools.reduce(operator.getitem, path, config)[last] = None
     check(config)
-    if given[directory] is None and not config["run"]["dry_run"]:
+    if not given[directory] and not config["run"]["dry_run"]:
         raise ConfigError(f"--{directory}=DIR is missing; see --help")
     return Command(config, Path(given[directory] or "."), _peers(given))
 

@@ -19,6 +19,7 @@ Exit status: 0 done, 2 wrong arguments or input.
 """
 
 import csv
+import json
 import os
 import shutil
 import sys
@@ -32,6 +33,10 @@ from experiments import options, sweep, timing
 _OPTIONS = ("task", "text", "data", "workdir")
 _VOCABULARY = {"e2e": 1024, "sst2": 4096}
 _SPECIALS = ("<eos>", "<mask>")
+_CAVEAT = (
+    "The model without privacy has seen the private data without noise: its scores and "
+    "samples are for data that may be published, and no epsilon holds for them."
+)
 _WORDS = (" poor", " good")  # of the classes for the untouched model: It was ...
 _FILES = {
     "e2e": {"devset.csv": "train.csv", "testset_w_refs.csv": "test.csv"},
@@ -83,11 +88,23 @@ def _run(name: str, text: Path, data: Path, workdir: Path) -> None:
         if not (workdir / variant / "export").exists():
             train(config, workdir / variant)
     scores = task.compare(workdir, recipes)
-    (workdir / "results" / "scores.md").write_text(_table(scores))
+    table = f"{_table(scores)}\n{_CAVEAT}\n"
+    (workdir / "results" / "scores.md").write_text(table)
     _write_facts(name, scores, workdir / "results")
-    for file in ("config.json", "privacy_card.md", "metrics.jsonl"):
+    for file in ("config.json", "privacy_card.md"):
         shutil.copy(workdir / task.private / file, workdir / "results" / file)
-    print(_table(scores))
+    _copy_metrics(workdir / task.private, workdir / "results")
+    print(table)
+
+
+def _copy_metrics(run: Path, results: Path) -> None:
+    """Copy what may be published: how long a step took tells of the size of its batch."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    for record in records:
+        record.pop("examples/s", None)
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (results / "metrics.jsonl").write_text(text)
 
 
 def _write_facts(name: str, scores: Mapping[str, Any], results: Path) -> None:

@@ -179,7 +179,7 @@ def begin(sweep: Sweep, directory: Path, *, partly: bool) -> None:
         partly: Only some cells will run: a manifest of other cells is then refused.
 
     Raises:
-        ConfigError: The folder lists other cells.
+        ConfigError: The folder lists other cells, or is another sweep's.
     """
     manifest = {
         "sweep": sweep.source,
@@ -191,7 +191,14 @@ def begin(sweep: Sweep, directory: Path, *, partly: bool) -> None:
     }
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / MANIFEST
-    if partly and path.exists() and read_json(path)["cells"] != manifest["cells"]:
+    before: dict[str, Any] = read_json(path) if path.exists() else manifest
+    shared = {c["run"] for c in before["cells"]} & {r.name for r in sweep.runs}
+    if before["sweep"] != sweep.source and not shared:
+        raise ConfigError(
+            f"{path} is of the sweep {before['sweep']}, and a folder holds one: take another "
+            f"folder for {sweep.source}"
+        )
+    if partly and before["cells"] != manifest["cells"]:
         raise ConfigError(
             f"{path} lists other cells than {sweep.source} does now; run it without --only"
         )

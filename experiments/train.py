@@ -20,9 +20,11 @@ command again to go on), 130 stopped at once, 1 stopped for another reason.
 """
 
 import os
+import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import FrameType
 
 from dpjax.config import ConfigError
 from experiments.config_flags import Command, command_from
@@ -33,6 +35,7 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(__doc__)
         return 0
+    old = signal.signal(signal.SIGTERM, _stopped_early)
     try:
         return _run(command_from(argv))
     except (ConfigError, OSError, ImportError) as error:
@@ -41,6 +44,15 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("stopped at once; the last checkpoint is intact", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+def _stopped_early(number: int, frame: FrameType | None) -> None:
+    """Leave: the loop, which has a handler of its own, has not begun or is over."""
+    del number, frame
+    print("interrupted outside of the steps; run the same command to go on")
+    raise SystemExit(os.EX_TEMPFAIL)
 
 
 def _run(command: Command) -> int:

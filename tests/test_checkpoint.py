@@ -518,7 +518,9 @@ def test_export_holds_no_secret(tmp_path):
 
 def test_export_refuses_to_overwrite(tmp_path):
     (tmp_path / "model").mkdir()
-    with pytest.raises(FileExistsError, match="exists: export to a new one"):
+    with pytest.raises(
+        FileExistsError, match="exists: remove it, or export to a new one"
+    ):
         export(tmp_path / "model", PARAMS, {})
     assert names(tmp_path / "model") == []
 

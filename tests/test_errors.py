@@ -23,6 +23,8 @@ WRONG_FLAGS = {
         "variant='fast' is unknown; use dpsgd or nonprivate",
     ),
     "no workdir": ([TINY], "--workdir=DIR is missing"),
+    "empty workdir": ([TINY, "--workdir="], "--workdir=DIR is missing"),
+    "no equals sign": (["--config", "a.py"], "--config FILE is written --config=FILE"),
     "unknown flag": ([TINY, "--workdri=x"], "Unknown command line flag 'workdri'"),
     "stray argument": ([TINY, "digits"], "unexpected argument 'digits'"),
     "unknown key": (

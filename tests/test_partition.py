@@ -151,6 +151,12 @@ def test_an_export_of_private_data_is_not_called_public(tmp_path):
     with refused:
         plan(tiny(model=pretrained(first), **public))
     plan(tiny(model=pretrained(first), **private))
+    # Too little noise for any epsilon protects nothing, and the data are private still.
+    written = first / "export" / "privacy_card.json"
+    told = json.loads(written.read_text())
+    written.write_text(json.dumps(told | {"epsilon": "inf"}))
+    with refused:
+        plan(tiny(model=pretrained(first), **public))
     # What is public by its own data is private by what it started from.
     train(tiny("nonprivate", model=pretrained(first), **HEAD, **private), second)
     with refused:

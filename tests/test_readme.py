@@ -3,8 +3,10 @@
 import re
 import shlex
 
+import jax
 import numpy as np
 
+import dpjax
 from dpjax.config import GROUPS
 from experiments.train import main
 from tests.runs import ROOT
@@ -23,6 +25,11 @@ def test_the_recipe_trains_a_private_model(capsys):
     error = np.abs(np.asarray(names["params"]["w"]) - np.arange(5))
     assert error.max() < 0.5
     assert float(capsys.readouterr().out.split()[-1]) <= 3.0
+    # What it says of the plan for this loss on a CPU.
+    example = jax.tree.map(lambda x: x[0], names["source"][[0]])
+    dpjax.explain(names["loss"], names["params"], example)
+    for line in capsys.readouterr().out.splitlines():
+        assert f"    {line.rstrip()}\n" in README
 
 
 def test_own_model_loss_and_data_take_fewer_than_twenty_lines():

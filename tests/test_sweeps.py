@@ -105,6 +105,24 @@ def test_only_runs_one_cell(tmp_path, monkeypatch, capsys):
     assert "lists other cells" in capsys.readouterr().err
 
 
+def test_a_folder_holds_one_sweep(tmp_path, monkeypatch, capsys):
+    source, out = sweep_file(tmp_path), tmp_path / "runs"
+    Trainer(monkeypatch)
+    assert ablate.main([source, f"--out={out}"]) == 0
+    before = (out / "sweep.json").read_text()
+    (tmp_path / "other").mkdir()
+    other = sweep_file(tmp_path / "other", rates=(3.0,))
+    assert ablate.main([other, f"--out={out}"]) == 2
+    assert (
+        f"is of the sweep {source}, and a folder holds one" in capsys.readouterr().err
+    )
+    assert (out / "sweep.json").read_text() == before
+    # The same file may change, and a file with the same cells may stand elsewhere.
+    assert ablate.main([sweep_file(tmp_path / "other"), f"--out={out}"]) == 0
+    sweep_file(tmp_path / "other", rates=(4.0,))
+    assert ablate.main([other, f"--out={out}"]) == 0
+
+
 def test_an_interrupted_cell_is_missing_not_failed(tmp_path, monkeypatch):
     source, out = sweep_file(tmp_path), tmp_path / "runs"
 

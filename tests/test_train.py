@@ -22,6 +22,7 @@ from dpjax.ledger import Ledger, NoiseReuseError
 from dpjax.noise import root_key
 from dpjax.train import Interrupted, init_state, make_train_step, sampling_seed, train
 from dpjax.transforms import private
+from experiments.train import main
 from tests.checks import thinned
 from tests.runs import assert_same_export, card, command, crash_after, metrics, tiny
 
@@ -227,6 +228,32 @@ def test_sigterm_saves_exits_75_and_the_run_goes_on(tmp_path):
     train(tiny(**config), tmp_path)
     steps = [record["step"] for record in metrics(tmp_path)]
     assert steps == list(range(1, 41))
+
+
+def test_sigterm_outside_of_the_steps_exits_75(tmp_path, monkeypatch, capsys):
+    def told(config, workdir):
+        signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("dpjax.train.train", told)
+    with pytest.raises(SystemExit) as left:
+        main(["--config=tests/tiny_config.py", f"--workdir={tmp_path}"])
+    assert left.value.code == 75
+    assert "run the same command to go on" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_an_export_that_lost_its_parameters_is_not_called_whole(tmp_path, capsys):
+    command = ["--config=tests/tiny_config.py", f"--workdir={tmp_path}"]
+    assert main(command) == 0
+    parameters = tmp_path / "export" / "params.npz"
+    whole = parameters.read_bytes()
+    parameters.unlink()
+    assert main(command) == 2
+    assert "export exists: remove it" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "export")
+    assert main(command) == 0
+    assert parameters.read_bytes() == whole
 
 
 # Orbax leaves callbacks behind on a closed event loop when a load fails, and reads that

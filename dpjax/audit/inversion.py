@@ -67,7 +67,9 @@ def invert_by_descent(
     guess = jax.random.uniform(key, examples[inputs].shape, jnp.float32)
     optimizer = optax.adam(learning_rate)
 
-    def distance(guess: Array) -> Array:
+    def distance(guess: Array, known: Any) -> Array:
+        params, release, examples = known
+
         def total(params: Params) -> Array:
             rows = {**examples, inputs: guess}
             each = jax.vmap(loss, in_axes=(None, 0, None))(params, rows, key)
@@ -78,15 +80,20 @@ def invert_by_descent(
         norms = optax.tree.norm(gradient) * optax.tree.norm(release)
         return jnp.asarray(1 - dot / (norms + 1e-12))
 
-    def step(carry: Any, _: None) -> tuple[Any, None]:
-        guess, state = carry
-        update: Any = optimizer.update
-        updates, state = update(jax.grad(distance)(guess), state)
-        return (jnp.clip(guess + updates, 0, 1), state), None
+    @jax.jit
+    def run(guess: Array, known: Any) -> Array:
+        def step(carry: Any, _: None) -> tuple[Any, None]:
+            guess, state = carry
+            update: Any = optimizer.update
+            updates, state = update(jax.grad(distance)(guess, known), state)
+            return (jnp.clip(guess + updates, 0, 1), state), None
 
-    start = (guess, optimizer.init(guess))
-    (guess, _), _ = jax.jit(lambda s: jax.lax.scan(step, s, length=steps))(start)
-    return guess
+        start = (guess, optimizer.init(guess))
+        (guess, _), _ = jax.lax.scan(step, start, length=steps)
+        return guess
+
+    # Arguments, not constants: a program may be kept in a cache, and nobody's data with it.
+    return run(guess, (params, release, examples))
 
 
 def best_correlation(

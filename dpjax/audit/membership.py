@@ -66,7 +66,7 @@ def shadow_models(
     index = jnp.arange(size, dtype=jnp.int32)
     roots = jnp.stack([root_key(seed + 1 + i) for i in range(len(members))])
 
-    def train(member: Bool[Array, "N"], key: Any, root: Any) -> Params:
+    def train(member: Bool[Array, "N"], key: Any, root: Any, examples: Any) -> Params:
         start = experiment.model.init(jax.random.fold_in(key, 0), blank)
         params, frozen = partition(start, experiment.train)
         loss = with_frozen(experiment.loss, frozen)
@@ -88,7 +88,9 @@ def shadow_models(
         return merge(params, frozen)
 
     keys = jax.random.split(jax.random.key(seed), len(members))
-    return jax.jit(jax.vmap(train))(jnp.asarray(members), keys, roots)
+    # Arguments, not constants: a program may be kept in a cache, and nobody's data with it.
+    run = jax.jit(jax.vmap(train, in_axes=(0, 0, 0, None)))
+    return run(jnp.asarray(members), keys, roots, examples)
 
 
 def losses_of(experiment: Experiment, params: Params) -> Float[np.ndarray, "S N"]:
@@ -97,14 +99,14 @@ def losses_of(experiment: Experiment, params: Params) -> Float[np.ndarray, "S N"
     examples = jax.tree.map(jnp.asarray, source[list(range(len(source)))])
 
     @jax.jit
-    def all_losses(params: Params) -> Array:
+    def all_losses(params: Params, examples: Any) -> Array:
         def one(params: Params, example: Any) -> Array:
             return experiment.loss(params, example, jax.random.key(0))
 
         over_examples = jax.vmap(one, in_axes=(None, 0))
         return jax.vmap(over_examples, in_axes=(0, None))(params, examples)
 
-    return np.asarray(all_losses(params), np.float64)
+    return np.asarray(all_losses(params, examples), np.float64)
 
 
 def loss_scores(losses: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -55,6 +55,8 @@ def planned(*, memory_budget: float | None = None) -> Engine:
                 f"memory_budget={memory_budget} is for plans of gradients, and this query "
                 "is of slopes; use microbatch_size"
             )
+        if batch.mask.shape[0] == 0:
+            return vmap(loss, query, batch, key)
         program = analyse(loss, query, batch, key)
         choice = choose(
             program,

@@ -14,7 +14,7 @@ from dpjax.clipping.bookkeeping import bookkeeping
 from dpjax.clipping.ghost import ghost
 from dpjax.clipping.microbatched import microbatched
 from dpjax.clipping.query import Query
-from dpjax.clipping.tracing import below_float32, one_example, trace
+from dpjax.clipping.tracing import below_float32, check_key, one_example, trace
 from dpjax.clipping.types import Engine
 from dpjax.clipping.vmap import vmap
 from dpjax.sensitive import ClippedSum, PerExample
@@ -52,8 +52,9 @@ class ClippedGrad:
             key: Randomness of the loss (dropout, augmentation); not the noise key.
         """
         batch = _as_batch(batch)
+        check_key(key)
         query = Query(
-            (params,),
+            (jax.tree.map(jnp.asarray, params),),
             clip_norm=self.clip_norm,
             style=self.style,
             residual=self.residual,
@@ -107,10 +108,11 @@ def clipped_grad(
     Raises:
         ValueError: A clip norm that is not positive and finite, an outer norm below it,
             an unknown style or engine, a microbatch size below 1, a budget for another
-            engine than "auto"; at the call, norms that ``verify`` finds wrong.
+            engine than "auto"; at the call, norms that ``verify`` finds wrong, a batch
+            without arrays or with one that has no axis of examples.
         TypeError: At trace time: the loss is not a pure function to one floating-point
-            scalar, a parameter is not floating point, a mask is not bool, or ``verify`` is
-            asked under ``jit``.
+            scalar, a parameter is not floating point, a mask is not bool, a key is not a
+            typed one, or ``verify`` is asked under ``jit``.
 
     Example:
         >>> import jax, jax.numpy as jnp, dpjax
@@ -172,7 +174,13 @@ def _as_batch(batch: Batch | Any) -> Batch:
                 "that count: an example cannot be weighted outside of its loss"
             )
         return batch
-    size = jax.tree.leaves(batch)[0].shape[0]
+    shapes = {jnp.shape(leaf) for leaf in jax.tree.leaves(batch)}
+    if not shapes or () in shapes:
+        raise ValueError(
+            f"the batch has arrays of shapes {sorted(shapes)}; each must begin with the axis "
+            "of the examples, and there must be one"
+        )
+    size = max(shapes)[0]
     return Batch(batch, jnp.ones(size, bool), jnp.arange(size))
 
 

@@ -34,7 +34,7 @@ def execute(
     loss: Loss, query: Query, batch: Batch, key: Key, *, planner: Planner
 ) -> tuple[ClippedSum, PerExample]:
     """Return the clipped sum, computed as ``planner`` decides. See ``Engine``."""
-    if query.slope is not None:
+    if query.slope is not None or batch.mask.shape[0] == 0:
         return vmap(loss, query, batch, key)
     program = analyse(loss, query, batch, key)
     return run_plan(program, planner(program), query, batch, key)

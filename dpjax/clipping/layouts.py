@@ -104,8 +104,11 @@ def sizes(site: Site) -> Sizes:
         spec = site.eqn.params["dimension_numbers"]
         groups = site.eqn.params["feature_group_count"]
         channels = site.out_shape[spec.out_spec[1]]
-        weight = math.prod(site.weight_shape) // (h * channels)
-        positions = math.prod(site.out_shape) // channels
+        kernel = site.weight_shape[len(site.value.loops) :]
+        weight = math.prod(kernel[axis] for axis in spec.rhs_spec[1:])
+        positions = math.prod(
+            size for axis, size in enumerate(site.out_shape) if axis != spec.out_spec[1]
+        )
         return Sizes(h * groups, t * positions, weight, channels // groups)
     axes = _gather_axes(site) if site.kind == "gather" else _dot_axes(site)
     shape = site.weight_shape[len(site.value.loops) :]

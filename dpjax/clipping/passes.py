@@ -88,7 +88,9 @@ def first_backward(program: Program, plan: Plan, inputs: Inputs) -> Backward:
         out_axes=((batch_axes, 0, 0), (0, batch_axes | nothing)),
     )((taps, plain, zeros), inputs.examples, inputs.keys)
     factors = {
-        site.path: layouts.factors(site, saved[site.path], cotangents[site.path])
+        site.path: _pinned(
+            layouts.factors(site, saved[site.path], cotangents[site.path])
+        )
         for site in tapped
     }
     return Backward(losses, factors, plain, norms)
@@ -180,6 +182,18 @@ def _forward(
     affine = program.affine if jax.default_backend() == "cpu" else {}
     values = [*one.leaves, *jax.tree.leaves((one.examples, one.keys))]
     return interpret(program, values, visit=visit, extra=extra, affine=affine)
+
+
+def _pinned(factors: Factors) -> Factors:
+    """Return factors that are rounded alike wherever they are read.
+
+    XLA may leave out the rounding to bfloat16 where it fuses one use of a value with what
+    made it, and the norm would then be of other factors than the sum. On a GPU products
+    read them from memory.
+    """
+    if factors.right.dtype.itemsize < 4 and jax.default_backend() == "cpu":
+        return jax.lax.optimization_barrier(factors)
+    return factors
 
 
 def _replaced(leaves: Sequence[Array], some: Mapping[int, Array]) -> list[Array]:

@@ -28,6 +28,15 @@ def check_params(params: Params) -> None:
             )
 
 
+def check_key(key: Key) -> None:
+    """Raise TypeError for a key that is no typed one."""
+    if not jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key):
+        raise TypeError(
+            f"key has dtype {jnp.result_type(key)}; make it by jax.random.key(seed), not by "
+            "jax.random.PRNGKey"
+        )
+
+
 def scalar(loss: Loss) -> Loss:
     """Return ``loss`` with a check that its value is one floating-point scalar."""
 

@@ -193,7 +193,8 @@ def overlap(source: Source, held_out: Source) -> float:
 
     Reads all of ``source``. A few equal records are common in real data; a large part
     means that the model is evaluated on what it was trained on. Compared is what both
-    have, as far as both have it: a text that is padded to another length is the same.
+    have, as far as both have it: a text that is padded to another length is the same, and
+    so is one of another dtype.
     """
     count = min(len(held_out), 256)
     records = held_out[[i * len(held_out) // count for i in range(count)]]
@@ -201,6 +202,7 @@ def overlap(source: Source, held_out: Source) -> float:
     common = {
         key: tuple(map(min, records[key].shape[1:], first[key].shape[1:]))
         for key in sorted(records.keys() & first.keys())
+        if records[key].ndim == first[key].ndim
     }
     if not common:
         return 0.0
@@ -214,7 +216,8 @@ def _digests(
     records: dict[str, np.ndarray], common: dict[str, tuple[int, ...]]
 ) -> set[bytes]:
     columns = [
-        records[key][(slice(None), *map(slice, shape))] for key, shape in common.items()
+        records[key][(slice(None), *map(slice, shape))].astype(np.float32)
+        for key, shape in common.items()
     ]
     return {
         hashlib.blake2b(

@@ -117,7 +117,7 @@ def labelled_texts(
     for number, row in enumerate(rows, start=1):
         if not row[label].strip().lstrip("-").isdecimal():
             raise ValueError(
-                f"path={path!r}: {label}={row[label]!r} of row {number} is no integer"
+                f"path={path!r}: column {label} of row {number} is no integer"
             )
         labels.append(int(row[label]))
     return ArraySource(

@@ -66,6 +66,42 @@ def test_shadow_models_keep_what_is_frozen():
             assert np.allclose(before, after[0], atol=1e-6) == (layer != "head")
 
 
+def test_no_example_becomes_a_constant_of_a_program(monkeypatch):
+    """Compiled programs are kept in a cache that anybody may read."""
+    constants, jit = [], jax.jit
+
+    def spied(function):
+        def run(*args):
+            constants.extend(jax.make_jaxpr(function)(*args).consts)
+            return jit(function)(*args)
+
+        return run
+
+    built = experiment()
+    mechanism = dataclasses.replace(built.mechanism, steps=1)
+    built = dataclasses.replace(built, mechanism=mechanism)
+    images = built.source[[0, 1]]["image"]
+    key, params = (
+        jax.random.key(0),
+        built.model.init(jax.random.key(0), {"image": images[0]}),
+    )
+    monkeypatch.setattr(jax, "jit", spied)
+    models = membership.shadow_models(built, MEMBERS[:1], seed=0)
+    membership.losses_of(built, models)
+    inversion.invert_by_descent(
+        built.loss,
+        params,
+        jax.tree.map(jnp.ones_like, params),
+        built.source[[0, 1]],
+        inputs="image",
+        steps=1,
+        learning_rate=0.1,
+        key=key,
+    )
+    assert constants
+    assert max(np.size(constant) for constant in constants) <= images[0].size
+
+
 def test_members_are_told_where_noise_is_little_and_strangers_are_not():
     losses = shadow_losses()
     for scores, lowest in (

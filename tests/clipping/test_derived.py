@@ -11,7 +11,7 @@ from dpjax.clipping.costs import saved_bytes
 from dpjax.clipping.execute import execute
 from dpjax.clipping.plan import make_plan
 from dpjax.clipping.slots import find_slots
-from tests.checks import batch_of, check_engine_contract, check_sensitivity
+from tests.checks import batch_of, check_engine_contract, check_sensitivity, norm
 
 KEY = jax.random.key(0)
 SIZE = 64
@@ -139,6 +139,7 @@ def test_gradients_that_are_formed_twice_add_up(style, turns, monkeypatch):
     monkeypatch.setattr(kernels, "prefers_turns", lambda: turns)
     images, params, _, _ = drawn("images")
     x = np.random.default_rng(1).normal(size=(6, 5, 5, 3))
+    x[2] = np.nan  # of no account
     batch = batch_of({"x": jnp.asarray(x, jnp.float32)}, mask=np.arange(6) != 2)
 
     def loss(params, example, key):
@@ -154,3 +155,21 @@ def test_gradients_that_are_formed_twice_add_up(style, turns, monkeypatch):
     }
     query = Query((params,), clip_norm=0.5, style=style, residual=True)
     check_engine_contract(lambda *args: lean(*args), loss, query, batch, KEY)
+
+
+@pytest.mark.parametrize("engine", [bookkeeping, ghost, auto])
+def test_a_tied_table_in_bfloat16_is_rounded_alike_for_norm_and_sum(engine):
+    def loss(params, example, key):
+        del key
+        table = low(params["table"])
+        hidden = jnp.tanh(table[example["ids"]])
+        return jax.nn.logsumexp((hidden @ table.T).astype(jnp.float32))
+
+    rng = np.random.default_rng(0)
+    params = {"table": jnp.asarray(rng.normal(size=(30, 8)) / 2, jnp.float32)}
+    batch = batch_of({"ids": jnp.asarray(rng.integers(0, 30, (16, 6)))})
+    run = jax.jit(lambda *args: engine(*args), static_argnums=0)
+    for i in range(16):
+        one = batch._replace(mask=np.arange(16) == i)
+        clipped, _ = run(loss, Query((params,), clip_norm=1e-2), one, KEY)
+        assert norm(clipped.total) <= 1e-2

@@ -511,6 +511,55 @@ def test_ids_of_a_byte_are_looked_up_in_longer_tables(engine, dtype):
     np.testing.assert_allclose(reveal(short[1])["norms"], reveal(long[1])["norms"])
 
 
+NAMES = ["vmap", "bookkeeping", "ghost", "auto"]
+
+
+@pytest.mark.parametrize("engine", NAMES)
+def test_what_is_empty_or_a_plain_number_is_taken(engine):
+    loss = lambda p, e, k: p["s"] * jnp.sum(jnp.sin(e["x"] @ p["w"]))  # noqa: E731
+    grad = clipped_grad(loss, clip_norm=1.0, engine=engine)
+    params = {"w": np.ones((4, 3), np.float32), "s": 1.0}
+    for examples in (0, 2):
+        total, _ = grad(params, {"x": jnp.ones((examples, 4))}, KEY)
+        assert norm(total.total) <= examples
+    assert norm(total.total) > 1.9
+
+
+@pytest.mark.parametrize("engine", NAMES)
+def test_a_convolution_without_outputs_is_taken(engine):
+    def loss(params, example, key):
+        del key
+        form = {"dimension_numbers": ("NWC", "WIO", "NWC")}
+        out = jax.lax.conv_general_dilated(
+            example["x"][None], params["k"], (1,), "SAME", **form
+        )
+        return jnp.sum(jnp.sin(out)) + jnp.sum(example["x"][0] * params["b"])
+
+    params = {"k": jnp.ones((3, 2, 0)), "b": jnp.ones(2)}
+    grad = clipped_grad(loss, clip_norm=1e6, engine=engine)
+    total, _ = grad(params, {"x": jnp.ones((4, 6, 2))}, KEY)
+    np.testing.assert_allclose(total.total["b"], 4.0)
+
+
+@pytest.mark.parametrize(
+    ("batch", "key", "error", "message"),
+    [
+        ({}, KEY, ValueError, r"shapes \[\]; each must begin with the axis"),
+        ({"x": 1.0}, KEY, ValueError, r"shapes \[\(\)\]; each must begin"),
+        (
+            {"x": np.ones((2, 4))},
+            np.zeros(2, np.uint32),
+            TypeError,
+            r"not by jax.random.P",
+        ),
+    ],
+    ids=["no arrays", "no axis", "old key"],
+)
+def test_clipped_grad_refuses_what_is_no_batch_or_key(batch, key, error, message):
+    with pytest.raises(error, match=message):
+        clipped_grad(linear, clip_norm=1.0)({"w": np.ones(4)}, batch, key)
+
+
 def test_clipped_grad_takes_plain_examples_and_knows_its_sensitivity():
     loss, params, examples = CASES["linear"]
     grad = clipped_grad(loss, clip_norm=0.25)

@@ -240,6 +240,20 @@ def test_overlap_is_the_part_of_held_out_records_that_were_trained_on():
     assert overlap(source, ArraySource({"z": rows[:100]})) == 0.0
 
 
+def test_overlap_sees_records_of_another_dtype_or_with_labels_of_another_form():
+    rows, labels = np.arange(600).reshape(300, 2), np.arange(300) % 3
+    source = ArraySource(
+        {"x": rows.astype(np.float32), "label": labels.astype(np.int32)}
+    )
+    for held_out in (
+        {"x": rows.astype(np.float64), "label": labels.astype(np.int64)},
+        {"x": rows.astype(np.uint16), "label": np.eye(3)[labels]},
+    ):
+        assert overlap(source, ArraySource(held_out)) == 1.0
+        moved = {**held_out, "x": held_out["x"] + 1}
+        assert overlap(source, ArraySource(moved)) == 0.0
+
+
 @pytest.mark.parametrize("length", [2, 5])
 def test_overlap_sees_records_that_are_padded_otherwise_or_have_more_columns(length):
     tokens = np.arange(1, 1501, dtype=np.int32).reshape(500, 3)

@@ -77,6 +77,25 @@ def test_golden_noise_multiplier_of_the_cifar_setting():
     assert plan.noise_multiplier == pytest.approx(0.8817, abs=2e-3), INTENDED
 
 
+@pytest.mark.parametrize(
+    ("multiplier", "delta"), [(1e-3, 1e-5), (0.2, 1e-5), (1.0, 1e-18)]
+)
+def test_where_pld_does_not_reach_the_bound_is_that_of_rdp(multiplier, delta):
+    """PLD would want 38 GB for the first and find no finite epsilon for the last."""
+    mechanism = dp_sgd(rate=0.1, steps=10, noise_multiplier=multiplier, delta=delta)
+    spent = dpjax.epsilon(mechanism)
+    assert 0 < spent < math.inf
+    assert spent == dpjax.epsilon(mechanism, accountant="rdp")
+
+
+@pytest.mark.parametrize("target", [48.0, 300.0])
+def test_calibration_goes_on_where_pld_does_not_reach(target):
+    mechanism = dpjax.calibrate(
+        lambda z: dp_sgd(rate=0.1, steps=10, noise_multiplier=z), epsilon=target
+    )
+    assert 0.7 * target < dpjax.epsilon(mechanism) <= target
+
+
 @pytest.mark.parametrize(("noise_multiplier", "steps"), [(5.0, 1), (20.0, 100)])
 def test_full_batch_equals_the_analytic_gaussian(noise_multiplier, steps):
     """Balle & Wang 2018 (arXiv 1805.06530), Theorem 8, solved independently."""

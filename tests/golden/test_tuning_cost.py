@@ -1,5 +1,6 @@
 """What a search costs, against dp_accounting called by hand and a closed form."""
 
+import dataclasses
 import math
 
 import dp_accounting as dp
@@ -46,6 +47,14 @@ def test_all_runs_compose_to_one_gaussian():
     assert cost.composed >= gaussian_epsilon(mu)
     assert cost.dearest == pytest.approx(gaussian_epsilon(2 / 20), rel=2e-3)
     assert (cost.runs, cost.analysed) == (8, 8)
+
+
+def test_runs_of_different_adjacency_have_no_common_epsilon():
+    plain = full_batch(20.0)
+    shuffled = dataclasses.replace(plain, sampling=dpjax.ShuffledFixed(batch_size=250))
+    assert tuning_cost([shuffled]).composed > 0
+    with pytest.raises(ValueError, match=r"\['add_or_remove_one', 'zero_out_one'\]"):
+        tuning_cost([plain, shuffled])
 
 
 def by_hand(event):
