@@ -106,7 +106,10 @@ class PrivacyCard:
         """Return the claim in one line."""
         if not self.private:
             return "NOT PRIVATE"
-        claim = f"epsilon = {self.epsilon:.2f} at delta = {self.delta:g}"
+        digits = (
+            ".2f" if self.epsilon >= 0.01 else ".2g"
+        )  # 0.00 would be perfect privacy
+        claim = f"epsilon = {self.epsilon:{digits}} at delta = {self.delta:g}"
         return claim if self.proven else f"{claim} ({CLAIMED})"
 
     def write(self, directory: Path) -> None:

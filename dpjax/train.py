@@ -393,12 +393,12 @@ def check_parts(experiment: Experiment) -> tuple[Params, Params]:
             trained as asked.
     """
     blank, key = _blank(experiment.source), jax.random.key(0)
-    with _of_the_user("model"):
+    with _of_the_user("model", blank):
         params = jax.eval_shape(experiment.model.init, key, blank)
         flatten_params(jax.tree.map(lambda leaf: np.zeros((), leaf.dtype), params))
-    with _of_the_user("loss"):
+    with _of_the_user("loss", blank):
         loss = jax.eval_shape(experiment.loss, params, blank, key)
-    with _of_the_user("evaluation.metric"):
+    with _of_the_user("evaluation.metric", blank):
         score = jax.eval_shape(experiment.metric, params, blank)
     for name, out in (("loss", loss), ("evaluation.metric", score)):
         if getattr(out, "shape", None) != ():
@@ -416,13 +416,15 @@ def check_parts(experiment: Experiment) -> tuple[Params, Params]:
 
 
 @contextlib.contextmanager
-def _of_the_user(part: str) -> Iterator[None]:
+def _of_the_user(part: str, blank: Example) -> Iterator[None]:
     """Tell of which part an error is: models, losses and metrics are the user's code."""
     try:
         yield
     except Exception as error:
+        fields = f"; an example has {sorted(blank)}" if type(error) is KeyError else ""
         raise configs.ConfigError(
             f"config.{part} does not fit the data or the model: {configs.told(error)}"
+            f"{fields}"
         ) from error
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from dpjax.config import ConfigError, check, nearest
+from dpjax.config import ConfigError, check, nearest, place_of
 
 PEERS = ("coordinator_address", "num_processes", "process_id")
 
@@ -79,12 +79,15 @@ def _parse(argv: list[str], directory: str) -> tuple[dict[str, Any], dict[str, A
     try:
         unexpected = values(sys.argv)[1:]
     except Exception as error:  # A config file is the user's code: anything may come.
-        raise ConfigError(_last_line(error)) from error
+        raise ConfigError(_told(error)) from error
     finally:
         sys.argv = caller
     if unexpected:
         raise ConfigError(f"unexpected argument {unexpected[0]!r}; see --help")
     given = {name: values[name].value for name in (directory, "distributed", *PEERS)}
+    if not isinstance(holder.value, ConfigDict):
+        kind = type(holder.value).__name__
+        raise ConfigError(f"get_config() returned a {kind}; it must be a ConfigDict")
     return holder.value.to_dict(), given
 
 
@@ -129,7 +132,11 @@ def _check_override(config: dict[str, Any], argument: str) -> None:
         node = node[key]
 
 
-def _last_line(error: Exception) -> str:
+def _told(error: Exception) -> str:
     # ml_collections wraps the traceback of a config file in a flag error.
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
+    last = lines[-1].strip() if lines else type(error).__name__
+    if last.endswith("has no attribute 'get_config'"):
+        return "the config file defines no get_config()"
+    place = place_of(error)
+    return last if Path(__file__).name in place else last + place

@@ -79,7 +79,8 @@ def _report(plan: Plan, argv: list[str]) -> int:
     print(summary.table(rows))
     unfinished = [r for r in results if r["status"] != "finished"]
     for result in unfinished:
-        print(f"cell {result['index']} {result['status']}: {result['error'] or ''}")
+        why = f": {result['error']}" if result["error"] else ""
+        print(f"cell {result['index']} {result['status']}{why}")
     for choice in choices:
         if choice["edges"]:
             print(f"at the edge of its grid, {choice['edges']}: {choice['labels']}")

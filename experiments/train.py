@@ -61,6 +61,7 @@ def _run(command: Command) -> int:
     from dpjax import processes, train
     from dpjax.allocator import keep_freed_memory
     from dpjax.checkpoint import CheckpointError
+    from dpjax.clipping.planner import MemoryBudgetError
     from dpjax.ledger import NoiseReuseError
 
     if command.config["run"]["dry_run"]:
@@ -71,7 +72,7 @@ def _run(command: Command) -> int:
     try:
         with nullcontext() if peers is None else processes.joined(**peers):
             train.train(command.config, command.workdir)
-    except processes.StartError as error:
+    except (processes.StartError, MemoryBudgetError) as error:
         raise ConfigError(str(error)) from error
     except train.Interrupted as interrupted:
         print(f"interrupted: {interrupted}; run the same command to go on")

@@ -515,6 +515,37 @@ def stderr_with(config, capsys, monkeypatch, tmp_path):
     return stderr_of([f"--config={file}", f"--workdir={tmp_path / 'run'}"], capsys)
 
 
+CONFIG_FILES = {
+    "it raises": (
+        "def get_config():\n    return undefined\n",
+        "name 'undefined' is not defined (wrong.py, line 2)",
+    ),
+    "no function": ("x = 1\n", "the config file defines no get_config()"),
+    "a plain dict": (
+        "def get_config():\n    return {}\n",
+        "get_config() returned a dict; it must be a ConfigDict",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIG_FILES)
+def test_wrong_config_files_are_one_line(name, capsys, monkeypatch, tmp_path):
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)
+    text, message = CONFIG_FILES[name]
+    (tmp_path / "wrong.py").write_text(text)
+    found = stderr_of([f"--config={tmp_path / 'wrong.py'}", "--workdir=run"], capsys)
+    assert found == f"error: {message}\n"
+
+
+def test_a_memory_budget_that_nothing_fits_is_one_line(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    budget = "--config.compute.memory_budget=1"
+    assert main([TINY, budget, f"--workdir={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: memory_budget=1 bytes is too small: the leanest")
+    assert error.count("\n") == 1
+
+
 def test_a_corrupt_image_is_named_before_training(capsys, monkeypatch, tmp_path):
     for split in ("train", "test"):
         for label in ("cat", "dog"):
@@ -681,7 +712,7 @@ WRONG_TEXT = {
             folder,
             loss={"name": "dpjax.losses:classification", "label_smoothing": 0.0},
         ),
-        "config.loss does not fit the data or the model: KeyError: 'label'",
+        "config.loss does not fit the data or the model: KeyError: 'label'; an example has ['",
     ),
 }
 

@@ -36,6 +36,22 @@ def test_the_page_and_the_json_agree(name):
         assert f"- {flag}" in page
 
 
+@pytest.mark.parametrize(
+    ("multiplier", "accountant", "claim"),
+    [(1e3, "PLD", "epsilon = 0.00"), (0.1, "RDP", "epsilon = ")],
+)
+def test_the_card_names_its_accountant_and_never_rounds_to_zero(
+    multiplier, accountant, claim
+):
+    mechanism = MECHANISMS["dp_sgd poisson"]
+    mechanism = dataclasses.replace(mechanism, noise_multiplier=multiplier)
+    card = privacy_card(mechanism, steps=5)
+    assert f"| epsilon ({accountant}) | {card.epsilon:.4f} |" in card.to_markdown()
+    assert card.headline().startswith(claim)
+    shown = float(card.headline().split()[2])
+    assert shown == pytest.approx(card.epsilon, rel=0.05)
+
+
 def test_an_honest_poisson_run_has_no_flags():
     card = privacy_card(MECHANISMS["dp_sgd poisson"], steps=5)
     assert card.private

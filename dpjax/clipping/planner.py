@@ -13,6 +13,10 @@ TOLERANCE: Final = 1.1
 """Estimated times within this factor count as equal: the estimates are no better."""
 
 
+class MemoryBudgetError(ValueError):
+    """No plan fits the memory that is allowed."""
+
+
 class Choice(NamedTuple):
     """What the planner decided, and what it expects.
 
@@ -51,7 +55,7 @@ def choose(
         on: The device; JAX's default one if None.
 
     Raises:
-        ValueError: No plan fits, and no more is allowed.
+        MemoryBudgetError: No plan fits, and no more is allowed.
     """
     on = on or costs.device()
     sizes = [size for size in range(1, examples + 1) if examples % size == 0]
@@ -63,7 +67,7 @@ def choose(
     least = min(choice.peak for choice in choices)
     if least > memory_budget:
         if not or_more:
-            raise ValueError(
+            raise MemoryBudgetError(
                 f"memory_budget={memory_budget:.4g} bytes is too small: the leanest plan, "
                 f"one example at a time, takes up to {least:.4g}"
             )
