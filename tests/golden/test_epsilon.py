@@ -88,7 +88,10 @@ def test_where_pld_does_not_reach_the_bound_is_that_of_rdp(multiplier, delta):
     assert spent == dpjax.epsilon(mechanism, accountant="rdp")
 
 
-@pytest.mark.parametrize("target", [48.0, 300.0])
+@pytest.mark.parametrize(
+    "target",
+    [pytest.param(48.0, marks=pytest.mark.long), 300.0],  # Just below, PLD is slow.
+)
 def test_calibration_goes_on_where_pld_does_not_reach(target):
     mechanism = dpjax.calibrate(
         lambda z: dp_sgd(rate=0.1, steps=10, noise_multiplier=z), epsilon=target
