@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from dp_accounting import DpEvent, PrivacyAccountant
 
 Accountant = Literal["pld", "rdp"]
-LARGEST_EPSILON, LEAST_DELTA = 50.0, 1e-14  # by PLD
+LARGEST_EPSILON, LEAST_DELTA = 50.0, 1e-14
+"""How far PLD is asked; beyond, RDP alone."""
 MechanismT = TypeVar("MechanismT")
 
 
@@ -55,7 +56,7 @@ def epsilon(
 
 
 def calibrate(make: Callable[[float], MechanismT], *, epsilon: float) -> MechanismT:
-    """Return the mechanism with the least noise whose PLD epsilon is at most ``epsilon``.
+    """Return the mechanism with the least noise whose ``epsilon`` is at most the target.
 
     Args:
         make: Noise multiplier -> mechanism, with epsilon falling in the multiplier.
@@ -133,8 +134,8 @@ def tuning_cost(mechanisms: Sequence[Any]) -> TuningCost:
     adjacencies = {mechanism.sampling.adjacency for mechanism in mechanisms}
     if len(adjacencies) > 1:
         raise ValueError(
-            f"runs of the adjacencies {sorted(adjacencies)} have no common epsilon: gather "
-            "them apart"
+            f"runs of the adjacencies {sorted(adjacencies)} have no common epsilon: compose "
+            "those of each apart"
         )
 
     deltas = {mechanism.delta for mechanism in mechanisms}

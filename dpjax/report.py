@@ -106,9 +106,8 @@ class PrivacyCard:
         """Return the claim in one line."""
         if not self.private:
             return "NOT PRIVATE"
-        digits = (
-            ".2f" if self.epsilon >= 0.01 else ".2g"
-        )  # 0.00 would be perfect privacy
+        # 0.00 would read as perfect privacy.
+        digits = ".2f" if self.epsilon >= 0.01 else ".2g"
         claim = f"epsilon = {self.epsilon:{digits}} at delta = {self.delta:g}"
         return claim if self.proven else f"{claim} ({CLAIMED})"
 

@@ -139,4 +139,5 @@ def _told(error: Exception) -> str:
     if last.endswith("has no attribute 'get_config'"):
         return "the config file defines no get_config()"
     place = place_of(error)
+    # Of a wrong flag the innermost frame that is no library's is the one above.
     return last if Path(__file__).name in place else last + place

@@ -85,8 +85,14 @@ def _report(plan: Plan, argv: list[str]) -> int:
         if choice["edges"]:
             print(f"at the edge of its grid, {choice['edges']}: {choice['labels']}")
     directories = [plan.directory, *plan.others]
-    cost, caveats = summary.cost(directories), summary.caveats(directories)
-    print(summary.cost_text(cost, caveats))
+    caveats = summary.caveats(directories)
+    try:
+        cost = summary.cost(directories)
+        print(summary.cost_text(cost, caveats))
+    except ValueError as error:  # What was found is worth having all the same.
+        cost = None
+        caveats.append(f"the sweep has no cost: {error}")
+        print("\n" + "\n".join(f"  ! {caveat}" for caveat in caveats))
     if "chosen" in plan.given:
         sweep.write_json(Path(plan.given["chosen"]), {"choices": choices})
     if "plot" in plan.given:

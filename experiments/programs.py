@@ -80,17 +80,9 @@ def mean_of_gradients(loss: Loss, *, microbatch_size: int | None = None) -> Prog
     return _nonprivate(gradient, microbatch_size=microbatch_size)
 
 
-def private(
-    loss: Loss,
-    engine: str,
-    *,
-    microbatch_size: int | None = None,
-    memory_budget: float | None = None,
-) -> Program:
-    """Return the clipped sum and the norms of an engine. See ``resolve_engine``."""
-    run = resolve_engine(
-        engine, microbatch_size=microbatch_size, memory_budget=memory_budget
-    )
+def private(loss: Loss, engine: str, *, microbatch_size: int | None = None) -> Program:
+    """Return the clipped sum and the norms of an engine."""
+    run = resolve_engine(engine, microbatch_size=microbatch_size)
 
     def program(
         params: Params, batch: Batch, key: Key, clip_norm: Scalar

@@ -93,14 +93,15 @@ def _run(name: str, text: Path, data: Path, workdir: Path) -> None:
     _write_facts(name, scores, workdir / "results")
     for file in ("config.json", "privacy_card.md"):
         shutil.copy(workdir / task.private / file, workdir / "results" / file)
-    _copy_metrics(workdir / task.private, workdir / "results")
+    copy_metrics(workdir / task.private, workdir / "results")
     print(table)
 
 
-def _copy_metrics(run: Path, results: Path) -> None:
+def copy_metrics(run: Path, results: Path) -> None:
     """Copy what may be published: how long a step took tells of the size of its batch."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
+    from dpjax.metrics import read_jsonl
+
+    records = read_jsonl(run / "metrics.jsonl")
     for record in records:
         record.pop("examples/s", None)
     text = "".join(json.dumps(record) + "\n" for record in records)

@@ -1,7 +1,6 @@
 """The suites: what is compared on one workload, measured in one process."""
 
 import functools
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -61,13 +60,9 @@ def measure_compiling(
         The rows; None, as nothing runs.
     """
     workload = build(name)
+    private = functools.partial(programs.private, workload.loss)
     candidates = {"grad": programs.mean_gradient(workload.loss)}
-    for engine in engines:
-        # What does not run here is planned without the limits of what is here.
-        unlimited = workload.compile_only and engine == "auto"
-        candidates[engine] = programs.private(
-            workload.loss, engine, memory_budget=math.inf if unlimited else None
-        )
+    candidates |= {engine: private(engine) for engine in engines}
     arguments = _arguments(workload, jnp.float32(1.0))
     ready: dict[str, Compiled] = {}
 

@@ -21,6 +21,7 @@ from dpjax.metrics import (
     writers,
 )
 from dpjax.sensitive import PerExample
+from experiments.public_to_private import copy_metrics
 
 
 def test_imports_without_jax_or_any_writer_library():
@@ -310,3 +311,14 @@ def test_progress_is_one_live_line_on_a_terminal(monkeypatch):
     shown = terminal.getvalue()
     assert "step 400/400  epsilon 1.75  eta 0:00  loss[/red] 3" in shown
     assert "\x1b[" in shown  # drawn in place
+
+
+def test_published_metrics_do_not_tell_how_long_steps_took(tmp_path):
+    run, results = tmp_path / "run", tmp_path / "results"
+    for folder in (run, results):
+        folder.mkdir()
+    record = {"step": 2, "epsilon": 1.5}
+    timed = json.dumps(record | {"examples/s": 9.0}) + "\n"
+    (run / "metrics.jsonl").write_text(timed + timed.replace("2", "4"))
+    copy_metrics(run, results)
+    assert read_jsonl(results / "metrics.jsonl") == [record, record | {"step": 4}]

@@ -261,6 +261,24 @@ def test_gather_writes_rows_choices_cost_and_plot(tmp_path, monkeypatch, capsys)
     assert "at the edge of its grid, ['lr']" in output
 
 
+def test_a_sweep_without_a_common_epsilon_is_gathered_all_the_same(
+    tmp_path, monkeypatch, capsys
+):
+    out, file = tmp_path / "runs", tmp_path / "x.json"
+    Trainer(monkeypatch)
+    ablate.main([sweep_file(tmp_path), f"--out={out}"])
+    config = next(out.glob("*/config.json"))
+    other = json.loads(config.read_text())
+    other["mechanism"]["delta"] /= 2
+    config.write_text(json.dumps(other))
+    assert gather.main([str(out), f"--out={file}"]) == 0
+    found = json.loads(file.read_text())
+    assert len(found["rows"]) == 2
+    assert found["cost"] is None
+    assert "the sweep has no cost: delta=" in found["caveats"][-1]
+    assert found["caveats"][-1] in capsys.readouterr().out
+
+
 def test_a_plot_has_all_rows_in_their_panels():
     def row(method, clip, epsilon, mean):
         labels = {"method": method, "clip": clip, "epsilon": epsilon, "lr": clip}

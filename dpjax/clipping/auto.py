@@ -37,8 +37,8 @@ def planned(*, memory_budget: float | None = None) -> Engine:
             a quarter more than the leanest takes.
 
     Raises:
-        ValueError: The budget is not positive or, at trace time, no plan fits it or the
-            query is of slopes.
+        ValueError: The budget is not positive or, at trace time, the query is of slopes.
+        MemoryBudgetError: At trace time: no plan fits the budget.
     """
     if memory_budget is not None and not memory_budget > 0:
         raise ValueError(
@@ -79,7 +79,7 @@ def planned(*, memory_budget: float | None = None) -> Engine:
 
 
 def default_budget() -> float:
-    """Return half of the device's memory, or 2 GiB.
+    """Return half of the device's memory; 2 GiB where the device does not say.
 
     What happens to be in use does not count: a resumed run must plan as before.
     """

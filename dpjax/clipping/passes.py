@@ -188,8 +188,8 @@ def _pinned(factors: Factors) -> Factors:
     """Return factors that are rounded alike wherever they are read.
 
     XLA may leave out the rounding to bfloat16 where it fuses one use of a value with what
-    made it, and the norm would then be of other factors than the sum. On a GPU products
-    read them from memory.
+    made it, and the norm would then be of other factors than the sum. Seen on a CPU; what
+    this would cost on a GPU is not measured.
     """
     if factors.right.dtype.itemsize < 4 and jax.default_backend() == "cpu":
         return jax.lax.optimization_barrier(factors)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpjax.clipping import Query, auto, bookkeeping, ghost
+from dpjax.clipping import Query, auto, bookkeeping, ghost, kernels
 from dpjax.clipping.analysis import analyse
 from dpjax.clipping.costs import saved_bytes
 from dpjax.clipping.execute import execute
@@ -134,8 +134,6 @@ def test_only_what_is_rounded_alike_is_formed_twice(name):
 @pytest.mark.parametrize("style", ["flat", "per_layer"])
 @pytest.mark.parametrize("turns", [True, False])
 def test_gradients_that_are_formed_twice_add_up(style, turns, monkeypatch):
-    from dpjax.clipping import kernels
-
     monkeypatch.setattr(kernels, "prefers_turns", lambda: turns)
     images, params, _, _ = drawn("images")
     x = np.random.default_rng(1).normal(size=(6, 5, 5, 3))
