@@ -41,6 +41,8 @@ def _position(shape: tuple[int, ...]) -> UInt32[Array, "..."]:
 def _words(array: Array) -> UInt32[Array, "..."]:
     if array.dtype == jnp.bool_:
         return array.astype(jnp.uint32)
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        array = jnp.stack([array.real, array.imag], axis=-1)
     bits = jax.lax.bitcast_convert_type(array, _UNSIGNED[array.dtype.itemsize])
     return bits.astype(jnp.uint32)
 

@@ -25,9 +25,8 @@ class Batch(NamedTuple):
     Attributes:
         examples: Pytree of arrays ``[B, ...]``.
         mask: ``bool[B]``; padding rows are False and contribute exactly nothing.
-        index: ``int32[B]``, the position of each example in its source. Per-example
-            randomness (dropout, augmentation) is keyed by it, so that it depends
-            neither on the physical batch size nor on the slot.
+        index: ``int32[B]``, the position of each example in its source. Nothing that is
+            released may depend on it: it moves when an earlier example is removed.
     """
 
     examples: PyTree[Shaped[Array, "B ..."]]

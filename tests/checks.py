@@ -17,6 +17,7 @@ import scipy.stats
 
 import dpjax
 from dpjax.clipping import Query, vmap
+from dpjax.clipping.keys import example_keys
 from dpjax.sensitive import SEAL, ClippedSum, reveal
 from dpjax.toeplitz import strategy_column
 from dpjax.typing import Batch
@@ -45,6 +46,7 @@ def batch_of(examples, *, mask=None, index=None):
 
 def reference(loss, query, batch, key):
     """The contract, one by one in float64 numpy: (total, residual, count, norms)."""
+    keys = example_keys(key, batch)
     zeros = jax.tree.map(lambda p: np.zeros(p.shape), query.empty().total)
     total, residual, count, norms = zeros, zeros, 0.0, []
     for i in range(len(batch.mask)):
@@ -52,9 +54,8 @@ def reference(loss, query, batch, key):
             norms.append(0.0)
             continue
         example = jax.tree.map(lambda x, i=i: x[i], batch.examples)
-        example_key = jax.random.fold_in(key, batch.index[i])
         vector = (_gradient if query.slope is None else _slope)(
-            loss, query, example, example_key
+            loss, query, example, keys[i]
         )
         norms.append(norm(vector))
         count += 0.5 if norms[-1] <= query.clip_norm else -0.5

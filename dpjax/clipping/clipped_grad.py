@@ -49,7 +49,9 @@ class ClippedGrad:
         Args:
             params: Pytree of floating-point arrays.
             batch: A ``Batch``, or a pytree of examples ``[B, ...]`` that all count.
-            key: Randomness of the loss (dropout, augmentation); not the noise key.
+            key: Randomness of the loss (dropout, augmentation), another one at each step;
+                not the noise key. An example's own key follows from it and from what the
+                example is, so it may be known to all (see ``dpjax.clipping.keys``).
         """
         batch = _as_batch(batch)
         check_key(key)

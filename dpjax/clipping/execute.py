@@ -13,6 +13,7 @@ from dpjax.clipping import kernels, layouts
 from dpjax.clipping.analysis import Program, Site, analyse
 from dpjax.clipping.factors import centred_count, clip_factors
 from dpjax.clipping.kernels import Factors, Norms, Patches
+from dpjax.clipping.keys import example_keys
 from dpjax.clipping.passes import (
     Backward,
     Inputs,
@@ -49,7 +50,7 @@ def run_plan(
     example's contribution is scaled by one factor, which comes from norms of that very
     gradient plus what rounding may have hidden (see ``kernels.gram_norms``).
     """
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, batch.index)
+    keys = example_keys(key, batch)
     inputs = Inputs(jax.tree.leaves(query.points), batch.examples, keys)
     mask = jnp.asarray(batch.mask)
     known = _collect(program, plan, inputs)

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from dpjax.clipping.keys import example_keys
 from dpjax.clipping.query import Query
 from dpjax.clipping.tracing import check_loss
 from dpjax.clipping.vmap import per_example
@@ -36,7 +37,7 @@ def plain(
             f"slope={query.slope is not None}"
         )
     check_loss(loss, query.points[0], batch, key)
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, batch.index)
+    keys = example_keys(key, batch)
 
     mask = jnp.asarray(batch.mask)
 

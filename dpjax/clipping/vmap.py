@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dpjax.clipping.factors import centred_count, clip_factors
+from dpjax.clipping.keys import example_keys
 from dpjax.clipping.query import Query, Slope
 from dpjax.clipping.tracing import check_loss
 from dpjax.sensitive import ClippedSum, PerExample, accumulation_dtype
@@ -29,14 +30,13 @@ def vmap(
         loss: Loss of one example.
         query: Points, signs, clip norm and style.
         batch: B examples; masked rows contribute nothing.
-        key: Randomness of the loss; each example's key is folded from it by
-            ``batch.index``.
+        key: Randomness of the loss; see ``dpjax.clipping.keys``.
 
     Raises:
         TypeError: The loss is not a scalar float, or a parameter is not floating.
     """
     check_loss(loss, query.points[0], batch, key)
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, batch.index)
+    keys = example_keys(key, batch)
     mask = jnp.asarray(batch.mask)
     if query.slope is None:
         vector = _signed_gradient(loss, query)

@@ -16,6 +16,7 @@ import pytest
 import dpjax
 from configs.common import ADAPTERS, BIASES, NORMS, PREFIXES
 from dpjax.clipping import Query, auto, bookkeeping, ghost
+from dpjax.clipping.keys import example_keys
 from dpjax.losses import causal_lm, classification, masked_lm
 from dpjax.models import bert, peft
 from dpjax.models.gpt2 import gpt2
@@ -23,6 +24,7 @@ from dpjax.models.llama import llama
 from dpjax.models.vit import vit
 from dpjax.partition import partition, with_frozen
 from dpjax.sensitive import reveal
+from dpjax.typing import Batch
 from tests.checks import batch_of, clip, norm, thinned
 from tests.contracts.test_zoo import INDEX, KEY, MASK, check_sum
 from tests.contracts.zoo import BF16, B
@@ -250,7 +252,7 @@ def per_example_gradients(loss, points, frozen, examples):
 
     @jax.jit
     def run(point, frozen, examples, key):
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, INDEX)
+        keys = example_keys(key, Batch(examples, MASK, INDEX))
         gradient = jax.grad(with_frozen(loss, frozen))
         return jax.vmap(gradient, (None, 0, 0))(point, examples, keys)
 

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from dpjax.clipping import Query, auto, bookkeeping, ghost
+from dpjax.clipping.keys import example_keys
 from dpjax.sensitive import reveal
+from dpjax.typing import Batch
 from tests.checks import assert_close, batch_of, clip, norm, thinned
 from tests.contracts.random_losses import random_loss
 from tests.contracts.zoo import ZOO
@@ -81,7 +83,7 @@ def gradients(case):
 
     @jax.jit
     def run(params, examples, key):
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, INDEX)
+        keys = example_keys(key, Batch(examples, MASK, INDEX))
         return jax.vmap(jax.grad(case.loss), (None, 0, 0))(params, examples, keys)
 
     leaves = run(case.params, case.examples, KEY)
