@@ -101,6 +101,18 @@ def build_experiment(config: Mapping[str, Any]) -> Experiment:
     )
 
 
+def learning_rate(spec: Mapping[str, Any]) -> Callable[[int], Any] | None:
+    """Return the learning rate of each step (from 0) that the spec of an optimizer gives.
+
+    Returns:
+        ``step -> scalar``; None if the spec has no key ``learning_rate``.
+    """
+    given = spec.get("learning_rate")
+    if isinstance(given, Mapping):
+        return configs.build(given)
+    return None if given is None else lambda step: given
+
+
 def _check_start(config: Mapping[str, Any]) -> None:
     """Refuse to call parameters public whose own card says that they are not."""
     if config["parameters"]["provenance"] != "public":

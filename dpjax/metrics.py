@@ -203,6 +203,9 @@ class AllWriters(contextlib.AbstractContextManager):
 class Progress(contextlib.AbstractContextManager):
     """Shows how far a run is on stderr: one live line on a terminal, else plain lines.
 
+    Nothing is drawn by a thread of its own: while another package imports lazily (Grain and
+    TFDS replace ``__import__`` for a moment), imports of any other thread fail.
+
     Args:
         total_steps: The last step of the run.
         start: The step from which the run goes on.
@@ -212,14 +215,21 @@ class Progress(contextlib.AbstractContextManager):
     def __init__(
         self, total_steps: int, *, start: int = 0, silent: bool = False
     ) -> None:
-        self._total, self._silent = total_steps, silent
-        self._clock_start = start, time.monotonic()
+        self._total, self._start, self._silent = total_steps, start, silent
+        self._began = time.monotonic()
+        self._clock_start = start, self._began
         self._warm = False
         self._live: Any = None
+        self._latest: dict[str, str] = {}
 
     def __enter__(self) -> "Progress":
-        if sys.stderr.isatty() and not self._silent:
-            self._live = _live_line(self._total)
+        if self._silent:
+            return self
+        if self._start:
+            said = f"goes on from step {self._start} of {self._total}"
+            print(said, file=sys.stderr, flush=True)
+        if sys.stderr.isatty():
+            self._live = _live_line(self._total, self._start)
             self._live.start()
         return self
 
@@ -228,40 +238,41 @@ class Progress(contextlib.AbstractContextManager):
             self._live.stop()
 
     def update(self, step: int, scalars: Scalars) -> None:
-        """Show ``step`` and its scalars; "examples/s" and "epsilon" come first.
+        """Show ``step`` and its scalars, what matters most first.
+
+        A line on a terminal, which may cut off its end, keeps scores until there are new ones.
 
         Raises:
             TypeError: A value is not a plain scalar.
         """
         shown = {name: _short(v) for name, v in plain_scalars(scalars).items()}
-        parts = [f"step {step}/{self._total}"]
-        if "examples/s" in shown:
-            parts.append(f"ex/s {shown.pop('examples/s')}")
-        if "epsilon" in shown:
-            parts.append(f"epsilon {shown.pop('epsilon')}")
-        parts.append(f"eta {self._remaining(step)}")
-        parts += [f"{name} {value}" for name, value in shown.items()]
         if self._silent:
             return
+        now = time.monotonic()
+        if self._live is not None:
+            shown = self._latest = self._latest | shown
+        # A score is named SPLIT/METRIC; a stable sort leaves the rest as it came.
+        names = sorted(shown, key=lambda n: (n != "epsilon", not _is_score(n)))
+        first = [n for n in names if n == "epsilon" or _is_score(n)]
+        parts = [f"step {step}/{self._total}"]
+        parts += [f"{name} {shown[name]}" for name in first]
+        parts.append(f"eta {self._remaining(step, now)}")
+        parts.append(f"elapsed {_clock(now - self._began)}")
+        parts += [f"{name} {shown[name]}" for name in names if name not in first]
         if self._live is None:
             print("  ".join(parts), file=sys.stderr, flush=True)
         else:
             (task,) = self._live.task_ids
-            self._live.update(task, completed=step, description="  ".join(parts))
+            text = "  ".join(parts)
+            self._live.update(task, completed=step, description=text, refresh=True)
 
-    def _remaining(self, step: int) -> str:
+    def _remaining(self, step: int, now: float) -> str:
         first_step, first_time = self._clock_start
-        now = time.monotonic()
         if not self._warm:  # steps that compile say nothing about those that follow
             self._clock_start, self._warm = (step, now), True
         if step == first_step:
             return "?"
-        seconds = (self._total - step) * (now - first_time) / (step - first_step)
-        minutes, seconds = divmod(round(seconds), 60)
-        hours, minutes = divmod(minutes, 60)
-        return (
-            f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-        )
+        return _clock((self._total - step) * (now - first_time) / (step - first_step))
 
 
 def plain_scalars(scalars: Mapping[str, Any]) -> dict[str, float | int | str]:
@@ -330,11 +341,25 @@ def _short(value: float | int | str) -> str:
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _live_line(total_steps: int) -> Any:
+def _is_score(name: str) -> bool:
+    return name.partition("/")[0].endswith("test")
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _live_line(total_steps: int, start: int) -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
+    from rich.table import Column
 
-    bar, text = BarColumn(), TextColumn("{task.description}", markup=False)
-    live = Progress(bar, text, console=Console(stderr=True))
-    live.add_task("", total=total_steps)
+    # In 80 columns there is room for step, epsilon, a score and the times.
+    bar = BarColumn(bar_width=8)
+    whole = Column(no_wrap=True, overflow="ellipsis")
+    text = TextColumn("{task.description}", markup=False, table_column=whole)
+    live = Progress(bar, text, console=Console(stderr=True), auto_refresh=False)
+    live.add_task("", total=total_steps, completed=start)
     return live

@@ -24,7 +24,7 @@ from dpjax.clipping import Query
 from dpjax.data.batches import StepBatch, batches
 from dpjax.entropy import entropy
 from dpjax.evaluate import evaluator
-from dpjax.experiment import Experiment, build_experiment
+from dpjax.experiment import Experiment, build_experiment, learning_rate
 from dpjax.fingerprint import combined_fingerprint
 from dpjax.ledger import Ledger
 from dpjax.metrics import Progress, writers
@@ -153,6 +153,7 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
             print(report.start_block(config, mechanism, **sizes))
 
         train_step = make_train_step(config, experiment, transform, frozen)
+        rate = learning_rate(config["optimizer"])
         evaluate = evaluator(
             experiment.metric,
             batch_size=config["evaluation"]["batch_size"],
@@ -214,7 +215,8 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
                     score = evaluate(params, experiment.held_out)
                     scalars[metric] = score
                 writer.write(step, scalars)
-                progress.update(step, scalars)
+                shown = {} if rate is None else {"lr": rate(batch.step)}
+                progress.update(step, scalars | shown)
                 if save:
                     ledger.sync()
                     saved.save(step, state, metadata=identity)

@@ -3,6 +3,8 @@ import json
 import math
 import subprocess
 import sys
+import threading
+import time
 import types
 
 import jax
@@ -284,15 +286,23 @@ def test_progress_prints_plain_lines(capsys, monkeypatch):
     with Progress(400, start=100) as progress:
         progress.update(110, {"loss": 0.123456, "phase": "diff"})
         progress.update(
-            120, {"test/accuracy": 0.9, "epsilon": 1.4213, "examples/s": 15321.4}
+            120, {"examples/s": 15321.4, "test/accuracy": 0.9, "epsilon": 1.4213}
         )
         progress.update(130, {})
     assert capsys.readouterr().err.splitlines() == [
-        "step 110/400  eta 48:20  loss 0.1235  phase diff",
+        "goes on from step 100 of 400",
+        "step 110/400  eta 48:20  elapsed 1:40  loss 0.1235  phase diff",
         # The first steps are not counted: they took 100 s, the others 10 s.
-        "step 120/400  ex/s 15321  epsilon 1.421  eta 4:40  test/accuracy 0.9",
-        "step 130/400  eta 10:52:30",
+        "step 120/400  epsilon 1.421  test/accuracy 0.9  eta 4:40  elapsed 1:50  "
+        "examples/s 15321",
+        "step 130/400  eta 10:52:30  elapsed 50:00",
     ]
+
+
+def test_a_new_run_does_not_say_that_it_goes_on(capsys):
+    with Progress(400):
+        pass
+    assert capsys.readouterr().err == ""
 
 
 class Terminal(io.StringIO):
@@ -300,17 +310,49 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_is_one_live_line_on_a_terminal(monkeypatch):
+def terminal_of_80_columns(monkeypatch):
+    # No fixture: pytest sets sys.stderr anew between a fixture and its test.
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", "80")
+    return terminal
+
+
+def test_progress_is_one_live_line_on_a_terminal(monkeypatch):
+    terminal = terminal_of_80_columns(monkeypatch)
     with Progress(400) as progress:
         progress.update(120, {"epsilon": 1.5})
         progress.update(400, {"epsilon": 1.75, "loss[/red]": 3.0})
     shown = terminal.getvalue()
-    assert "step 400/400  epsilon 1.75  eta 0:00  loss[/red] 3" in shown
+    assert "step 400/400  epsilon 1.75  eta 0:00  elapsed 0:00  loss[/red] 3" in shown
     assert "\x1b[" in shown  # drawn in place
+
+
+def test_a_terminal_of_80_columns_shows_the_last_score(monkeypatch):
+    terminal = terminal_of_80_columns(monkeypatch)
+    scalars = {"examples/s": 123456.7, "epsilon": 2.998, "update_norm": 0.0312}
+    with Progress(40000, start=45) as progress:
+        progress.update(12000, scalars | {"private_test/accuracy": 0.9531})
+        progress.update(13000, scalars | {"epsilon": 2.999})
+    shown = terminal.getvalue()
+    assert "goes on from step 45 of 40000" in shown
+    last = shown.rpartition("step 13000/40000")[2]
+    assert last.startswith("  epsilon 2.999  private_test/accuracy 0.9531  eta ")
+
+
+def test_packages_that_import_lazily_do_not_end_the_live_line(monkeypatch):
+    from etils import epy
+
+    terminal = terminal_of_80_columns(monkeypatch)
+    died = []
+    monkeypatch.setattr(threading, "excepthook", died.append)
+    with Progress(400) as progress:
+        with epy.lazy_imports():
+            time.sleep(0.4)  # rich's own thread would draw some four times
+        progress.update(120, {"epsilon": 1.5})
+    assert died == []
+    assert "step 120/400" in terminal.getvalue()
 
 
 def test_published_metrics_do_not_tell_how_long_steps_took(tmp_path):

@@ -75,6 +75,19 @@ def test_metrics_hold_public_values_only(undisturbed):
     assert epsilons == sorted(epsilons)
 
 
+def test_progress_tells_the_learning_rate_of_a_step(tmp_path, capsys):
+    schedule = {
+        "name": "optax:linear_schedule",
+        "init_value": 0.5,
+        "end_value": 0.0,
+        "transition_steps": 2,
+    }
+    changes = {"optimizer.learning_rate": schedule, "run.log_every": 1}
+    train(tiny(**changes, **{"mechanism.steps": 2}), tmp_path)
+    lines = [s for s in capsys.readouterr().err.splitlines() if s.startswith("step")]
+    assert [line.rpartition("lr ")[2] for line in lines] == ["0.5", "0.25"]
+
+
 def test_throughput_leaves_out_the_time_of_the_accountant(tmp_path, monkeypatch):
     now = [0.0]
 
