@@ -20,6 +20,8 @@ from dpjax.entropy import entropy
 from dpjax.sensitive import ClippedSum, opened
 from dpjax.typing import Key, Params, Scalar
 
+_IMPL = "threefry2x32"
+
 
 def root_key(seed: int | None = None) -> Key:
     """Return the root noise key, ``key[2]``: from the OS, or reproducible from ``seed``.
@@ -27,7 +29,23 @@ def root_key(seed: int | None = None) -> Key:
     Noise from a written ``seed`` protects nobody; the privacy card says so.
     """
     words = np.frombuffer(entropy("noise", seed=seed), np.uint32).reshape(2, 2)
-    return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
+    return jax.random.wrap_key_data(jnp.asarray(words), impl=_IMPL)
+
+
+def check_root_key(name: str, key: Key) -> None:
+    """Raise ValueError unless ``key`` is of the kind that ``root_key`` makes.
+
+    The values are not told, nor looked at: a public constant of that kind passes.
+    """
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", ())
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (typed and shape == (2,) and str(jax.random.key_impl(key)) == _IMPL):
+        kind = type(key).__name__ if dtype is None else f"{dtype}{list(shape)}"
+        raise ValueError(
+            f"{name}={kind} must be dpjax.root_key(), two {_IMPL} keys of secret bits: "
+            "whoever can guess the noise subtracts it, so a seed, or a key made from one, "
+            "hides nothing"
+        )
 
 
 def add_noise(
@@ -47,7 +65,11 @@ def add_noise(
         step: Which step this is.
         stddev: In the units of ``tree``.
         stream: Tells releases of the same step apart.
+
+    Raises:
+        ValueError: ``key`` is no root key.
     """
+    check_root_key("key", key)
     leaves, treedef = jax.tree.flatten(tree)
     fold_in = jax.vmap(jax.random.fold_in, in_axes=(0, None))
     keys = fold_in(fold_in(key, step), stream)

@@ -49,6 +49,11 @@ class ClippedSum:
     def __repr__(self) -> str:
         return "ClippedSum(private until a mechanism releases it)"
 
+    def __contains__(self, key: object) -> bool:
+        """Return False: flax's ``TrainState.apply_gradients`` looks for a name in it."""
+        del key
+        return False
+
     @classmethod
     def zeros(
         cls,

@@ -11,6 +11,7 @@ from dpjax.differences import Diff2State, advance, distance, start
 from dpjax.feedback import ErrorFeedbackState, feed_back, init_memory
 from dpjax.fingerprint import combined_fingerprint
 from dpjax.mechanisms import Mechanism
+from dpjax.noise import check_root_key
 from dpjax.sensitive import ClippedSum
 from dpjax.typing import Key, Params, Scalar
 
@@ -50,7 +51,15 @@ def private(
         optimizer: Any optax transform of mean gradients.
         noise_key: ``dpjax.noise.root_key()``. Kept in the state and not in the program, so
             that it reaches no compilation cache; ``init`` refuses to be traced.
+
+    Raises:
+        ValueError: ``noise_key`` is another key, or none; ``optimizer`` is no transform.
     """
+    check_root_key("noise_key", noise_key)
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise ValueError(
+            f"optimizer={optimizer!r} must be an optax transform, such as optax.sgd(0.1)"
+        )
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params: Params) -> PrivateState:
@@ -76,7 +85,8 @@ def private(
         if not isinstance(updates, ClippedSum):
             raise TypeError(
                 f"private() releases a ClippedSum, not {type(updates).__name__}; "
-                "place it first in the chain, right after dpjax.clipped_grad"
+                "place it first in the chain, right after dpjax.clipped_grad, and hand it the "
+                "sum as it is"
             )
         mean, mechanism_state = mechanism.release(
             updates,

@@ -1,12 +1,14 @@
 """private(): sums in, safe updates out, and nothing else."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.training import train_state
 
 import dpjax
 from dpjax.clipping import microbatched, vmap
@@ -147,6 +149,50 @@ def test_a_transform_before_release_fails_or_poisons(before):
     except (TypeError, ValueError, AttributeError):
         return
     assert is_nan(updates)
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        (jax.random.key(0), "key<fry>[]"),
+        (jax.random.PRNGKey(0), "uint32[2]"),
+        (jax.random.split(jax.random.PRNGKey(0)), "uint32[2, 2]"),
+        (jax.random.split(jax.random.key(0), 3), "key<fry>[3]"),
+        (jax.random.split(jax.random.key(0, impl="rbg")), "key<rbg>[2]"),
+        (0, "int"),
+        (None, "NoneType"),
+        (dpjax.root_key, "function"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_a_noise_key_that_is_no_root_key_is_refused_at_once(key, kind):
+    line = f"key={kind} must be dpjax.root_key(), two threefry2x32 keys of secret bits"
+    with pytest.raises(ValueError, match="noise_" + re.escape(line)):
+        dpjax.private(MECHANISM, OPTIMIZERS["sgd"], noise_key=key)
+    with pytest.raises(ValueError, match=re.escape(line)):
+        MECHANISM.release(empty_sum(), (), PARAMS, key=key, step=0)
+
+
+def test_an_optimizer_that_is_none_is_refused_at_once():
+    with pytest.raises(ValueError, match=r"optimizer=0\.1 must be an optax transform"):
+        private(0.1)
+
+
+def test_flax_train_states_take_clipped_sums():
+    """They ask whether a name is in the gradients, and hand them to the transform."""
+    create = train_state.TrainState.create
+    state = create(apply_fn=None, params=PARAMS, tx=private(OPTIMIZERS["adam"]))
+    after = jax.jit(lambda s, total: s.apply_gradients(grads=total))(state, empty_sum())
+    transform = private(OPTIMIZERS["adam"])
+    updates, expected = transform.update(empty_sum(), transform.init(PARAMS), PARAMS)
+    assert int(after.step) == int(after.opt_state.step) == 1
+    assert int(after.opt_state.released) == int(expected.released)
+    jax.tree.map(
+        lambda p, u, q: np.testing.assert_allclose(p + u, q, 1e-6),
+        PARAMS,
+        updates,
+        after.params,
+    )
 
 
 def test_a_plain_gradient_is_refused():

@@ -52,13 +52,19 @@ def batches(
         rows: See ``read_steps``.
 
     Raises:
-        ValueError: ``len(source)`` is not ``mechanism.num_examples``, or see
-            ``read_steps``.
+        ValueError: ``len(source)`` is not ``mechanism.num_examples``, ``seed`` is not of
+            128 bits, or see ``read_steps``.
     """
     if len(source) != mechanism.num_examples:
         raise ValueError(
             f"len(source)={len(source)} is not mechanism.num_examples="
             f"{mechanism.num_examples}; make the mechanism for this source"
+        )
+    if not (isinstance(seed, int) and 0 <= seed < 2**128):
+        raise ValueError(
+            f"seed of type {type(seed).__name__} must be dpjax.secret_seed(), an integer of "
+            "128 secret bits: whoever can guess which examples are drawn voids the "
+            "amplification by sampling"
         )
     draw = functools.partial(
         mechanism.sampling.draw, num_examples=len(source), seed=seed

@@ -3,6 +3,7 @@ import threading
 import numpy as np
 import pytest
 
+import dpjax
 from dpjax.data.arrays import ArraySource
 from dpjax.data.batches import (
     check_labels,
@@ -155,6 +156,15 @@ def test_errors_reach_the_caller(prefetch):
 def test_bad_arguments_are_refused_at_the_call(change, message):
     with pytest.raises(ValueError, match=message):
         read(**change)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**128, None, "0", np.arange(4)])
+def test_a_seed_that_is_no_secret_seed_is_refused_at_the_call(seed):
+    plan = dpjax.NonPrivate(
+        sampling=dpjax.FullBatch(), steps=1, num_examples=N, delta=1e-5
+    )
+    with pytest.raises(ValueError, match=r"seed of type \w+ must be dpjax.secret_seed"):
+        dpjax.batches(SOURCE, plan, seed=seed, physical_batch_size=4)
 
 
 def test_source_must_fit_the_int32_index():
