@@ -191,8 +191,6 @@ def _engine(compute: Mapping[str, Any], mechanism: Mechanism) -> Engine:
 
 def _check_data(config: Mapping[str, Any], source: Source, held_out: Source) -> None:
     for name, data in (("data", source), ("evaluation", held_out)):
-        if len(data) == 0:
-            raise configs.ConfigError(f"config.{name}.source has no examples")
         try:
             check_records(data)
         except ValueError as error:

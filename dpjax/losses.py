@@ -37,9 +37,8 @@ def classification(model: Model, *, label_smoothing: float = 0.0) -> Loss:
 
     def loss(params: Params, example: Example, key: Key) -> Scalar:
         logits = model.apply(params, example, key).astype(jnp.float32)
-        to_label = optax.softmax_cross_entropy_with_integer_labels(
-            logits, example["label"]
-        )
+        label = _one_number(example, "label")
+        to_label = optax.softmax_cross_entropy_with_integer_labels(logits, label)
         to_uniform = -jnp.mean(jax.nn.log_softmax(logits))
         return (1.0 - label_smoothing) * to_label + label_smoothing * to_uniform
 
@@ -58,7 +57,12 @@ def regression(model: Model) -> Loss:
 
     def loss(params: Params, example: Example, key: Key) -> Scalar:
         prediction = model.apply(params, example, key).astype(jnp.float32)
-        return jnp.square(prediction - example["y"])
+        if prediction.shape:
+            raise ValueError(
+                f"the model's output has shape {prediction.shape}, and a regression wants "
+                "one number for ONE example, of shape ()"
+            )
+        return jnp.square(prediction - _one_number(example, "y"))
 
     return loss
 
@@ -123,6 +127,17 @@ def masked_lm(model: Model, *, mask_token: int, rate: float) -> Loss:
         return _token_loss(logits, tokens, jnp.where(chosen, weights, 0.0))
 
     return loss
+
+
+def _one_number(example: Example, key: str) -> Array:
+    """Return ``example[key]``; an array of one number would be broadcast, not compared."""
+    value = jnp.asarray(example[key])
+    if value.shape:
+        raise ValueError(
+            f"{key!r} of an example has shape {value.shape}, and one number is wanted: give "
+            f"the source an array [N], as {key}[:, 0] is for [N, 1]"
+        )
+    return value
 
 
 def _token_weights(example: Example) -> Array:
@@ -215,7 +230,9 @@ def accuracy(model: Model) -> Callable[[Params, Example], Array]:
 
     def correct(params: Params, example: Example) -> Array:
         outputs = model.apply(params, example, jax.random.key(0))
-        return (jnp.argmax(outputs) == example["label"]).astype(jnp.float32)
+        return (jnp.argmax(outputs) == _one_number(example, "label")).astype(
+            jnp.float32
+        )
 
     return correct
 

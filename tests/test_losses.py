@@ -230,3 +230,28 @@ def test_a_loss_that_is_no_scalar_is_named(value, found):
     loss = augmented(lambda *_: value, augment=lambda key, example: example, views=1)
     with pytest.raises(TypeError, match=f"loss returned {found}; it must return one"):
         loss({}, EXAMPLE, KEY)
+
+
+@pytest.mark.parametrize("build", [classification, accuracy, error_rate])
+def test_labels_of_another_shape_are_refused(build):
+    example = EXAMPLE | {"label": np.zeros(1, np.int32)}
+    arguments = (PARAMS, example, KEY) if build is classification else (PARAMS, example)
+    with pytest.raises(
+        ValueError, match=r"'label' .* \(1,\), .* as label\[:, 0\] is for"
+    ):
+        build(NETWORK)(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("output", "target", "message"),
+    [
+        (jnp.zeros(()), np.zeros(1), r"'y' of an example has shape \(1,\)"),
+        (jnp.zeros(1), np.zeros(()), r"output has shape \(1,\)"),
+        (jnp.zeros(1), np.zeros(1), r"output has shape \(1,\)"),
+    ],
+)
+def test_a_regression_of_other_shapes_is_refused(output, target, message):
+    for arguments in ((regression, KEY), (squared_error,)):
+        build, *key = arguments
+        with pytest.raises(ValueError, match=message):
+            build(TABLE)(output, {"y": target}, *key)

@@ -52,9 +52,10 @@ def batches(
         rows: See ``read_steps``.
 
     Raises:
-        ValueError: ``len(source)`` is not ``mechanism.num_examples``, ``seed`` is not of
-            128 bits, or see ``read_steps``.
+        ValueError: ``source`` is none, ``len(source)`` is not ``mechanism.num_examples``,
+            ``seed`` is not of 128 bits, or see ``read_steps``.
     """
+    check_records(source)
     if len(source) != mechanism.num_examples:
         raise ValueError(
             f"len(source)={len(source)} is not mechanism.num_examples="
@@ -105,7 +106,9 @@ def read_steps(
 
     Raises:
         ValueError: If ``physical_batch_size < 1`` or ``prefetch < 0``, or if the source
-            is too long for the int32 of ``Batch.index``.
+            is too long for the int32 of ``Batch.index``. While reading, if the source
+            gives other keys, dtypes or shapes than of its first record, or not as many
+            rows as asked for.
     """
     if physical_batch_size < 1:
         raise ValueError(f"physical_batch_size={physical_batch_size} must be >= 1")
@@ -115,9 +118,9 @@ def read_steps(
         raise ValueError(f"len(source)={len(source)} does not fit an int32 index")
     if rows is None:
         rows = np.arange(physical_batch_size)
-    return _read(
-        _Steps(source, draw, steps, physical_batch_size, rows), prefetch=prefetch
-    )
+    form = _form(source[[0]]) if len(source) else {}
+    parts = _Steps(source, draw, steps, physical_batch_size, rows, form)
+    return _read(parts, prefetch=prefetch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +136,7 @@ class _Steps:
     steps: range
     physical_batch_size: int
     rows: np.ndarray
+    form: dict[str, str]
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -141,8 +145,22 @@ class _Steps:
         step, size = self.steps[index], self.physical_batch_size
         indices = self.draw(step)
         parts = [indices[i : i + size] for i in range(0, len(indices), size)]
-        chunks = tuple(_chunk(self.source, part, self.rows) for part in parts)
-        return StepBatch(step, chunks)
+        return StepBatch(step, tuple(map(self._chunk, parts)))
+
+    def _chunk(self, indices: np.ndarray) -> Batch:
+        chunk = _chunk(self.source, indices, self.rows)
+        found = _form(chunk.examples)
+        if found != self.form:
+            raise ValueError(
+                f"source[...] gave {found}, and {self.form} before: all records of a source "
+                "have the same keys, dtypes and shapes; pad what is ragged, with a mask"
+            )
+        return chunk
+
+
+def _form(records: Mapping[str, Any]) -> dict[str, str]:
+    """Return dtype and shape of one record by key."""
+    return {k: f"{x.dtype}{list(x.shape[1:])}" for k, x in records.items()}
 
 
 def _chunk(source: Source, indices: np.ndarray, rows: np.ndarray) -> Batch:
@@ -160,6 +178,7 @@ def _chunk(source: Source, indices: np.ndarray, rows: np.ndarray) -> Batch:
         return np.pad(array, [(0, rest)] + [(0, 0)] * (array.ndim - 1), mode="edge")
 
     examples = source[chosen.tolist()]
+    _check_rows(examples, len(chosen))
     return Batch(
         examples={key: pad(array) for key, array in examples.items()},
         mask=mask,
@@ -233,30 +252,67 @@ def _digests(
     }
 
 
+_WANTED = (
+    "a source takes a list of ints and returns a dict of stacked numpy arrays, "
+    '{"image": [N, ...], "label": [N]} for N ints; wrap a data set that gives one record '
+    "for one int (PyTorch's kind), or can only be iterated, in a class whose __getitem__ "
+    "stacks them"
+)
+
+
 def check_records(source: Source) -> None:
-    """Check on one record that a source gives dicts of stacked arrays of numbers.
+    """Check on its first and last record that a source gives dicts of stacked arrays.
 
     Raises:
-        ValueError: With what came instead.
+        ValueError: With what came instead, or that there are no records.
     """
-    wanted = "a source takes a list of ints and returns a dict of stacked arrays"
     try:
-        records = source[[0]]
-    except (AttributeError, LookupError, TypeError) as error:
+        size = len(source)
+    except TypeError as error:
+        raise ValueError(f"{type(source).__name__} has no len(); {_WANTED}") from error
+    if size == 0:
+        raise ValueError(f"{type(source).__name__} has no examples")
+    first, both = _asked(source, [0]), _asked(source, [0, size - 1])
+    if _form(first) != _form(both):
         raise ValueError(
-            f"source[[0]] raised {type(error).__name__}: {error}; {wanted}"
+            f"source[[0]] gave {_form(first)}, and source[[0, {size - 1}]] {_form(both)}: "
+            "all records have the same keys, dtypes and shapes; pad what is ragged"
+        )
+
+
+def _asked(source: Source, indices: list[int]) -> Mapping[str, Any]:
+    """Return ``source[indices]``, which must be what a source gives."""
+    try:
+        records = source[indices]
+    except Exception as error:  # a source is the user's code: anything may come
+        raise ValueError(
+            f"source[{indices}] raised {type(error).__name__}: {error}; {_WANTED}"
         ) from error
     if not isinstance(records, Mapping):
-        raise ValueError(f"source[[0]] is a {type(records).__name__}; {wanted}")
+        kind = type(records).__name__
+        raise ValueError(f"source[{indices}] is a {kind}; {_WANTED}")
+    if not records:
+        raise ValueError(f"source[{indices}] is an empty dict; {_WANTED}")
     for key, array in records.items():
-        if np.shape(array)[:1] != (1,):
+        if not isinstance(getattr(array, "dtype", None), np.dtype):
+            kind = type(array).__name__
+            raise ValueError(f"{key!r} of source[{indices}] is a {kind}; {_WANTED}")
+    _check_rows(records, len(indices))
+    for key, array in records.items():
+        if array.dtype.kind in "OSUM":
             raise ValueError(
-                f"{key!r} of source[[0]] has shape {np.shape(array)}, not (1, ...); {wanted}"
+                f"{key!r} has dtype {array.dtype}; leave it out, or make it numbers"
             )
-        if np.asarray(array).dtype.kind in "OSUM":
+    return records
+
+
+def _check_rows(records: Mapping[str, Any], count: int) -> None:
+    """Raise ValueError unless all arrays have as many rows as were asked for."""
+    for key, array in records.items():
+        if np.shape(array)[:1] != (count,):
             raise ValueError(
-                f"{key!r} has dtype {np.asarray(array).dtype}; leave it out, or make it "
-                "numbers"
+                f"source[...] of {count} ints gave {key!r} of shape {np.shape(array)}, "
+                f"not ({count}, ...); {_WANTED}"
             )
 
 
@@ -313,7 +369,8 @@ def _labels(records: dict[str, Any], key: str) -> np.ndarray:
         raise ValueError(f"key={key!r} is not in the records, only {sorted(records)}")
     labels = records[key]
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        shape = ", ".join(["N", *map(str, labels.shape[1:])])
         raise ValueError(
-            f"{key} must be a scalar integer, got {labels.dtype} {labels.shape[1:]}"
+            f"{key} must be a scalar integer, [N] in all, not {labels.dtype} [{shape}]"
         )
     return labels

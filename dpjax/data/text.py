@@ -96,8 +96,9 @@ def labelled_texts(
         delimiter: Between the columns.
         columns: Names of the columns, if the file has no header; () if it has one.
         template: Pieces of a record, encoded one by one and joined: "{COLUMN}" is a text
-            of the row, the name of a special token is that token, anything else is
-            itself. For infilling: ("<s>", "{sentence}", " It was", "<mask>", "</s>").
+            of the row, the name of a special token is that token (what looks like one,
+            "<mask>" or "[MASK]", must be one), anything else is itself. For infilling:
+            ("<s>", "{sentence}", " It was", "<mask>", "</s>").
         label: Column of integers.
         length: Number of tokens T of each record. Where a row is too long, its longest
             column loses its end; the rest of the template stays.
@@ -111,6 +112,7 @@ def labelled_texts(
         ValueError: If a row or the template does not fit the columns, a label is no
             integer, or the template alone is longer than ``length``.
     """
+    _check_template(template, tokenizer)
     rows = _table(path, delimiter, columns, needed=(*_fields(template), label))
     pieces = [_pieces(row, template, length, tokenizer) for row in rows]
     labels = []
@@ -161,6 +163,7 @@ def text_pairs(
         raise ValueError(
             f"{target=} must be the number of a piece of template={tuple(template)}"
         )
+    _check_template(template, tokenizer)
     rows = _table(path, delimiter, columns, needed=_fields(template))
     pieces = [_pieces(row, template, length, tokenizer) for row in rows]
     arrays = _padded([_joined(p) for p in pieces], length)
@@ -172,7 +175,7 @@ def text_pairs(
 def _read(path: str) -> str:
     text = pathlib.Path(path).read_bytes()
     try:
-        return text.decode("utf-8")
+        return text.decode("utf-8-sig")  # a byte order mark is no text
     except UnicodeDecodeError as error:
         line = text[: error.start].count(b"\n") + 1
         raise ValueError(
@@ -189,13 +192,18 @@ def _table(
     names = [*columns] or next(rows, [])
     missing = sorted(set(needed) - set(names))
     if missing:
-        raise ValueError(f"path={path!r} has no column {missing}, only {names}")
+        # Not what the line says: without a header it is a private row.
+        found = f"{columns=}" if columns else f"{len(names)} names of its first line"
+        raise ValueError(
+            f"path={path!r} has no column {missing} among the {found}; if the file has no "
+            "header, name its columns in columns=(...)"
+        )
     table = []
     for number, row in enumerate((row for row in rows if row), start=1):
         if len(row) != len(names):
             raise ValueError(
-                f"path={path!r}: row {number} has {len(row)} columns, not {len(names)} "
-                f"as {names}"
+                f"path={path!r}: row {number} has {len(row)} columns, not {len(names)}; "
+                f"check {delimiter=} and quotes"
             )
         table.append(dict(zip(names, row, strict=True)))
     if not table:
@@ -209,6 +217,18 @@ def _fields(template: Sequence[str]) -> list[str]:
 
 def _is_field(piece: str) -> bool:
     return piece.startswith("{") and piece.endswith("}")
+
+
+def _check_template(template: Sequence[str], tokenizer: Tokenizer) -> None:
+    """Refuse the name of a special token of another tokenizer: it would be mere text."""
+    for piece in template:
+        if re.fullmatch(r"<[^<>\s]+>|\[[A-Z]+\]", piece) and (
+            piece not in tokenizer.specials
+        ):
+            raise ValueError(
+                f"{piece!r} of template={tuple(template)} is no special token of the "
+                f"tokenizer, which has {[*tokenizer.specials]}"
+            )
 
 
 def _pieces(

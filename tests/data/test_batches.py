@@ -6,6 +6,7 @@ import pytest
 import dpjax
 from dpjax.data.arrays import ArraySource
 from dpjax.data.batches import (
+    batches,
     check_labels,
     check_records,
     check_tokens,
@@ -13,6 +14,8 @@ from dpjax.data.batches import (
     overlap,
     read_steps,
 )
+from dpjax.mechanisms import NonPrivate
+from dpjax.sampling import FullBatch
 
 N = 40
 SOURCE = ArraySource(
@@ -287,26 +290,84 @@ def test_check_tokens_names_the_first_offender(where, value):
         check_tokens(ArraySource({"tokens": tokens}), vocab_size=7)
 
 
-class _OneByOne:
-    """As sources of other libraries are: one record for one index."""
+class _Source:
+    """A source of three records, as ``get`` gives them."""
+
+    def __init__(self, get):
+        self.get = get
 
     def __len__(self):
         return 3
 
-    def __getitem__(self, index):
-        return {"x": np.zeros(8, np.float32), "y": np.float32(0)}
+    def __getitem__(self, indices):
+        return self.get(indices)
+
+
+def _one(index):
+    return {"x": np.zeros(8, np.float32), "y": np.float32(0)}
+
+
+NO_SOURCES = {
+    "None": (None, r"NoneType has no len\(\); a source takes a list of ints"),
+    "an iterable": (iter([_one(0)]), r"list_iterator has no len\(\)"),
+    "no records": ([], "list has no examples"),
+    "one record at a time": (_Source(_one), r"1 ints gave 'x' of shape \(8,\)"),
+    "PyTorch's kind": (
+        _Source(lambda index: (np.zeros(8)[index], 0)),
+        r"source\[\[0\]\] is a tuple; .*PyTorch's kind",
+    ),
+    "a list of records": (
+        _Source(lambda indices: [_one(i) for i in indices]),
+        r"source\[\[0\]\] is a list",
+    ),
+    "lists for arrays": (
+        _Source(lambda indices: {"y": [0.0 for _ in indices]}),
+        r"'y' of source\[\[0\]\] is a list",
+    ),
+    "no fields": (_Source(lambda indices: {}), "is an empty dict"),
+    "a dict": ({"x": np.zeros((3, 8))}, "raised TypeError: unhashable"),
+    "an array": (np.zeros((3, 8)), r"source\[\[0\]\] is a ndarray"),
+    "text": (ArraySource({"id": np.array(["a", "b"])}), "'id' has dtype <U1; leave it"),
+    "fewer rows than asked": (
+        _Source(lambda indices: {"x": np.zeros((1, 8))}),
+        r"2 ints gave 'x' of shape \(1, 8\), not \(2, ...\)",
+    ),
+    "ragged": (
+        _Source(lambda indices: {"x": np.zeros((len(indices), 4 + max(indices)))}),
+        r"gave \{'x': 'float64\[4\]'\}, and source\[\[0, 2\]\] .*; pad what is ragged",
+    ),
+    "an error of its own": (
+        _Source(lambda indices: np.stack([np.zeros(2), np.zeros(3)])),
+        r"source\[\[0\]\] raised ValueError: all input arrays must have the same shape",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_SOURCES)
+def test_what_is_no_source_is_refused_with_what_it_gives(name):
+    source, message = NO_SOURCES[name]
+    with pytest.raises(ValueError, match=message):
+        check_records(source)
 
 
 @pytest.mark.parametrize(
-    ("source", "message"),
+    ("get", "message"),
     [
-        (_OneByOne(), r"'x' of source\[\[0\]\] has shape \(8,\)"),
-        ({"x": np.zeros((3, 8))}, "raised TypeError: unhashable"),
-        (np.zeros((3, 8)), r"source\[\[0\]\] is a ndarray"),
-        (ArraySource({"id": np.array(["a", "b"])}), "'id' has dtype <U1; leave it out"),
+        (lambda i: {"x": np.zeros((min(len(i), 3), 2))}, r"gave 'x' of shape \(3, 2\)"),
+        (
+            lambda i: {"x": np.zeros((len(i), 4 if 2 in i else 2))},
+            r"gave \{'x': 'float64\[4\]'\}, and .*\[2\].* before",
+        ),
     ],
-    ids=["one record at a time", "a dict", "an array", "text"],
+    ids=["fewer rows than asked", "ragged"],
 )
-def test_what_is_no_source_is_refused_with_what_it_gives(source, message):
+def test_what_a_source_gives_is_checked_at_every_step(get, message):
     with pytest.raises(ValueError, match=message):
-        check_records(source)
+        list(read(source=_Source(get), draw=lambda step: np.arange(step), prefetch=0))
+
+
+def test_own_loops_get_the_checks_too():
+    mechanism = NonPrivate(sampling=FullBatch(), steps=1, num_examples=3, delta=1e-5)
+    for source in (None, _Source(_one)):
+        with pytest.raises(ValueError, match="a source takes a list of ints"):
+            batches(source, mechanism, seed=0, physical_batch_size=2)

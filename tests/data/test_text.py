@@ -142,8 +142,22 @@ def test_bad_files_and_arguments(tmp_path):
     ("text", "changes", "message"),
     [
         ("mr,ref\n", {}, "has no rows"),
-        ("mr,answer\nx,y\n", {}, r"has no column \['ref'\], only \['mr', 'answer'\]"),
+        (
+            "mr,answer\nx,y\n",
+            {},
+            r"no column \['ref'\] among the 2 names of its first l",
+        ),
+        (
+            "x,y\n",
+            {"columns": ("mr", "a")},
+            r"\['ref'\] among the columns=\('mr', 'a'\)",
+        ),
         ("mr,ref\nx,y\nx,y,z\n", {}, "row 2 has 3 columns, not 2"),
+        (
+            "mr,ref\nx,y\n",
+            {"template": ("{mr}", "[SEP]", "{ref}")},
+            r"'\[SEP\]' of template=.* has \['<mask>', '<eos>'\]",
+        ),
         ("mr,ref\nx,y\n", {"target": 4}, "target=4 must be the number of a piece"),
     ],
 )
@@ -159,3 +173,20 @@ def test_a_label_that_is_no_integer_is_refused(tmp_path):
     path.write_text("fine\t1\nbad\tnegative\n")
     with pytest.raises(ValueError, match=r"column label of row 2 is no integer$"):
         sst2(path, ("{sentence}",), 8)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    path = tmp_path / "dev.csv"
+    path.write_text("mr,ref\nx,y\n", encoding="utf-8-sig")
+    assert texts_of(e2e(path)) == ["x|y<eos>"]
+    path.write_text("é\n", encoding="utf-8-sig")
+    assert texts_of(text_lines(path=str(path), length=4, tokenizer=BYTES)) == ["é"]
+
+
+def test_errors_of_tables_without_a_header_tell_no_row(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("Ann is ill,9\nBo,8,7\n")
+    for template in (("{mr}",), ("|",)):  # the second needs no column, and reads on
+        with pytest.raises(ValueError, match=r"no column|row 1 has 3") as caught:
+            e2e(path, template=template, target=0)
+        assert "Ann" not in str(caught.value)
