@@ -107,7 +107,8 @@ class Job:
 
         Args:
             scheduler: Its name, for the message.
-            **limits: Field -> the largest number, or the values allowed.
+            **limits: Field -> the largest number; kind or model of the accelerator -> the
+                values allowed.
         """
         for field, allowed in limits.items():
             value = getattr(self, field)
@@ -116,8 +117,9 @@ class Job:
                     f"{field}={value}: {scheduler} takes at most {allowed}"
                 )
             if isinstance(allowed, tuple) and value not in allowed:
+                wanted = " or ".join(filter(None, allowed)) or f"{self.kind}, no model"
                 raise LaunchError(
-                    f"{field}={value!r}: {scheduler} takes {' or '.join(map(repr, allowed))}"
+                    f"accelerator={self.accelerator!r}: {scheduler} takes {wanted}"
                 )
 
 

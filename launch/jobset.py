@@ -28,7 +28,8 @@ class Options:
             a pod that is started again goes on from the checkpoints, so they must outlive
             it. Every pod mounts it.
         namespace: Where the job lives, None for kubectl's own choice.
-        node_selector: Labels of the nodes wanted, as in "KEY=VALUE,KEY=VALUE".
+        node_selector: Labels of the nodes wanted, as in "KEY=VALUE,KEY=VALUE"; they say
+            which model of an accelerator.
         max_restarts: How often the job is started again after a pod was stopped or lost.
     """
 

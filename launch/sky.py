@@ -16,18 +16,26 @@ from launch.job import (
     process_flags,
 )
 
+_SETUPS = {
+    "cpu": "make .venv/installed",
+    "gpu": (
+        "make .venv/installed && .venv/bin/pip install -c constraints.txt 'jax[cuda13]'"
+    ),
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """How SkyPilot runs a job.
 
     Attributes:
-        setup: Shell command, run once on each machine before the job.
+        setup: Shell command, run once on each machine before the job; None for the
+            environment of the repository, with JAX for the accelerator.
         infra: Where, as in "gcp/us-central1"; None for the cheapest.
         idle_minutes: Stop the machines, keeping their disks, when idle for so long.
     """
 
-    setup: str = "make .venv/installed"
+    setup: str | None = None
     infra: str | None = None
     idle_minutes: int = 30
 
@@ -52,7 +60,7 @@ def render(job: Job, options: Options) -> Call:
         "num_nodes": job.hosts,
         "resources": resources,
         "envs": job.variables,
-        "setup": options.setup,
+        "setup": _SETUPS[job.kind] if options.setup is None else options.setup,
         "run": _run(job),
     }
     text = yaml.safe_dump(task, sort_keys=False, width=1000)

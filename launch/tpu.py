@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import shlex
 
 from launch.job import (
@@ -47,6 +48,12 @@ def render(job: Job, options: Options) -> Call:
         raise LaunchError(
             "accelerator='tpu': a type is missing, as in tpu:v5litepod-16"
         )
+    workers = _workers(job.model)
+    if workers not in (None, job.hosts):
+        raise LaunchError(
+            f"hosts={job.hosts}: {job.accelerator} has {workers} workers; use "
+            f"--hosts={workers}"
+        )
     if job.devices_per_process > 1:
         raise LaunchError(
             f"devices_per_process={job.devices_per_process}: the type of a TPU says it"
@@ -71,11 +78,31 @@ def render(job: Job, options: Options) -> Call:
     return Call(f"{job.name}.sh", text, ("bash",), tool="gcloud")
 
 
+def _workers(model: str) -> int | None:
+    """Return how many machines a type of TPU has; None for a type not known here."""
+    found = re.fullmatch(r"(v2|v3|v4|v5p|v5litepod|v6e)-(\d+)", model)
+    if found is None:
+        return None
+    size = int(found[2])
+    if found[1] in (
+        "v5litepod",
+        "v6e",
+    ):  # counted in chips: 8 of one machine, or 4 of each
+        return 1 if size <= 8 else size // 4
+    return max(1, size // 8)  # counted in cores
+
+
 # What was committed is copied: not .venv, caches and runs. The machines are given back only
 # when the job has succeeded and its runs are here: what they hold (checkpoints, ledger)
 # exists nowhere else.
 _BODY = """\
 set -euo pipefail
+changes=$(git -C "$source" status --porcelain)
+if [[ -n "$changes" ]]; then
+  echo "error: $source has changes that are not committed, and would not be copied:" >&2
+  echo "$changes" >&2
+  exit 2
+fi
 where=(--project="$project" --zone="$zone" --quiet)
 queued=(gcloud compute tpus queued-resources)
 vm=(gcloud compute tpus tpu-vm)
@@ -112,7 +139,8 @@ def _remote(job: Job) -> str:
         process_id="$(attribute agent-worker-number)",
     )
     words = " ".join([shlex.join(job.command), *(f'"{flag}"' for flag in flags)])
-    find = _ATTRIBUTES if flags else ""
+    # Copies that do not know of each other would write into one workdir each, for nothing.
+    find = _ATTRIBUTES.replace("@HOSTS@", str(job.hosts)) + (_FIRST if flags else "")
     return f"cd {job.name} || exit\n{exports(job.variables)}{find}{limited(job, words)}"
 
 
@@ -121,5 +149,11 @@ attribute() {
   curl --silent --fail --header 'Metadata-Flavor: Google' \\
     "http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1"
 }
-first=$(attribute worker-network-endpoints | cut -d, -f1)
+workers=$(attribute worker-network-endpoints)
+commas=${workers//[^,]/}
+if (( ${#commas} + 1 != @HOSTS@ )); then
+  echo "error: hosts=@HOSTS@, and this TPU has $(( ${#commas} + 1 )) workers" >&2
+  exit 2
+fi
 """
+_FIRST = "first=${workers%%,*}\n"

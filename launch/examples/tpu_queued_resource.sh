@@ -11,9 +11,21 @@ attribute() {
   curl --silent --fail --header '"'"'Metadata-Flavor: Google'"'"' \
     "http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1"
 }
-first=$(attribute worker-network-endpoints | cut -d, -f1)
+workers=$(attribute worker-network-endpoints)
+commas=${workers//[^,]/}
+if (( ${#commas} + 1 != 4 )); then
+  echo "error: hosts=4, and this TPU has $(( ${#commas} + 1 )) workers" >&2
+  exit 2
+fi
+first=${workers%%,*}
 timeout --foreground --preserve-status --signal=TERM --kill-after=90 600m python -m experiments.train --config=configs/digits_mlp_dpsgd.py --workdir=runs/digits "--coordinator_address=${first##*:}:8476" "--num_processes=4" "--process_id=$(attribute agent-worker-number)"'
 set -euo pipefail
+changes=$(git -C "$source" status --porcelain)
+if [[ -n "$changes" ]]; then
+  echo "error: $source has changes that are not committed, and would not be copied:" >&2
+  echo "$changes" >&2
+  exit 2
+fi
 where=(--project="$project" --zone="$zone" --quiet)
 queued=(gcloud compute tpus queued-resources)
 vm=(gcloud compute tpus tpu-vm)

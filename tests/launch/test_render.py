@@ -238,15 +238,27 @@ esac
 """
 
 
+def repository(folder, *, uncommitted=False):
+    """A repository with one commit, of which a config is perhaps no part."""
+    git = ["git", "-C", folder, "-c", "user.name=me", "-c", "user.email=me@example.org"]
+    if not folder.exists():
+        folder.mkdir()
+        subprocess.run([*git, "init", "--quiet"], check=True)
+        commit = ["commit", "--quiet", "--allow-empty", "--message=all"]
+        subprocess.run([*git, *commit], check=True)
+    if uncommitted:
+        (folder / "mine.py").write_text("x = 1")
+    return folder
+
+
 def tpu_calls(tmp_path, *, states="ACTIVE", fail="nothing"):
     """Run the TPU script on a stand-in for gcloud; return status and calls."""
     stub = tmp_path / "gcloud"
     stub.write_text(STUB)
     stub.chmod(stub.stat().st_mode | stat.S_IXUSR)
-    (tmp_path / "log").unlink(missing_ok=True)
-    call = made(
-        "tpu", **(EXAMPLE_CALLS["tpu_queued_resource.sh"][1] | {"directory": "."})
-    )
+    (tmp_path / "log").write_text("")
+    changes = {"directory": str(repository(tmp_path / "repository"))}
+    call = made("tpu", **(EXAMPLE_CALLS["tpu_queued_resource.sh"][1] | changes))
     script = tmp_path / call.file
     script.write_text(call.text)
     done = subprocess.run(
@@ -263,7 +275,7 @@ def tpu_calls(tmp_path, *, states="ACTIVE", fail="nothing"):
         text=True,
         check=False,
     )
-    return done.returncode, (tmp_path / "log").read_text()
+    return done.returncode, (tmp_path / "log").read_text(), done.stderr
 
 
 def verbs(log):
@@ -273,40 +285,91 @@ def verbs(log):
 
 
 def test_a_tpu_is_waited_for_used_and_given_back(tmp_path):
-    status, log = tpu_calls(tmp_path, states="WAITING_FOR_RESOURCES\nACTIVE")
+    status, log, _ = tpu_calls(tmp_path, states="WAITING_FOR_RESOURCES\nACTIVE")
     assert status == 0
     wanted = ["create", "describe", "describe", "scp --worker=all", "ssh", "ssh"]
     assert verbs(log) == [*wanted, "scp --recurse", "delete"]
 
 
 def test_a_tpu_whose_job_failed_is_kept_with_its_checkpoints(tmp_path):
-    status, log = tpu_calls(tmp_path, fail="experiments.train")
+    status, log, _ = tpu_calls(tmp_path, fail="experiments.train")
     assert status == 1
     assert verbs(log)[-1] == "ssh"
 
 
+def test_what_is_not_committed_is_not_left_behind_in_silence(tmp_path):
+    repository(tmp_path / "repository", uncommitted=True)
+    status, log, error = tpu_calls(tmp_path)
+    assert (status, log) == (2, "")  # nothing was asked for
+    assert "changes that are not committed" in error
+    assert "mine.py" in error
+
+
 def test_a_tpu_that_cannot_be_had_ends_the_script(tmp_path):
-    status, log = tpu_calls(tmp_path, states="FAILED")
+    status, log, _ = tpu_calls(tmp_path, states="FAILED")
     assert status == 1
     assert verbs(log) == ["create", "describe"]
 
 
-def test_what_a_tpu_vm_runs_passes_shellcheck_and_finds_its_number(tmp_path):
-    call = made(
-        "tpu", hosts=2, accelerator="tpu:v4-16", command=("printf", "<%s>", "$x")
-    )
+def on_a_tpu_vm(workers, **changes):
+    """Run what the second machine of a TPU runs, with a stand-in for its metadata."""
+    call = made("tpu", command=("printf", "<%s>", "$x"), **changes)
     script = call.text[call.text.index("\ncommand=") : call.text.index("\nset -euo")]
     show = ["bash", "-c", f'{script}\nprintf "%s" "$command"']
     remote = subprocess.run(show, capture_output=True, text=True, check=True).stdout
     shellcheck(remote)
-    curl = """curl() { case "$*" in *number) echo 1 ;; *) echo "a:0:10.1,b:1:10.2" ;; esac; }
-    cd() { :; }
+    curl = f"""curl() {{ case "$*" in *number) echo 1 ;; *) echo "{workers}" ;; esac; }}
+    cd() {{ :; }}
     """
-    done = subprocess.run(
-        ["bash", "-c", curl + remote], capture_output=True, text=True, check=True
+    return subprocess.run(
+        ["bash", "-c", curl + remote], capture_output=True, text=True, check=False
     )
+
+
+def test_what_a_tpu_vm_runs_passes_shellcheck_and_finds_its_number():
+    done = on_a_tpu_vm("a:0:10.1,b:1:10.2", hosts=2, accelerator="tpu:v4-16")
     flags = ["--coordinator_address=10.1:8476", "--num_processes=2", "--process_id=1"]
     assert done.stdout == "".join(f"<{word}>" for word in ["$x", *flags])
+    assert on_a_tpu_vm("a:0:10.1", accelerator="tpu:v4-8").stdout == "<$x>"
+
+
+def test_machines_of_a_tpu_that_would_not_know_of_each_other_do_not_start():
+    done = on_a_tpu_vm("a:0:10.1,b:1:10.2", accelerator="tpu:v9-2")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: hosts=1, and this TPU has 2 workers\n"
+
+
+@pytest.mark.parametrize(
+    ("model", "workers"),
+    [
+        ("v2-8", 1),
+        ("v3-32", 4),
+        ("v4-16", 2),
+        ("v5p-8", 1),
+        ("v5litepod-8", 1),
+        ("v5litepod-16", 4),
+        ("v6e-1", 1),
+        ("v6e-32", 8),
+    ],
+)
+def test_a_tpu_needs_a_process_on_each_of_its_machines(model, workers):
+    made("tpu", hosts=workers, accelerator=f"tpu:{model}")
+    with pytest.raises(
+        LaunchError, match=f"{model} has {workers} workers; use --hosts"
+    ):
+        made("tpu", hosts=workers + 1, accelerator=f"tpu:{model}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "installed"),
+    [
+        ({"accelerator": "cpu"}, "make .venv/installed"),
+        ({"accelerator": "gpu:H100"}, "'jax[cuda13]'"),
+        ({"accelerator": "gpu:H100", "setup": "true"}, "true"),
+    ],
+)
+def test_sky_installs_jax_for_the_accelerator(changes, installed):
+    assert yaml.safe_load(made("sky", **changes).text)["setup"].endswith(installed)
 
 
 def test_words_of_a_command_reach_slurm_as_they_were_written():
@@ -390,7 +453,7 @@ T = ("tpu", "--name=a", "--project=p", "--zone=z", "--runtime_version=r")
         ((*S, "--accelerator=gpus"), "accelerator='gpus' must be cpu, gpu"),
         ((*S, "--accelerator=cpu:x"), "cpu has no model"),
         ((*S, "--directory=."), "directory='.' must be absolute"),
-        ((*S, "--accelerator=tpu:x"), "kind='tpu': slurm takes 'cpu' or 'gpu'"),
+        ((*S, "--accelerator=tpu:x"), "accelerator='tpu:x': slurm takes cpu or gpu"),
         (
             (
                 *S,
@@ -402,12 +465,19 @@ T = ("tpu", "--name=a", "--project=p", "--zone=z", "--runtime_version=r")
         ),
         ((*S, "--array=0-3"), "array='0-3', but the command has no {index}"),
         ((*S, "--array=x"), "array='x' must be as in 0-3,7"),
-        ((*K, "--accelerator=gpu:h100"), "model='h100': jobset takes ''"),
+        (
+            (*K, "--accelerator=gpu:h100"),
+            "accelerator='gpu:h100': jobset takes gpu, no model",
+        ),
         ((*K, "--directory=x"), "directory='x' must be absolute in the image"),
         ((*K, "--node_selector=a"), "node_selector='a' must be as in KEY=VALUE"),
         (("sky", "--name=a", "--processes_per_host=2"), "sky takes at most 1"),
         (("sky", "--name=a", "--accelerator=gpu"), "sky needs a model"),
-        (T, "kind='cpu': tpu takes 'tpu'"),
+        (T, "accelerator='cpu': tpu takes tpu"),
+        (
+            (*T, "--accelerator=tpu:v5litepod-16"),
+            "hosts=1: tpu:v5litepod-16 has 4 work",
+        ),
         ((*T, "--accelerator=tpu"), "a type is missing, as in tpu:v5litepod-16"),
         (("local", "--name=a", "--hosts=2"), "hosts=2: local takes at most 1"),
         (("local", "--name=a", "--port=x"), "port='x' must be a whole number"),
