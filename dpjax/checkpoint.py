@@ -34,7 +34,7 @@ from jaxtyping import Array, PyTree
 from orbax.checkpoint import v1
 
 from dpjax.fingerprint import fingerprint
-from dpjax.partition import unflatten
+from dpjax.partition import flatten, named_like, unflatten
 from dpjax.processes import barrier
 
 ocp: Any = v1  # its own annotations reject the paths and arrays it accepts
@@ -274,11 +274,13 @@ def export(directory: Path, params: PyTree[Array], card: Mapping[str, str]) -> N
     """Write what may be published: the parameters and the privacy card.
 
     The parameters go to ``params.npz``, one array per leaf, named by the keys on its
-    path joined by ``/``: readable by numpy alone. The directory is complete or absent.
+    path joined by ``/``: readable by numpy alone. bfloat16, which numpy has not, is
+    written as float32. The directory is complete or absent.
 
     Args:
         directory: Where to write; must not exist.
-        params: Nested dicts with str keys; leaves of a dtype that numpy has itself.
+        params: Any pytree whose leaves have names of their own; see
+            `dpjax.partition.flatten`.
         card: The text of each further file, by file name.
 
     Raises:
@@ -293,7 +295,7 @@ def export(directory: Path, params: PyTree[Array], card: Mapping[str, str]) -> N
     for name in card:
         if name == "params.npz" or Path(name).name != name:
             raise ValueError(f"card file name {name!r}: use a plain, unused file name")
-    arrays = flatten_params(params)
+    arrays = exported_arrays(params)
     directory.parent.mkdir(parents=True, exist_ok=True)
     unfinished = directory.with_name(f".{directory.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
@@ -310,14 +312,35 @@ def export(directory: Path, params: PyTree[Array], card: Mapping[str, str]) -> N
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def load_export(directory: Path) -> dict[str, Any]:
+def load_export(directory: Path, *, like: PyTree | None = None) -> Any:
     """Read the parameters that `export` wrote.
 
+    Args:
+        directory: Where they are.
+        like: The parameters of the model or their shapes, as from
+            ``jax.eval_shape(model.init, key, example)``.
+
     Returns:
-        Nested dicts of numpy arrays.
+        numpy arrays in the containers, and of the dtypes, of `like`; without it, in nested
+        dicts: one for each ``/`` in a name.
+
+    Raises:
+        ValueError: They are not the parameters of `like`.
     """
     with np.load(Path(directory) / "params.npz", allow_pickle=False) as file:
-        return unflatten(dict(file))
+        arrays = dict(file)
+    if like is None:
+        return unflatten(arrays)
+    try:
+        return jax.tree.map(_shaped_like, like, named_like(like, arrays))
+    except ValueError as error:
+        raise ValueError(f"{directory} does not fit like=: {error}") from error
+
+
+def _shaped_like(like: Any, array: np.ndarray) -> np.ndarray:
+    if array.shape != like.shape:
+        raise ValueError(f"shape {array.shape} in it, and {like.shape} in the model")
+    return array.astype(like.dtype)
 
 
 def _named_leaves(tree: PyTree) -> dict[str, Any]:
@@ -459,28 +482,17 @@ def _place(loaded: Array | None, like: Any) -> Array:
     return jnp.array(np.asarray(loaded))
 
 
-def flatten_params(params: PyTree[Array]) -> dict[str, np.ndarray]:
-    """Return the leaves by their joined path; raises ValueError as `export` does."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    arrays = {}
-    if all(_is_plain(key) for path, _ in leaves for key in path):
-        arrays = {"/".join(key.key for key in p): np.asarray(x) for p, x in leaves}
-    if jax.tree.structure(unflatten(arrays)) != structure:
-        raise ValueError(
-            "params must be nested dicts, none of them empty, with str keys without '/'"
-        )
-    for name, array in arrays.items():
-        if array.dtype.kind not in "biufc":
-            raise ValueError(
-                f"params leaf {name!r} has dtype={array.dtype}, which numpy cannot "
-                "read back: cast it to float32"
-            )
-    return arrays
+def exported_arrays(params: PyTree[Array]) -> dict[str, np.ndarray]:
+    """Return the leaves as `export` writes them; raises ValueError as it does."""
+    arrays = {name: np.asarray(leaf) for name, leaf in flatten(params).items()}
+    return {name: _as_numpy_has(array) for name, array in arrays.items()}
 
 
-def _is_plain(key: Any) -> bool:
-    is_dict_key = isinstance(key, jax.tree_util.DictKey)
-    return is_dict_key and isinstance(key.key, str) and "/" not in key.key
+def _as_numpy_has(array: np.ndarray) -> np.ndarray:
+    """Return floats of a dtype that is JAX's alone (bfloat16) as float32, exactly."""
+    if array.dtype.kind != "V":
+        return array
+    return array.astype(np.float32)
 
 
 def _first_line(error: BaseException) -> str:

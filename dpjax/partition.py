@@ -4,6 +4,7 @@ A frozen parameter takes no part in gradients, norms, noise, optimizer state or
 checkpoints. It is an argument of the compiled step, merged in where the loss is computed.
 """
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,11 +15,29 @@ from dpjax.typing import Example, Key, Loss, Params, Scalar
 
 
 def flatten(params: Params) -> dict[str, Any]:
-    """Return the leaves by their names, the keys of their path joined by ``/``."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
+    """Return the leaves by their names, the keys of their path joined by ``/``.
+
+    Keys are those of dicts, the fields of tuples with names and of dataclasses, the numbers
+    of items. A leaf that stands alone, without a path, is called "params".
+
+    Raises:
+        ValueError: Two leaves would have one name, or one the name of a group of others:
+            exports and checkpoints could not tell them apart.
+    """
+    leaves: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path, simple=True, separator="/") or "params"
+        if name in leaves:
+            raise ValueError(f"two parameters are named {name!r}: rename one of them")
+        leaves[name] = leaf
+    for name in leaves:
+        groups = itertools.accumulate(name.split("/")[:-1], "{}/{}".format)
+        if group := next((g for g in groups if g in leaves), None):
+            raise ValueError(
+                f"{group!r} is a parameter, and the group of the parameter {name!r}: rename "
+                "one of them"
+            )
+    return leaves
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,6 +50,21 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(group, {})
         node[last] = leaf
     return tree
+
+
+def named_like(like: Params, leaves: Mapping[str, Any]) -> Params:
+    """Return the leaves, by their names, in the containers of ``like``.
+
+    Raises:
+        ValueError: A leaf of ``like`` is missing, or there are others.
+    """
+    wanted = flatten(like).keys()
+    if differing := sorted(wanted ^ leaves.keys()):
+        raise ValueError(
+            f"{', '.join(differing)} of the parameters here and there are not in both: "
+            "they are of two models"
+        )
+    return jax.tree.unflatten(jax.tree.structure(like), [leaves[n] for n in wanted])
 
 
 def select(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
@@ -59,11 +93,12 @@ def partition(params: Params, train: Sequence[str]) -> tuple[Params, Params]:
     """Split parameters into those that are trained and those that are frozen.
 
     Args:
-        params: Nested dicts of arrays or of their shapes; any pytree if all are trained.
+        params: Any pytree of arrays or of their shapes.
         train: Regular expressions; what one of them matches as a whole is trained.
 
     Returns:
-        Trained and frozen parameters, nested dicts of the leaves that are theirs.
+        Trained and frozen parameters: the containers of ``params``, with None in the places
+        of the other part; ``{}`` if nothing is frozen.
 
     Raises:
         ValueError: A pattern matches nothing, there is none, or one array stands under
@@ -78,20 +113,21 @@ def partition(params: Params, train: Sequence[str]) -> tuple[Params, Params]:
     if len(chosen) == len(leaves):
         return params, {}
     _check_ties(leaves, chosen)
-    if jax.tree.structure(unflatten(leaves)) != jax.tree.structure(params):
-        raise ValueError(
-            "only nested dicts with str keys without '/' can be trained in part"
-        )
-    trained = {name: leaf for name, leaf in leaves.items() if name in chosen}
-    frozen = {name: leaf for name, leaf in leaves.items() if name not in chosen}
-    return unflatten(trained), unflatten(frozen)
+    trained = {n: leaf if n in chosen else None for n, leaf in leaves.items()}
+    frozen = {n: None if n in chosen else leaf for n, leaf in leaves.items()}
+    return named_like(params, trained), named_like(params, frozen)
 
 
 def merge(trained: Params, frozen: Params) -> Params:
     """Return all parameters: what ``partition`` has split."""
     if not jax.tree.leaves(frozen):
         return trained
-    return unflatten(flatten(frozen) | flatten(trained))
+    return jax.tree.map(
+        lambda one, other: other if one is None else one,
+        trained,
+        frozen,
+        is_leaf=lambda leaf: leaf is None,
+    )
 
 
 def with_frozen(loss: Loss, frozen: Params) -> Loss:

@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from dpjax import config as configs
 from dpjax import processes, report
 from dpjax.accounting import epsilon
 from dpjax.audit.self_check import self_check
-from dpjax.checkpoint import Checkpoints, export, flatten_params
+from dpjax.checkpoint import Checkpoints, export
 from dpjax.clipping import Query
 from dpjax.data.batches import StepBatch, batches
 from dpjax.entropy import entropy
@@ -29,11 +29,13 @@ from dpjax.fingerprint import combined_fingerprint
 from dpjax.ledger import Ledger
 from dpjax.metrics import Progress, writers
 from dpjax.noise import root_key
-from dpjax.partition import merge, partition, with_frozen
+from dpjax.optimizers import evaluation_params
+from dpjax.partition import merge, with_frozen
 from dpjax.sensitive import ClippedSum, PerExample, reveal
 from dpjax.sharding import Layout
+from dpjax.startup import check_parts, starts
 from dpjax.transforms import PrivateState, private
-from dpjax.typing import Batch, Example, Key, Params, Scalar, Source
+from dpjax.typing import Batch, Key, Params, Scalar
 
 
 class TrainState(NamedTuple):
@@ -42,7 +44,8 @@ class TrainState(NamedTuple):
     Attributes:
         params: The parameters that are trained.
         private: State of mechanism and optimizer; its ``step`` is the only counter.
-        average: Moving average of params, or () if none is kept.
+        average: Moving average of what the optimizer says is evaluated, the params by
+            default, in float32 at least; () if none is kept.
         loss_key: Randomness inside the loss (dropout, augmentation).
         init_key: Randomness of the starting parameters; the frozen ones, which are not
             kept here, are made from it again.
@@ -338,7 +341,8 @@ def make_train_step(
         total = sums.merged()
         updates, after = transform.update(total, state.private, state.params)
         params = optax.apply_updates(state.params, updates)
-        average = _moving_average(state.average, params, decay=decay, step=step)
+        evaluated = evaluation_params(after.optimizer, params)
+        average = _moving_average(state.average, evaluated, decay=decay, step=step)
         norm = optax.tree.norm(updates)
         released = Released(step, after.released, norm, total.l2_bound)
         state = state._replace(params=params, private=after, average=average)
@@ -363,7 +367,7 @@ def init_state(
     state = TrainState(
         params=params,
         private=transform.init(params),
-        average=jax.tree.map(jnp.copy, params) if keeps_average else (),
+        average=jax.tree.map(_wide_copy, params) if keeps_average else (),
         loss_key=_key("loss", seed),
         init_key=init_key,
         sampling_seed=processes.of_first(
@@ -383,56 +387,14 @@ def sampling_seed(state: TrainState) -> int:
     return int.from_bytes(np.asarray(state.sampling_seed).tobytes(), "big")
 
 
-def check_parts(experiment: Experiment) -> tuple[Params, Params]:
-    """Check, by shapes alone, what would else fail after steps have been released.
-
-    Returns:
-        The shapes of the parameters: those that are trained, and the frozen ones.
-
-    Raises:
-        ConfigError: Loss or metric does not fit the model and the data, the parameters
-            cannot be exported or not be split as the mesh asks, or no part of them can be
-            trained as asked.
-    """
-    blank, key = _blank(experiment.source), jax.random.key(0)
-    with _of_the_user("model", blank):
-        params = jax.eval_shape(experiment.model.init, key, blank)
-        flatten_params(jax.tree.map(lambda leaf: np.zeros((), leaf.dtype), params))
-    with _of_the_user("loss", blank):
-        loss = jax.eval_shape(experiment.loss, params, blank, key)
-    with _of_the_user("evaluation.metric", blank):
-        score = jax.eval_shape(experiment.metric, params, blank)
-    for name, out in (("loss", loss), ("evaluation.metric", score)):
-        if getattr(out, "shape", None) != ():
-            raise configs.ConfigError(
-                f"config.{name}: {out} must be one scalar for ONE example"
-            )
-    try:
-        experiment.layout.of_params(params)
-    except ValueError as error:
-        raise configs.ConfigError(f"config.mesh.rules: {error}") from error
-    try:
-        return jax.eval_shape(lambda key: _starts(experiment, key), key)
-    except ValueError as error:
-        raise configs.ConfigError(f"config.parameters.train: {error}") from error
-
-
-@contextlib.contextmanager
-def _of_the_user(part: str, blank: Example) -> Iterator[None]:
-    """Tell of which part an error is: models, losses and metrics are the user's code."""
-    try:
-        yield
-    except Exception as error:
-        fields = f"; an example has {sorted(blank)}" if type(error) is KeyError else ""
-        raise configs.ConfigError(
-            f"config.{part} does not fit the data or the model: {configs.told(error)}"
-            f"{fields}"
-        ) from error
-
-
 def evaluated_params(state: TrainState, frozen: Params) -> Params:
     """Return what is evaluated and exported: all, the moving average if one is kept."""
-    trained = state.average if jax.tree.leaves(state.average) else state.params
+    if jax.tree.leaves(state.average):
+        trained = jax.tree.map(
+            lambda mean, x: mean.astype(x.dtype), state.average, state.params
+        )
+    else:
+        trained = evaluation_params(state.private.optimizer, state.params)
     return merge(trained, frozen)
 
 
@@ -478,6 +440,11 @@ def _moving_average(
     # (De et al. 2022, arXiv 2204.13650, appendix C).
     rate = jnp.minimum(decay, (1 + step) / (10 + step))
     return optax.incremental_update(params, average, 1 - rate)
+
+
+def _wide_copy(leaf: jax.Array) -> jax.Array:
+    # In bfloat16 a slow average would not move.
+    return jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32))
 
 
 def _check_same_everywhere(identity: Mapping[str, Any]) -> None:
@@ -532,23 +499,12 @@ def _check_same_frozen(
         )
 
 
-def _starts(experiment: Experiment, key: Key) -> tuple[Params, Params]:
-    """Return the starting parameters: those that are trained, and the frozen ones."""
-    params = experiment.model.init(key, _blank(experiment.source))
-    return partition(params, experiment.train)
-
-
 def _placed_start(experiment: Experiment, key: Key, *, part: int) -> Params:
     """Return one part of the starting parameters, where the layout has them."""
-    shapes = jax.eval_shape(lambda key: _starts(experiment, key)[part], key)
+    shapes = jax.eval_shape(lambda key: starts(experiment, key)[part], key)
     shardings = experiment.layout.of_params(shapes)
-    start = jax.jit(lambda key: _starts(experiment, key)[part], out_shardings=shardings)
+    start = jax.jit(lambda key: starts(experiment, key)[part], out_shardings=shardings)
     return start(key)
-
-
-def _blank(source: Source) -> Example:
-    # Initialisation sees shapes only: one that reads values would release an example.
-    return jax.tree.map(lambda x: np.zeros(x.shape[1:], x.dtype), source[[0]])
 
 
 def _size(params: Params) -> int:

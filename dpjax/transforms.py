@@ -12,6 +12,7 @@ from dpjax.feedback import ErrorFeedbackState, feed_back, init_memory
 from dpjax.fingerprint import combined_fingerprint
 from dpjax.mechanisms import Mechanism
 from dpjax.noise import check_root_key
+from dpjax.optimizers import owning
 from dpjax.sensitive import ClippedSum
 from dpjax.typing import Key, Params, Scalar
 
@@ -56,11 +57,7 @@ def private(
         ValueError: ``noise_key`` is another key, or none; ``optimizer`` is no transform.
     """
     check_root_key("noise_key", noise_key)
-    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-        raise ValueError(
-            f"optimizer={optimizer!r} must be an optax transform, such as optax.sgd(0.1)"
-        )
-    inner = optax.with_extra_args_support(optimizer)
+    inner = owning(optimizer)
 
     def init(params: Params) -> PrivateState:
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params)):

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from dpjax.clipping import vmap
 from dpjax.experiment import Experiment
 from dpjax.noise import root_key
+from dpjax.optimizers import owning
 from dpjax.partition import merge, partition, with_frozen
 from dpjax.sampling import FullBatch, Poisson
 from dpjax.typing import Batch, Params
@@ -64,13 +65,14 @@ def shadow_models(
     examples = jax.tree.map(jnp.asarray, source[list(range(size))])
     blank = jax.tree.map(lambda column: jnp.zeros_like(column[0]), examples)
     index = jnp.arange(size, dtype=jnp.int32)
+    optimizer = owning(experiment.optimizer)
     roots = jnp.stack([root_key(seed + 1 + i) for i in range(len(members))])
 
     def train(member: Bool[Array, "N"], key: Any, root: Any, examples: Any) -> Params:
         start = experiment.model.init(jax.random.fold_in(key, 0), blank)
         params, frozen = partition(start, experiment.train)
         loss = with_frozen(experiment.loss, frozen)
-        carry = (params, mechanism.init(params), experiment.optimizer.init(params))
+        carry = (params, mechanism.init(params), optimizer.init(params))
         phase = mechanism.phase(0)
 
         def step(carry: Any, t: Array) -> tuple[Any, None]:
@@ -81,7 +83,7 @@ def shadow_models(
             batch = Batch(examples, mask, index)
             clipped, _ = vmap(loss, query, batch, own)
             mean, state = mechanism.release(clipped, state, params, key=root, step=t)
-            updates, inner = experiment.optimizer.update(mean, inner, params)
+            updates, inner = optimizer.update(mean, inner, params)
             return (optax.apply_updates(params, updates), state, inner), None
 
         (params, _, _), _ = jax.lax.scan(step, carry, jnp.arange(mechanism.steps))

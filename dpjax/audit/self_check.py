@@ -24,6 +24,7 @@ from dpjax.config import ConfigError
 from dpjax.experiment import Experiment
 from dpjax.mechanisms import Mechanism
 from dpjax.noise import root_key
+from dpjax.optimizers import owning
 from dpjax.partition import partition, with_frozen
 from dpjax.sampling import (
     CyclicPoisson,
@@ -319,7 +320,7 @@ def check_update(part: Part) -> str:
     clipped, _ = part.asks[CONFIGURED](phase, params, part.batch)
     state = mechanism.init(params)
     mean, _ = mechanism.release(clipped, state, params, key=key, step=0)
-    for optimizer in (optax.identity(), experiment.optimizer):
+    for optimizer in (owning(optax.identity()), owning(experiment.optimizer)):
         expected, _ = optimizer.update(mean, optimizer.init(params), params)
         transform = private(mechanism, optimizer, noise_key=key)
         update: Any = transform.update

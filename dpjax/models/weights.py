@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dpjax.models.layouts import LAYOUTS, NOT_PARAMETERS, Layout, Rule, differences
-from dpjax.partition import flatten, unflatten
+from dpjax.partition import flatten, named_like
 from dpjax.typing import Example, Key, Model, Params
 
 Tensors = Mapping[str, np.ndarray]
@@ -77,7 +77,7 @@ def pretrained(
             return _gather(_parts(layout, tensors, given), given)
 
         # Not as constants of the program: they are as large as the model.
-        return unflatten(flatten(params) | jax.pure_callback(load, given))
+        return named_like(params, flatten(params) | jax.pure_callback(load, given))
 
     return model._replace(init=init)
 
@@ -119,7 +119,8 @@ def exported(model: Model, *, path: str, fresh: Sequence[str]) -> Model:
                     f"{str(file)!r} has {', '.join(surplus)}, which the model has not; "
                     "merge adapters, or build the model that was exported"
                 )
-            return {name: arrays[name] for name in given}
+            # An export has float32 for dtypes that are not numpy's own.
+            return {name: arrays[name].astype(x.dtype) for name, x in given.items()}
 
     def init(key: Key, example: Example) -> Params:
         params = model.init(key, example)
@@ -131,9 +132,8 @@ def exported(model: Model, *, path: str, fresh: Sequence[str]) -> Model:
                     f"{list(given[name].shape)} in the model"
                 )
         shapes = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in given.items()}
-        return unflatten(
-            flatten(params) | jax.pure_callback(lambda: read(given), shapes)
-        )
+        found = jax.pure_callback(lambda: read(given), shapes)
+        return named_like(params, flatten(params) | found)
 
     return model._replace(init=init)
 
@@ -162,7 +162,7 @@ def from_hf(
     layout = _layout(family)
     given = _without(like, fresh)
     parts = _parts(layout, _named(layout, tensors, skip=skip), given)
-    return unflatten(flatten(like) | _gather(parts, given))
+    return named_like(like, flatten(like) | _gather(parts, given))
 
 
 def to_hf(params: Params, *, family: str) -> dict[str, np.ndarray]:
