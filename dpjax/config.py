@@ -8,6 +8,7 @@ anything heavy is imported: a typo is answered at once.
 This module may not import jax.
 """
 
+import contextlib
 import difflib
 import hashlib
 import importlib
@@ -15,7 +16,7 @@ import json
 import math
 import sysconfig
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,24 @@ def build(spec: Mapping[str, Any], *args: Any, **extra: Any) -> Any:
         raise ConfigError(f"{spec['name']}: {error}{place_of(error)}") from error
     except (AttributeError, LookupError) as error:  # from the user's own code
         raise ConfigError(f"{spec['name']}: {told(error)}") from error
+
+
+@contextlib.contextmanager
+def of_the_user(
+    part: str, example: Mapping[str, Any], *, data: str = "the data"
+) -> Iterator[None]:
+    """Tell of which part an error is: models, losses and metrics are the user's code."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        fields = (
+            f"; an example has {sorted(example)}" if type(error) is KeyError else ""
+        )
+        raise ConfigError(
+            f"config.{part} does not fit {data} or the model: {told(error)}{fields}"
+        ) from error
 
 
 def told(error: Exception) -> str:

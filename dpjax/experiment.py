@@ -24,7 +24,7 @@ from dpjax.data.batches import (
 from dpjax.losses import augmented
 from dpjax.mechanisms import DpZero, Mechanism, NonPrivate
 from dpjax.sharding import Layout, make_layout
-from dpjax.typing import Example, Loss, Model, Params, Source
+from dpjax.typing import Example, Key, Loss, Model, Params, Source
 
 _log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def build_experiment(config: Mapping[str, Any]) -> Experiment:
         train=tuple(config["parameters"]["train"]),
         loss=augmented(
             configs.build(config["loss"], model),
-            augment=configs.build(config["augment"]["transform"]),
+            augment=_told_of(configs.build(config["augment"]["transform"])),
             views=config["augment"]["views"],
         ),
         metric=configs.build(config["evaluation"]["metric"], model),
@@ -111,6 +111,16 @@ def learning_rate(spec: Mapping[str, Any]) -> Callable[[int], Any] | None:
     if isinstance(given, Mapping):
         return configs.build(given)
     return None if given is None else lambda step: given
+
+
+def _told_of(augment: Callable[[Key, Example], Example]) -> Any:
+    """Let an error of the augmentation say that it is one, and not one of the loss."""
+
+    def checked(key: Key, example: Example) -> Example:
+        with configs.of_the_user("augment.transform", example):
+            return augment(key, example)
+
+    return checked
 
 
 def _check_start(config: Mapping[str, Any]) -> None:

@@ -1,8 +1,6 @@
 """What shapes alone tell about a run, before anything is computed or written."""
 
-import contextlib
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -29,14 +27,14 @@ def check_parts(experiment: Experiment) -> tuple[Params, Params]:
             no part of them can be trained as asked.
     """
     blank, key = blank_example(experiment.source), jax.random.key(0)
-    with of_the_user("model", blank):
+    with configs.of_the_user("model", blank):
         params = jax.eval_shape(experiment.model.init, key, blank)
         flatten(params)
-    with of_the_user("loss", blank):
+    with configs.of_the_user("loss", blank):
         loss = jax.eval_shape(experiment.loss, params, blank, key)
     held_out = blank_example(experiment.held_out)
     source = "config.evaluation.source"
-    with of_the_user("evaluation.metric", held_out, data=source):
+    with configs.of_the_user("evaluation.metric", held_out, data=source):
         score = jax.eval_shape(experiment.metric, params, held_out)
     for name, out in (("loss", loss), ("evaluation.metric", score)):
         if getattr(out, "shape", None) != ():
@@ -66,20 +64,6 @@ def blank_example(source: Source) -> Example:
     """Return an example of zeros, of the shapes and dtypes of those of ``source``."""
     # Initialisation sees shapes only: one that reads values would release an example.
     return jax.tree.map(lambda x: np.zeros(x.shape[1:], x.dtype), source[[0]])
-
-
-@contextlib.contextmanager
-def of_the_user(part: str, blank: Example, *, data: str = "the data") -> Iterator[None]:
-    """Tell of which part an error is: models, losses and metrics are the user's code."""
-    try:
-        yield
-    except configs.ConfigError:
-        raise
-    except Exception as error:
-        fields = f"; an example has {sorted(blank)}" if type(error) is KeyError else ""
-        raise configs.ConfigError(
-            f"config.{part} does not fit {data} or the model: {configs.told(error)}{fields}"
-        ) from error
 
 
 def _check_real(trained: Params) -> None:

@@ -126,7 +126,7 @@ REFUSED = {
     "optax:scale_by_backtracking_linesearch": "needs more than released gradients",
     "optax:scale_by_polyak": "needs more than released gradients",
     "optax:scale_by_zoom_linesearch": "needs more than released gradients",
-    "optax.contrib:differentially_private_aggregate": "to have a batch dimension in the 0th axis",
+    "optax.contrib:differentially_private_aggregate": "to have a batch dimension",
     "optax.contrib:dpsgd": "to have a batch dimension in the 0th axis",
     "optax.contrib:hutchinson_estimator_diag_hessian": "needs more than released",
     "optax.contrib:momo": "needs more than released gradients",
