@@ -48,6 +48,7 @@ def base() -> ConfigDict:
             "keep_checkpoints": 2,
             "writers": (),  # besides JSONL: "tensorboard", "wandb"
             "log_sensitive": False,
+            "verify": True,
             "self_check": False,
             "dry_run": False,
         }

@@ -50,6 +50,7 @@ GROUPS: dict[str, tuple[str, ...] | None] = {
         "keep_checkpoints",
         "writers",
         "log_sensitive",
+        "verify",
         "self_check",
         "dry_run",
     ),
@@ -363,7 +364,7 @@ def _check_values(config: Mapping[str, Any]) -> None:
             f"config.compute.memory_budget={budget!r} must be a positive number of bytes "
             "for the engine 'auto', or None"
         )
-    for key in ("log_sensitive", "self_check", "dry_run"):
+    for key in ("log_sensitive", "verify", "self_check", "dry_run"):
         if not isinstance(run[key], bool):
             raise ConfigError(f"config.run.{key}={run[key]!r} must be True or False")
     if not (run["seed"] is None or isinstance(run["seed"], int)):

@@ -8,19 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import optax
 from jaxtyping import Array
 
 from dpjax import config as configs
 from dpjax.checks import check_rows
 from dpjax.clipping import Engine, plain, resolve_engine
-from dpjax.data.batches import (
-    check_labels,
-    check_records,
-    check_tokens,
-    fingerprint,
-    overlap,
-)
+from dpjax.data.batches import check_records, fingerprint, overlap
+from dpjax.data.inspection import Inspection, inspect
 from dpjax.losses import augmented
 from dpjax.mechanisms import DpZero, Mechanism, NonPrivate
 from dpjax.sharding import Layout, make_layout
@@ -45,6 +42,7 @@ class Experiment:
         source: Training data.
         held_out: Evaluation data.
         data_fingerprint: Of the training data; a resume on other data is refused.
+        inspection: What one pass over the training data counted; as private as they are.
     """
 
     mechanism: Mechanism
@@ -58,6 +56,7 @@ class Experiment:
     source: Source
     held_out: Source
     data_fingerprint: str
+    inspection: Inspection
 
 
 def build_experiment(config: Mapping[str, Any]) -> Experiment:
@@ -71,7 +70,7 @@ def build_experiment(config: Mapping[str, Any]) -> Experiment:
     layout = _layout(config)
     source = configs.build(config["data"]["source"])
     held_out = configs.build(config["evaluation"]["source"])
-    _check_data(config, source, held_out)
+    _check_data(source, held_out)
     _check_held_out(config, source, held_out)
     mechanism = configs.build_mechanism(config["mechanism"], num_examples=len(source))
     if mechanism.private and mechanism.delta >= 1 / len(source):
@@ -82,6 +81,8 @@ def build_experiment(config: Mapping[str, Any]) -> Experiment:
             1 / len(source),
         )
     model = configs.build(config["model"])
+    inspection = _inspected(config, "data", source, model)
+    _inspected(config, "evaluation", held_out, model)
     return Experiment(
         mechanism=mechanism,
         layout=layout,
@@ -98,6 +99,7 @@ def build_experiment(config: Mapping[str, Any]) -> Experiment:
         source=source,
         held_out=held_out,
         data_fingerprint=fingerprint(source),
+        inspection=inspection,
     )
 
 
@@ -177,7 +179,7 @@ def _check_held_out(
     shared = overlap(source, held_out)
     if shared > 0.05:
         raise configs.ConfigError(
-            f"{shared:.0%} of config.evaluation.source is in config.data.source: it is not "
+            "more than 5% of config.evaluation.source is in config.data.source: it is not "
             "held out; change the split, or give both the same provenance"
         )
 
@@ -199,19 +201,60 @@ def _engine(compute: Mapping[str, Any], mechanism: Mechanism) -> Engine:
     )
 
 
-def _check_data(config: Mapping[str, Any], source: Source, held_out: Source) -> None:
+def _check_data(source: Source, held_out: Source) -> None:
     for name, data in (("data", source), ("evaluation", held_out)):
         try:
             check_records(data)
         except ValueError as error:
             raise configs.ConfigError(f"config.{name}.source: {error}") from error
-        keys, model = data[[0]], config["model"]
-        classes = configs.number_of(model, "num_classes")
-        vocabulary = configs.number_of(model, "vocab_size")
-        try:
-            if classes is not None and "label" in keys:
-                check_labels(data, num_classes=classes)
-            if vocabulary is not None and "tokens" in keys:
-                check_tokens(data, vocab_size=vocabulary)
-        except ValueError as error:
-            raise configs.ConfigError(f"config.{name}.source: {error}") from error
+
+
+def _inspected(
+    config: Mapping[str, Any], part: str, data: Source, model: Model
+) -> Inspection:
+    try:
+        return inspect(data, limits=_limits(config, data, model))
+    except ValueError as error:
+        raise configs.ConfigError(f"config.{part}.source: {error}") from error
+
+
+def _limits(config: Mapping[str, Any], data: Source, model: Model) -> dict[str, int]:
+    """Return how many values labels and tokens may have, by the model and its outputs.
+
+    Of a model of one's own the outputs are counted if a loss or metric that ships takes
+    their last axis for classes or tokens; other losses may mean something else by it.
+    """
+    record, found = data[[0]], {}
+    used = {config["loss"]["name"], config["evaluation"]["metric"]["name"]}
+    for key, keyword, readers in _INTEGERS:
+        if key not in record:
+            continue
+        limit = configs.number_of(config["model"], keyword)
+        if limit is None and used & {f"dpjax.losses:{name}" for name in readers}:
+            limit = _last_axis(model, record)
+        if limit is not None:
+            found[key] = limit
+    return found
+
+
+_INTEGERS = (
+    ("label", "num_classes", ("classification", "accuracy", "error_rate")),
+    (
+        "tokens",
+        "vocab_size",
+        ("causal_lm", "masked_lm", "token_nats", "hidden_token_nats"),
+    ),
+)
+"""Key of a record, keyword of a model, losses and metrics for which outputs are of these."""
+
+
+def _last_axis(model: Model, record: Example) -> int | None:
+    blank = jax.tree.map(lambda x: np.zeros(x.shape[1:], x.dtype), record)
+    key = jax.random.key(0)
+    try:
+        params = jax.eval_shape(model.init, key, blank)
+        outputs = jax.eval_shape(model.apply, params, blank, key)
+        return outputs.shape[-1]
+    except Exception:  # noqa: BLE001
+        # ``train.check_parts`` tells what is wrong with a model, and where.
+        return None

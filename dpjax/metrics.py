@@ -87,6 +87,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 class TensorBoardWriter:
     """Writes TensorBoard event files, with tensorboardX.
 
+    The time of an event is its step: how long steps took depends on the batches drawn.
+
     Args:
         directory: Where the event files go.
         resume_step: Events after this step are hidden.
@@ -105,9 +107,9 @@ class TensorBoardWriter:
         """Add the scalars of one step; raises TypeError as `JsonlWriter.write` does."""
         for name, value in plain_scalars(scalars).items():
             if isinstance(value, str):
-                self._writer.add_text(name, value, step)
+                self._writer.add_text(name, value, step, walltime=step)
             else:
-                self._writer.add_scalar(name, value, step)
+                self._writer.add_scalar(name, value, step, walltime=step)
         self._writer.flush()
 
     def close(self) -> None:

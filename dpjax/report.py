@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dpjax.about import About
 from dpjax.accounting import epsilon
 from dpjax.config import PRIVATE_START
+from dpjax.data.inspection import Inspection
 from dpjax.mechanisms import Mechanism
 from dpjax.partition import flatten
 from dpjax.typing import Params
@@ -18,13 +20,34 @@ PACKAGES = ("dpjax", "jax", "jaxlib", "numpy", "flax", "optax", "dp-accounting")
 
 CLAIMED = "claimed, assumption-based"
 
+UNIT = "one training example"
+WEAK = 10.0
+"""Above, epsilon by itself is not taken for protection (Ponomareva et al. 2023, "How to
+DP-fy ML", arXiv 2303.00654, section 5.2: tier 3)."""
+
+RELEASED = (
+    "the parameters in export/, and those after each step of the run",
+    "metrics.jsonl, but for names that begin with sensitive/ or private_test/",
+    "config.json, ledger.txt and this card",
+)
+SECRET = (
+    "checkpoints/: the keys of noise, sampling and loss, and the state of mechanism and "
+    "optimizer",
+    "which examples a batch had, how many, and what the loss drew for them",
+    "how long steps took, and what was printed on the operator's terminal",
+)
+
 ASSUMPTIONS = (
-    "Privacy unit: one training example.",
-    "The number of training examples is public.",
+    f"Privacy unit: {UNIT}. A person with k examples, or k copies of one, is protected as "
+    "a group of k: by about k times epsilon, at a larger delta. Copies are counted at the "
+    "start; how many there are is private, and not told here.",
+    "The number of training examples is public, a constant of the plan like rates, steps "
+    "and divisors, which were computed from it: adjacent data have one example more or "
+    "less under the same constants.",
     "Noise and sampling come from non-cryptographic generators (threefry, Philox), "
     "sums are rounded and noise is added in floating point.",
     "The time that steps take depends on the batches drawn: neither it nor the throughput "
-    "in the metrics, examples/s, is published.",
+    "is published.",
     "What the config fixes (vocabulary, label words, lengths, constants of preprocessing) "
     "was not learnt from the private data.",
     "The cost covers this run only: other runs on the same data, such as a search for "
@@ -37,11 +60,12 @@ class PrivacyCard:
     """The statement that goes with a model.
 
     Attributes:
+        sentence: What epsilon means, for people who do not know it.
         private: Whether a finite epsilon is claimed at all.
         proven: Whether epsilon holds for any data; if not, flags say what it assumes.
         epsilon: By PLD, or by RDP where that does not reach, at ``steps_taken``.
         epsilon_rdp: By RDP, a looser cross-check; None where RDP has no analysis.
-        delta, adjacency: What epsilon refers to.
+        delta, unit, adjacency: What epsilon refers to.
         amplified: Whether epsilon relies on amplification by sampling.
         steps_taken, steps_planned: Releases. While a run goes on, those taken include
             what is taken before the next evaluation or checkpoint.
@@ -50,14 +74,18 @@ class PrivacyCard:
         key_source: Where noise and sampling seeds came from.
         flags: What weakens or voids the claim; empty at best.
         assumptions: What the claim rests on.
+        released, secret: What epsilon lets be published, and what it does not.
+        about: Which run this is about; None for a plan without one.
         versions: Of the packages that computed it.
     """
 
+    sentence: str
     private: bool
     proven: bool
     epsilon: float
     epsilon_rdp: float | None
     delta: float
+    unit: str
     adjacency: str
     amplified: bool
     steps_taken: int
@@ -67,6 +95,9 @@ class PrivacyCard:
     key_source: str
     flags: tuple[str, ...]
     assumptions: tuple[str, ...]
+    released: tuple[str, ...]
+    secret: tuple[str, ...]
+    about: About | None
     versions: dict[str, str]
 
     def to_json(self) -> str:
@@ -85,20 +116,24 @@ class PrivacyCard:
             else f"{self.epsilon_rdp:.4f}",
             "analysis": "holds for any data" if self.proven else CLAIMED,
             "delta": f"{self.delta:g}",
-            "adjacency": self.adjacency.replace("_", " "),
+            "unit": self.unit,
+            "adjacency": f"{self.adjacency.replace('_', ' ')}, n fixed and public",
             "amplification by sampling": "yes" if self.amplified else "none claimed",
             "steps accounted / planned": f"{self.steps_taken} / {self.steps_planned}",
             **{f"mechanism.{key}": value for key, value in self.mechanism.items()},
             "event": f"`{self.event}`",
             "seeds": self.key_source,
+            **(dataclasses.asdict(self.about) if self.about else {}),
         }
         table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
         versions = ", ".join(f"{name} {v}" for name, v in self.versions.items())
         return (
-            f"# Privacy card: {self.headline()}\n\n"
+            f"# Privacy card: {self.headline()}\n\n{self.sentence}\n\n"
             f"| fact | value |\n| --- | --- |\n{table}\n\n"
             f"## Flags\n\n{_bullets(self.flags or ('none',))}\n"
             f"## Assumptions\n\n{_bullets(self.assumptions)}\n"
+            f"## May be published\n\n{_bullets(self.released or ('all',))}\n"
+            f"## Must stay secret\n\n{_bullets(self.secret or ('nothing',))}\n"
             f"Computed with {versions}.\n"
         )
 
@@ -133,6 +168,7 @@ def privacy_card(
     seed: int | None = None,
     flags: Sequence[str] = (),
     assumptions: Sequence[str] = (),
+    about: About | None = None,
 ) -> PrivacyCard:
     """Return the card of ``steps`` releases.
 
@@ -142,6 +178,7 @@ def privacy_card(
         seed: The written seed of noise and sampling, or None if they came from the OS.
         flags: Further facts that weaken the claim.
         assumptions: Further facts that the claim rests on.
+        about: Which run it is about.
     """
     spent = epsilon(mechanism, steps=steps)
     cross_check = epsilon(mechanism, steps=steps, accountant="rdp")
@@ -158,12 +195,17 @@ def privacy_card(
         found.append(f"delta is not below 1/num_examples={mechanism.num_examples}")
     if mechanism.private and not sampling.amplified:
         found.append("accounted without amplification by sampling")
+    if mechanism.private and WEAK < spent < math.inf:
+        found.append(f"epsilon is above {WEAK:g}: by itself it protects little")
+    protects = mechanism.private and math.isfinite(spent) and seed is None
     return PrivacyCard(
+        sentence=_sentence(spent, mechanism, protects=protects, proven=not caveats),
         proven=not caveats,
-        private=mechanism.private and math.isfinite(spent) and seed is None,
+        private=protects,
         epsilon=spent,
         epsilon_rdp=None if math.isnan(cross_check) else cross_check,
         delta=mechanism.delta,
+        unit=UNIT,
         adjacency=sampling.adjacency,
         amplified=sampling.amplified,
         steps_taken=steps,
@@ -173,7 +215,41 @@ def privacy_card(
         key_source="operating system entropy" if seed is None else f"seed={seed}",
         flags=tuple(found),
         assumptions=(*ASSUMPTIONS, *assumptions) if mechanism.private else (),
+        released=RELEASED if mechanism.private else (),
+        secret=SECRET if mechanism.private else (),
+        about=about,
         versions=versions(),
+    )
+
+
+def _sentence(
+    epsilon: float, mechanism: Mechanism, *, protects: bool, proven: bool
+) -> str:
+    """Return what epsilon means: the odds of the best guess at who was in the data.
+
+    With even odds before, a guess is right with probability ``(e^epsilon + delta) /
+    (e^epsilon + 1)`` at most, whatever else is known (Kairouz et al. 2015, arXiv 1311.0776,
+    the testing region of (epsilon, delta)).
+    """
+    if not mechanism.private:
+        return "This model was trained without privacy, on data declared public."
+    if not protects:
+        return (
+            "This run guarantees nothing about any training example: treat all that it "
+            "made like the training data."
+        )
+    # Of e^-epsilon, which does not overflow.
+    chance = (1 + mechanism.delta * math.exp(-epsilon)) / (1 + math.exp(-epsilon))
+    most = math.ceil(1000 * chance) / 10
+    act = {
+        "add_or_remove_one": "used in training",
+        "zero_out_one": "used in training, or blanked out there",
+    }[mechanism.sampling.adjacency]
+    return (
+        "Who guesses from all that is released, and from whatever else they know, whether "
+        f"{UNIT} of their choice was {act} is right at most {most:g} times in 100, where "
+        "tossing a coin is right 50 times"
+        + ("." if proven else ", if what the flags say is so.")
     )
 
 
@@ -182,13 +258,37 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
-def card_of(config: Mapping[str, Any], mechanism: Mechanism, steps: int) -> PrivacyCard:
-    """Return the card of a run after ``steps`` steps, with the flags of its config."""
+def card_of(
+    config: Mapping[str, Any],
+    mechanism: Mechanism,
+    steps: int,
+    about: About | None = None,
+    inspection: Inspection | None = None,
+) -> PrivacyCard:
+    """Return the card of a run after ``steps`` steps, with the flags of its config.
+
+    Args:
+        config: Of the run.
+        mechanism: Its mechanism.
+        steps: Releases really made.
+        about: Which run it is.
+        inspection: What was counted in its data; told only if they are public.
+    """
     flags = []
     if mechanism.private and config["run"]["log_sensitive"]:
         flags.append("un-noised statistics of training examples were logged")
     if config["evaluation"]["provenance"] == "private":
         flags.append("evaluated on private data without noise: the scores are private")
+    if mechanism.private and "wandb" in config["run"]["writers"]:
+        flags.append(
+            "wandb was told when each step ended, which depends on the batches"
+        )
+    public = config["data"]["provenance"] == "public"
+    if public and inspection is not None and inspection.duplicates:
+        flags.append(
+            f"{inspection.duplicates} examples repeat earlier ones, one of them "
+            f"{inspection.copies} times in all"
+        )
     start, assumptions = config["parameters"]["provenance"], []
     if start == "private":
         flags.append(f"{PRIVATE_START}: what they reveal is not in this epsilon")
@@ -202,7 +302,18 @@ def card_of(config: Mapping[str, Any], mechanism: Mechanism, steps: int) -> Priv
         seed=config["run"]["seed"],
         flags=flags,
         assumptions=assumptions,
+        about=about,
     )
+
+
+def inspected(inspection: Inspection) -> list[str]:
+    """Return what one pass over the data found, for the operator."""
+    if not inspection.duplicates:
+        return ["no training example is repeated"]
+    return [
+        f"{inspection.duplicates} training examples are copies of others; one is there "
+        f"{inspection.copies} times, and protected as a group of as many"
+    ]
 
 
 def identity(

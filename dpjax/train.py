@@ -16,9 +16,11 @@ import numpy as np
 import optax
 
 from dpjax import config as configs
-from dpjax import processes, report
+from dpjax import processes, report, terminal
+from dpjax.about import about, file_digest
 from dpjax.accounting import epsilon
 from dpjax.audit.self_check import self_check
+from dpjax.audit.verify import verify
 from dpjax.checkpoint import Checkpoints, export
 from dpjax.clipping import Query
 from dpjax.data.batches import StepBatch, batches
@@ -84,8 +86,10 @@ def plan(config: Mapping[str, Any]) -> str:
     experiment = build_experiment(config)
     mechanism = experiment.mechanism
     trained, frozen = (_size(part) for part in check_parts(experiment))
+    _tell_operator(config, experiment)
     start = report.start_block(config, mechanism, trained=trained, frozen=frozen)
-    card = report.card_of(config, mechanism, mechanism.steps)
+    found = experiment.inspection
+    card = report.card_of(config, mechanism, mechanism.steps, inspection=found)
     if config["run"]["self_check"]:
         start = f"{self_check(experiment)}\n\n{start}"
     return (
@@ -110,7 +114,8 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
 
     Raises:
         ConfigError: The config is wrong, or ``workdir`` holds a run of another one.
-        SelfCheckError: ``run.self_check`` found a part that breaks the guarantee.
+        SelfCheckError: ``run.self_check`` found a part that breaks the guarantee, or
+            ``run.verify`` an engine that is wrong for this loss.
         CheckpointError: There are checkpoints, but none is usable.
         NoiseReuseError: A replayed step came out differently.
         FloatingPointError: Training diverged.
@@ -123,6 +128,8 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
     identity = report.identity(config, mechanism, experiment.data_fingerprint)
     _check_same_everywhere(identity)
     layout, is_first = experiment.layout, processes.is_first()
+    if is_first:
+        _tell_operator(config, experiment)
     if run["self_check"]:
         passed = self_check(experiment)
         if is_first:
@@ -157,6 +164,20 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
 
         train_step = make_train_step(config, experiment, transform, frozen)
         rate = learning_rate(config["optimizer"])
+        if run["verify"] and mechanism.private and start < mechanism.steps:
+            size = config["compute"]["physical_batch_size"]
+            verify(experiment, train_step, state, physical_batch_size=size)
+        facts = about(
+            config,
+            shapes,
+            data_fingerprint=experiment.data_fingerprint,
+            secret=np.asarray(state.sampling_seed).tobytes(),
+        )
+
+        def card_at(releases: int) -> report.PrivacyCard:
+            found = experiment.inspection
+            return report.card_of(config, mechanism, releases, facts, found)
+
         evaluate = evaluator(
             experiment.metric,
             batch_size=config["evaluation"]["batch_size"],
@@ -198,28 +219,30 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
                 _record(ledger, released)
                 previous = None
                 # The accountant takes its time, which is none of the steps'.
-                scalars = {"examples/s": clock.examples_per_second(step)}
+                speed = {"examples/s": clock.examples_per_second(step)}
+                scalars = {}
                 if step > accounted or stop:
                     accounted = (
                         step if stop else _next_pause(step, run, last=mechanism.steps)
                     )
                     releases = max(accounted, ledger.releases)
                     if is_first:
-                        report.card_of(config, mechanism, releases).write(workdir)
+                        card_at(releases).write(workdir)
                 scalars["epsilon"] = epsilon(mechanism, steps=accounted)
                 scalars["update_norm"] = float(released.update_norm)
                 if mechanism.private:
                     scalars["clip_norm"] = float(released.clip_norm)
                 if run["log_sensitive"]:
-                    facts = mechanism.diagnose(state.private.mechanism)
-                    scalars |= summarise(statistics, facts)
+                    found = mechanism.diagnose(state.private.mechanism)
+                    scalars |= summarise(statistics, found | speed)
                 if score_now:
                     params = evaluated_params(state, frozen)
                     score = evaluate(params, experiment.held_out)
                     scalars[metric] = score
                 writer.write(step, scalars)
                 shown = {} if rate is None else {"lr": rate(batch.step)}
-                progress.update(step, scalars | shown)
+                # Not to the writers: it depends on the sizes of the batches.
+                progress.update(step, speed | scalars | shown)
                 if save:
                     ledger.sync()
                     saved.save(step, state, metadata=identity)
@@ -228,18 +251,27 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
                     raise Interrupted(f"saved step {step} of {mechanism.steps}")
                 clock.restart(step)
 
-        card = report.card_of(config, mechanism, mechanism.steps)
         params = evaluated_params(state, frozen)
         if math.isnan(score):  # The run was complete before it was resumed.
             score = evaluate(params, experiment.held_out)
         params = processes.to_host(params)
         if is_first:
-            card.write(workdir)
-            if not (workdir / "export" / "params.npz").exists():
+            folder, card = workdir / "export", card_at(mechanism.steps)
+            if not (folder / "params.npz").exists():
                 names = report.parameter_names(state.params, frozen)
-                export(workdir / "export", params, card.files() | names)
+                export(folder, params, card.files() | names)
+            digest = file_digest(folder / "params.npz")
+            facts = dataclasses.replace(facts, parameters=digest)
+            card = dataclasses.replace(card, about=facts)
+            card.write(folder)
+            card.write(workdir)
             print(report.end_block(card, {metric: score}, workdir))
     return state
+
+
+def _tell_operator(config: Mapping[str, Any], experiment: Experiment) -> None:
+    found = report.inspected(experiment.inspection)
+    terminal.tell(found, private=config["data"]["provenance"] == "private")
 
 
 def _next_pause(step: int, run: Mapping[str, Any], *, last: int) -> int:

@@ -19,7 +19,6 @@ Exit status: 0 done, 2 wrong arguments or input.
 """
 
 import csv
-import json
 import os
 import shutil
 import sys
@@ -91,21 +90,9 @@ def _run(name: str, text: Path, data: Path, workdir: Path) -> None:
     table = f"{_table(scores)}\n{_CAVEAT}\n"
     (workdir / "results" / "scores.md").write_text(table)
     _write_facts(name, scores, workdir / "results")
-    for file in ("config.json", "privacy_card.md"):
+    for file in ("config.json", "metrics.jsonl", "privacy_card.md"):
         shutil.copy(workdir / task.private / file, workdir / "results" / file)
-    copy_metrics(workdir / task.private, workdir / "results")
     print(table)
-
-
-def copy_metrics(run: Path, results: Path) -> None:
-    """Copy what may be published: how long a step took tells of the size of its batch."""
-    from dpjax.metrics import read_jsonl
-
-    records = read_jsonl(run / "metrics.jsonl")
-    for record in records:
-        record.pop("examples/s", None)
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    (results / "metrics.jsonl").write_text(text)
 
 
 def _write_facts(name: str, scores: Mapping[str, Any], results: Path) -> None:

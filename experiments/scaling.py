@@ -166,6 +166,7 @@ def programs(name: str, mesh: tuple[int, int], rows: int) -> tuple[Any, Any, Any
         source=nothing,
         held_out=nothing,
         data_fingerprint="",
+        inspection=nothing,
     )
     config = {
         "run": {"log_sensitive": False},

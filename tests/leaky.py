@@ -2,6 +2,8 @@
 
 import jax.numpy as jnp
 
+from dpjax.data.arrays import ArraySource, digits
+from dpjax.models.mlp import mlp
 from dpjax.typing import Model
 
 
@@ -38,3 +40,14 @@ def misshapen(*, num_classes):
         return example["image"] @ params["w"]
 
     return Model(lambda key, example: {"w": jnp.zeros((64, num_classes))}, apply)
+
+
+def nine_outputs():
+    return mlp(features=(4,), num_classes=9, activation="tanh")
+
+
+def holed(*, split):
+    arrays = dict(digits(split=split, test_fraction=0.2).arrays)
+    arrays["image"] = arrays["image"].copy()
+    arrays["image"][7, 3, 3] = float("nan")
+    return ArraySource(arrays)

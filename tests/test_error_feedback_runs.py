@@ -71,7 +71,7 @@ def test_the_memory_is_neither_exported_nor_logged_nor_printed(undisturbed):
     params = jax.tree.map(np.asarray, state.average)
     assert exported(workdir).keys() == params.keys()
     jax.tree.map(np.testing.assert_array_equal, exported(workdir), params)
-    public = {"step", "epsilon", "examples/s", "update_norm", "clip_norm"}
+    public = {"step", "epsilon", "update_norm", "clip_norm"}
     public |= {"test/accuracy"}
     assert set().union(*metrics(workdir)) == public
     assert "memory" not in json.dumps(card(workdir))

@@ -440,18 +440,30 @@ WRONG_VALUES = {
         "no/such/train has no class folders",
     ),
     "unknown split": ({"data.source.split": "dev"}, "split='dev'"),
-    "label out of range": ({"model.num_classes": 9}, "label=9 of example"),
+    "label out of range": (
+        {"model.num_classes": 9},
+        "config.data.source: a value of 'label' is outside [0, 9) (which one is not told",
+    ),
+    "label outside of an own model": (
+        {"model": {"name": "tests.leaky:nine_outputs"}},
+        "config.data.source: a value of 'label' is outside [0, 9) (which one is not told",
+    ),
+    "not a number in the data": (
+        {"data.source": {"name": "tests.leaky:holed", "split": "train"}},
+        "config.data.source: a value of 'image' is NaN or infinite (which one is not told",
+    ),
+    "verify no bool": ({"run.verify": None}, "verify=None must be True or False"),
     "learning rate nan": (
         {"optimizer.learning_rate": float("nan")},
         "config.optimizer.learning_rate=nan must be finite",
     ),
     "evaluated on training data": (
         {"evaluation.source.split": "train"},
-        "100% of config.evaluation.source is in config.data.source",
+        "more than 5% of config.evaluation.source is in config.data.source",
     ),
     "splits overlap": (
         {"data.source.test_fraction": 0.1},
-        "of config.evaluation.source is in config.data.source",
+        "more than 5% of config.evaluation.source is in config.data.source",
     ),
     "metric of another model": (
         {"evaluation.metric.name": "tests.leaky:wrong_metric"},
@@ -685,7 +697,7 @@ def pretrained(config, **changes):
 WRONG_TEXT = {
     "vocabulary": (
         lambda folder: language_model(folder, **{"model.vocab_size": 100}),
-        "config.data.source: token 116 of example 0 is outside [0, 100); use the tokenizer",
+        "config.data.source: a value of 'tokens' is outside [0, 100) (which one is not told",
     ),
     "positions": (
         lambda folder: language_model(folder, **{"model.length": 7}),

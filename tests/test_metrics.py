@@ -23,7 +23,6 @@ from dpjax.metrics import (
     writers,
 )
 from dpjax.sensitive import PerExample
-from experiments.public_to_private import copy_metrics
 
 
 def test_imports_without_jax_or_any_writer_library():
@@ -353,14 +352,3 @@ def test_packages_that_import_lazily_do_not_end_the_live_line(monkeypatch):
         progress.update(120, {"epsilon": 1.5})
     assert died == []
     assert "step 120/400" in terminal.getvalue()
-
-
-def test_published_metrics_do_not_tell_how_long_steps_took(tmp_path):
-    run, results = tmp_path / "run", tmp_path / "results"
-    for folder in (run, results):
-        folder.mkdir()
-    record = {"step": 2, "epsilon": 1.5}
-    timed = json.dumps(record | {"examples/s": 9.0}) + "\n"
-    (run / "metrics.jsonl").write_text(timed + timed.replace("2", "4"))
-    copy_metrics(run, results)
-    assert read_jsonl(results / "metrics.jsonl") == [record, record | {"step": 4}]

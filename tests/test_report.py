@@ -1,14 +1,21 @@
 """The privacy card states every fact, and its flags tell what weakens it."""
 
 import dataclasses
+import datetime
 import importlib
 import json
+import math
+import subprocess
 
+import numpy as np
 import pytest
 
 import dpjax
-from dpjax.report import privacy_card
+from dpjax.about import about, file_digest, keyed
+from dpjax.data.inspection import Inspection
+from dpjax.report import card_of, inspected, privacy_card
 from tests.contracts.test_mechanisms import MECHANISMS, PRIVATE
+from tests.runs import tiny
 
 
 @pytest.mark.parametrize("name", MECHANISMS)
@@ -63,6 +70,7 @@ def test_an_honest_poisson_run_has_no_flags():
     [
         ({"noise_multiplier": 0.0}, {}, "no finite epsilon", False),
         ({"delta": 0.01}, {}, "delta is not below", True),
+        ({"noise_multiplier": 0.4}, {}, "epsilon is above 10", True),
         ({"sampling": dpjax.FullBatch()}, {}, "without amplification", True),
         ({}, {"seed": 3}, "seed=3", False),
         ({}, {"flags": ["raw losses were logged"]}, "raw losses", True),
@@ -86,3 +94,119 @@ def test_public_names_load_from_their_homes(name):
 def test_unknown_public_names_are_attribute_errors():
     with pytest.raises(AttributeError, match="no attribute 'clipped_gard'"):
         dpjax.clipped_gard  # noqa: B018
+
+
+def chance(card):
+    """How often the best guess at one example is right, as the card says."""
+    return float(card.sentence.partition("at most ")[2].split()[0]) / 100
+
+
+@pytest.mark.parametrize("multiplier", [0.3, 1.0, 3.0, 100.0])
+@pytest.mark.parametrize("delta", [1e-5, 1e-2])
+def test_the_sentence_is_what_epsilon_allows(multiplier, delta):
+    mechanism = dataclasses.replace(
+        MECHANISMS["dp_sgd poisson"], noise_multiplier=multiplier, delta=delta
+    )
+    card = privacy_card(mechanism, steps=5)
+    odds = math.exp(card.epsilon)
+    # Randomised response, and all lost with probability delta, is the worst there is.
+    worst = delta + (1 - delta) * odds / (1 + odds)
+    assert worst - delta <= chance(card) <= worst + delta / 2 + 1e-3
+    # Twice the total variation, from the region of hypothesis tests.
+    assert chance(card) >= (odds + delta) / (odds + 1) - 1e-9
+    assert card.sentence in card.to_markdown()
+
+
+def test_the_sentence_promises_nothing_that_is_not_proven():
+    plan = MECHANISMS["dp_sgd poisson"]
+    silent = dataclasses.replace(plan, noise_multiplier=0.0)
+    for card in (privacy_card(silent, steps=5), privacy_card(plan, steps=5, seed=1)):
+        assert "guarantees nothing" in card.sentence
+    claimed = [m for m in PRIVATE.values() if m.caveats(5)]
+    assert claimed
+    assert "if what the flags say" in privacy_card(claimed[0], steps=5).sentence
+    public = MECHANISMS["non-private"]
+    assert "without privacy" in privacy_card(public, steps=5).sentence
+
+
+def test_the_card_says_what_is_released_what_is_not_and_what_is_fixed():
+    page = privacy_card(MECHANISMS["dp_sgd poisson"], steps=5).to_markdown()
+    for part in (
+        "## May be published",
+        "## Must stay secret",
+        "keys of noise, sampling",
+    ):
+        assert part in page
+    assert "| unit | one training example |" in page
+    assert "| adjacency | add or remove one, n fixed and public |" in page
+    assert "a constant of the plan like rates" in page
+
+
+def run(seed=None, **changes):
+    config = tiny(**{"run.seed": seed} | changes)
+    params = {"w": np.zeros(3, np.float32)}
+    return config, about(config, params, data_fingerprint="f00d", secret=b"s" * 16)
+
+
+def test_the_card_of_a_run_names_what_it_is_about():
+    config, facts = run()
+    card = card_of(config, MECHANISMS["dp_sgd poisson"], 5, facts)
+    page, found = card.to_markdown(), json.loads(card.to_json())["about"]
+    assert found == dataclasses.asdict(facts)
+    for name, value in dataclasses.asdict(facts).items():
+        assert f"| {name} | {value} |" in page
+    assert (facts.engine, facts.dtype, facts.device) == ("auto", "float32", "cpu")
+    assert facts.date in {
+        str(datetime.datetime.now(datetime.UTC).date() - datetime.timedelta(days=days))
+        for days in (0, 1)
+    }
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    assert head.stdout.strip() in facts.commit
+
+
+def test_a_fingerprint_of_private_data_is_told_under_a_secret_key_or_not_at_all():
+    private, seeded, public = (
+        run()[1].data,
+        run(seed=1)[1].data,
+        run(**{"data.provenance": "public"})[1].data,
+    )
+    assert public == "f00d"
+    assert "f00d" not in private + seeded
+    assert keyed("f00d", b"s" * 16) in private
+    assert keyed("f00d", b"t" * 16) not in private
+    assert "withheld" in seeded
+
+
+def test_the_digest_of_a_file_is_that_of_sha256sum(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"abc")
+    # FIPS 180-2, appendix B.1.
+    assert file_digest(path) == (
+        "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )
+
+
+def test_repeated_rows_are_on_the_card_of_public_data_only():
+    plan, found = MECHANISMS["dp_sgd poisson"], Inspection(duplicates=12, copies=7)
+    cards = {
+        provenance: card_of(
+            tiny(**{"run.seed": None, "data.provenance": provenance}),
+            plan,
+            5,
+            inspection=found,
+        )
+        for provenance in ("public", "private")
+    }
+    assert any("12 examples repeat" in flag for flag in cards["public"].flags)
+    none = card_of(tiny(**{"run.seed": None}), plan, 5)
+    assert cards["private"] == none
+    assert "a group of k" in cards["private"].to_markdown()
+    assert "one is there 7 times" in inspected(found)[0]
+
+
+def test_what_wandb_is_told_is_flagged():
+    plan = MECHANISMS["dp_sgd poisson"]
+    card = card_of(tiny(**{"run.seed": None, "run.writers": ("wandb",)}), plan, 5)
+    assert any("when each step ended" in flag for flag in card.flags)

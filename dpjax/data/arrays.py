@@ -67,10 +67,13 @@ def check_indices(indices: Sequence[int], *, length: int) -> np.ndarray:
     """
     rows = np.asarray(indices)
     if rows.ndim != 1 or (rows.size and rows.dtype.kind not in "iu"):
-        raise TypeError(f"indices must be a list of ints, got {indices!r}")
-    outside = rows[(rows < 0) | (rows >= length)]
-    if outside.size:
-        raise IndexError(f"index {outside[0]} is outside [0, {length})")
+        raise TypeError(
+            f"indices must be a list of ints, got a {type(indices).__name__} of shape "
+            f"{list(rows.shape)} and dtype {rows.dtype}"
+        )
+    if np.any((rows < 0) | (rows >= length)):
+        # Which one is not told: who is in a batch is secret.
+        raise IndexError(f"an index is outside [0, {length})")
     return rows.astype(np.int64)
 
 
@@ -231,7 +234,8 @@ def few_shots(*, source: "Source", per_class: int) -> ArraySource:
         rows = np.flatnonzero(labels == label)
         if len(rows) < per_class:
             raise ValueError(
-                f"class {label} has {len(rows)} examples, and {per_class=} are asked for"
+                f"a class has fewer examples than {per_class=} asks for (which one is not "
+                "told: it may be private)"
             )
         chosen += rows[:per_class].tolist()
     return ArraySource(source[sorted(chosen)])

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Generator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -314,63 +314,3 @@ def _check_rows(records: Mapping[str, Any], count: int) -> None:
                 f"source[...] of {count} ints gave {key!r} of shape {np.shape(array)}, "
                 f"not ({count}, ...); {_WANTED}"
             )
-
-
-def check_labels(source: Source, *, num_classes: int, key: str = "label") -> None:
-    """Check that every label is an integer in [0, num_classes), in one pass.
-
-    A label outside would not fail later: under jit it gives NaN, or another class.
-
-    Args:
-        source: The data set; all its records are read.
-        num_classes: Number of classes.
-        key: Where the scalar label of a record is.
-
-    Raises:
-        ValueError: With the first offending index and value; or if ``key`` is not a
-            scalar integer.
-    """
-    for indices in slices(len(source)):
-        labels = _labels(source[indices], key)
-        (wrong,) = np.nonzero((labels < 0) | (labels >= num_classes))
-        if wrong.size:
-            raise ValueError(
-                f"{key}={labels[wrong[0]]} of example {indices[wrong[0]]} is outside "
-                f"[0, {num_classes}); correct the data or num_classes={num_classes}"
-            )
-
-
-def check_tokens(source: Source, *, vocab_size: int) -> None:
-    """Check that every token is in [0, vocab_size), in one pass.
-
-    A token outside would not fail later: its row of the table is NaN, the gradient of its
-    example is not finite, and the example is left out of the sum.
-
-    Args:
-        source: The data set, with ``tokens`` [T]; all its records are read.
-        vocab_size: Rows of the model's token table.
-
-    Raises:
-        ValueError: With the first offending index and value.
-    """
-    for indices in slices(len(source)):
-        tokens = source[indices]["tokens"]
-        rows, places = np.nonzero((tokens < 0) | (tokens >= vocab_size))
-        if rows.size:
-            raise ValueError(
-                f"token {tokens[rows[0], places[0]]} of example {indices[rows[0]]} is "
-                f"outside [0, {vocab_size}); use the tokenizer of the model, or another "
-                f"vocab_size={vocab_size}"
-            )
-
-
-def _labels(records: dict[str, Any], key: str) -> np.ndarray:
-    if key not in records:
-        raise ValueError(f"key={key!r} is not in the records, only {sorted(records)}")
-    labels = records[key]
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        shape = ", ".join(["N", *map(str, labels.shape[1:])])
-        raise ValueError(
-            f"{key} must be a scalar integer, [N] in all, not {labels.dtype} [{shape}]"
-        )
-    return labels

@@ -132,7 +132,7 @@ def test_source_contract(name, request, tmp_path):
             assert 0.9 < array.max() <= 1
 
     for index in (-1, length, length + 5):
-        with pytest.raises(IndexError, match=rf"index {index} .*{length}"):
+        with pytest.raises(IndexError, match=rf"an index is outside .*{length}"):
             source[[0, index]]
     for not_a_list_of_ints in (0, [0.5], [True, False]):
         with pytest.raises(TypeError, match="list of ints"):

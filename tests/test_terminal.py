@@ -1,0 +1,24 @@
+import io
+import sys
+
+import pytest
+
+from dpjax import terminal
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("private", [True, False])
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+def test_what_is_private_is_told_on_a_terminal_only_and_marked(
+    stream, private, monkeypatch
+):
+    out = stream()
+    monkeypatch.setattr(sys, "stderr", out)
+    terminal.tell(["3 rows are alike"], private=private)
+    told = out.getvalue()
+    assert ("3 rows" in told) == (stream is Terminal or not private)
+    assert ("not to be published" in told) == (stream is Terminal and private)
