@@ -112,11 +112,13 @@ class TuningCost:
     claimed: int
 
 
-def tuning_cost(mechanisms: Sequence[Any]) -> TuningCost:
+def tuning_cost(
+    mechanisms: Sequence[Any], *, steps: Sequence[int] | None = None
+) -> TuningCost:
     """Return what a search over runs of these mechanisms cost.
 
-    ``composed`` composes the events of all runs, each at its planned steps, and is the
-    lesser of the PLD and the RDP bound. For ``selected``, runs of equal events are one
+    ``composed`` composes the events of all runs, and is the lesser of the PLD and the RDP
+    bound. For ``selected``, runs of equal events are one
     plan: a number of trials is drawn from the distribution (its mean is how many runs
     there were), the best trial is published, the others never seen; the bests of several
     plans are composed. That is Papernot and Steinke 2022 (arXiv 2110.03620, theorems 2 and
@@ -125,6 +127,7 @@ def tuning_cost(mechanisms: Sequence[Any]) -> TuningCost:
 
     Args:
         mechanisms: One for each run, all on the same data; at least one.
+        steps: How many each run has taken; None for the planned ones.
 
     Raises:
         ValueError: There are none, or their delta or adjacency differs.
@@ -142,7 +145,11 @@ def tuning_cost(mechanisms: Sequence[Any]) -> TuningCost:
     if len(deltas) != 1:
         raise ValueError(f"delta={sorted(deltas)} must be the same for all runs")
     (delta,) = deltas
-    counts = collections.Counter(_named(_event(m)) for m in mechanisms)
+    taken = [m.steps for m in mechanisms] if steps is None else steps
+    runs = collections.Counter(zip(mechanisms, taken, strict=True))
+    counts = collections.Counter(
+        _named(m.event(number)) for m, number in runs.elements()
+    )
     together = _named(
         dp.ComposedDpEvent(
             [dp.SelfComposedDpEvent(plan.event, n) for plan, n in counts.items()]
@@ -161,9 +168,7 @@ def tuning_cost(mechanisms: Sequence[Any]) -> TuningCost:
             if known
         },
         analysed=sum(known.values()),
-        claimed=sum(
-            n for m, n in collections.Counter(mechanisms).items() if m.caveats(m.steps)
-        ),
+        claimed=sum(n for (m, number), n in runs.items() if m.caveats(number)),
     )
 
 

@@ -136,7 +136,9 @@ class Checkpoints(contextlib.AbstractContextManager):
         if wait:
             self.wait()
 
-    def restore(self, like: PyTree) -> tuple[int, PyTree[Array]] | None:
+    def restore(
+        self, like: PyTree, *, step: int | None = None
+    ) -> tuple[int, PyTree[Array]] | None:
         """Load the newest checkpoint whose values are those that were saved.
 
         A checkpoint with other values, or one that cannot be decoded, is reported by a
@@ -147,6 +149,7 @@ class Checkpoints(contextlib.AbstractContextManager):
                 and dtypes of the saved state. Each leaf is placed by the sharding it
                 has here; without one, or if it is not committed to its device, the
                 loaded leaf is not committed either.
+            step: Only the checkpoint of this step; None for the newest that is usable.
 
         Returns:
             The step and its state, or None if there has never been a checkpoint.
@@ -154,14 +157,17 @@ class Checkpoints(contextlib.AbstractContextManager):
         Raises:
             CheckpointError: If `like` differs from what was saved, or if checkpoints
                 were made but none is usable.
+            ValueError: If there is no checkpoint of `step`.
             OSError: If a file cannot be read at the moment. Nothing is renamed.
         """
         self.wait()
-        for step in reversed(self._steps()):
+        if step is not None:
+            return self._one(step, like)
+        for number in reversed(self._steps()):
             try:
-                return step, self._load(step, like)
+                return number, self._load(number, like)
             except _Corrupt as problem:
-                self._quarantine(step, str(problem))
+                self._quarantine(number, str(problem))
         return self._none_usable()
 
     def metadata(self) -> dict[str, Any] | None:
@@ -251,6 +257,16 @@ class Checkpoints(contextlib.AbstractContextManager):
                 if found[name] != record[field][name]:
                     raise _Corrupt(f"state{name} differs from what was saved")
         return jax.tree.unflatten(jax.tree.structure(like), leaves.values())
+
+    def _one(self, step: int, like: PyTree) -> tuple[int, PyTree[Array]]:
+        if step not in self._steps():
+            raise ValueError(f"{step=} has no checkpoint, only {self._steps()}")
+        try:
+            return step, self._load(step, like)
+        except _Corrupt as problem:
+            raise CheckpointError(
+                f"checkpoint {step} is corrupt: {problem}"
+            ) from problem
 
     def _quarantine(self, step: int, problem: str) -> None:
         now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S.%fZ")

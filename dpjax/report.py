@@ -291,7 +291,10 @@ def card_of(
         )
     start, assumptions = config["parameters"]["provenance"], []
     if start == "private":
-        flags.append(f"{PRIVATE_START}: what they reveal is not in this epsilon")
+        flags.append(
+            f"{PRIVATE_START}: what they reveal is not in this epsilon (experiments.compose "
+            "states that of both runs)"
+        )
     if start == "public":
         assumptions.append(
             "The parameters at the start were trained on public data, free to all."

@@ -113,7 +113,7 @@ def cost(directories: Sequence[Path]) -> "TuningCost | None":
     from dpjax.accounting import tuning_cost
 
     mechanisms = [
-        _mechanism(config) for config in _begun(directories) if _protects(config)
+        mechanism(config) for config in _begun(directories) if protects(config)
     ]
     return tuning_cost(mechanisms) if mechanisms else None
 
@@ -121,7 +121,7 @@ def cost(directories: Sequence[Path]) -> "TuningCost | None":
 def caveats(directories: Sequence[Path]) -> list[str]:
     """Return what the cost of these runs leaves out."""
     configs = _begun(directories)
-    private = [config for config in configs if _protects(config)]
+    private = [config for config in configs if protects(config)]
     sources = [config["data"]["source"] for config in private]
     counts = {
         "have a written seed: their noise protects nobody, and epsilon is what it would be "
@@ -136,7 +136,7 @@ def caveats(directories: Sequence[Path]) -> list[str]:
         ),
         "have the data of private runs, but declared public: nothing here holds for what is "
         "chosen or published of them": sum(
-            not _protects(c) and c["data"]["source"] in sources for c in configs
+            not protects(c) and c["data"]["source"] in sources for c in configs
         ),
     }
     return [f"{n} of {len(configs)} runs {text}" for text, n in counts.items() if n]
@@ -275,12 +275,12 @@ def _begun(directories: Sequence[Path]) -> list[dict[str, Any]]:
     return [sweep.read_json(path) for path in paths]
 
 
-def _protects(config: Mapping[str, Any]) -> bool:
-    # What adds no noise is refused on private data, and noise on public ones.
+def protects(config: Mapping[str, Any]) -> bool:
+    """Return whether a run had private data, and so noise: each is refused alone."""
     return config["data"]["provenance"] == "private"
 
 
-def _mechanism(config: Mapping[str, Any]) -> Any:
+def mechanism(config: Mapping[str, Any]) -> Any:
     """Build the mechanism that a run resolved, its noise as it was."""
     from dpjax.config import build
 
