@@ -119,6 +119,7 @@ def _result(run: Run, folder: Path) -> dict[str, Any]:
         "status": "finished",
         "error": None,
         "labels": dict(run.labels),
+        "repetition": run.repetition,
         "seed": run.config["run"]["seed"],
         "metric": metric,
         "score": None,

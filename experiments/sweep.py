@@ -29,13 +29,15 @@ class Cell(NamedTuple):
 
     Attributes:
         labels: What tells the run from others in a table; runs with the same labels are
-            repetitions, told apart by ``run.seed``.
+            repetitions, told apart by ``repetition`` or by ``run.seed``.
         overrides: ``{"group.key": value}``; a value replaces what stood there, a whole
             group if it is a dict. The path must exist in the config.
+        repetition: Number of a run among those of one config.
     """
 
     labels: Labels
     overrides: Mapping[str, Any]
+    repetition: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,14 +46,16 @@ class Run:
 
     Attributes:
         index: Position in the sweep.
-        name: Of its folder, a hash of the config.
+        name: Of its folder, a hash of the config and the repetition.
         labels: See ``Cell``.
+        repetition: See ``Cell``.
         config: Plain dicts, checked.
     """
 
     index: int
     name: str
     labels: Labels
+    repetition: int
     config: dict[str, Any]
 
 
@@ -93,8 +97,24 @@ def zipped(**axes: Sequence[Any]) -> Iterator[dict[str, Any]]:
         yield dict(zip(axes, values, strict=True))
 
 
+def repeated(cells: Iterable[Cell], times: int) -> Iterator[Cell]:
+    """Yield each cell ``times`` times; each run draws seeds of its own, which are secret.
+
+    They are in its checkpoints and nowhere else: these runs are private, each as its card
+    says, and cannot be had again bit for bit.
+    """
+    for cell in cells:
+        overrides = {**cell.overrides, "run.seed": None}
+        for number in range(times):
+            yield cell._replace(overrides=overrides, repetition=number)
+
+
 def seeded(cells: Iterable[Cell], seeds: Sequence[int]) -> Iterator[Cell]:
-    """Yield each cell once for every seed, which becomes ``run.seed``."""
+    """Yield each cell once for every seed, which becomes ``run.seed``.
+
+    Written seeds protect nobody: this is for data that are public in truth. See
+    ``repeated``.
+    """
     for cell in cells:
         for seed in seeds:
             yield cell._replace(overrides={**cell.overrides, "run.seed": seed})
@@ -185,7 +205,12 @@ def begin(sweep: Sweep, directory: Path, *, partly: bool) -> None:
         "sweep": sweep.source,
         "best": sweep.best,
         "cells": [
-            {"run": r.name, "labels": dict(r.labels), "seed": r.config["run"]["seed"]}
+            {
+                "run": r.name,
+                "labels": dict(r.labels),
+                "repetition": r.repetition,
+                "seed": r.config["run"]["seed"],
+            }
             for r in sweep.runs
         ],
     }
@@ -229,7 +254,15 @@ def _resolved(base: Mapping[str, Any], cell: Cell, index: int) -> Run:
         check(config)
     except ConfigError as error:
         raise ConfigError(f"cell {index} {dict(cell.labels)}: {error}") from error
-    return Run(index=index, name=digest(config), labels=cell.labels, config=config)
+    # The first keeps the name that its config alone would have.
+    named = {**config, "repetition": cell.repetition} if cell.repetition else config
+    return Run(
+        index=index,
+        name=digest(named),
+        labels=cell.labels,
+        repetition=cell.repetition,
+        config=config,
+    )
 
 
 def _check_distinct(runs: Sequence[Run]) -> None:
@@ -239,5 +272,5 @@ def _check_distinct(runs: Sequence[Run]) -> None:
         if twin is not run:
             raise ConfigError(
                 f"cells {twin.index} and {run.index} {dict(run.labels)} have one config; "
-                "repetitions differ in run.seed"
+                "repeat it by sweep.repeated (or by sweep.seeded, with written seeds)"
             )

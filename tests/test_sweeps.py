@@ -12,6 +12,7 @@ import pytest
 import scipy.stats
 
 from dpjax import train as loop
+from dpjax.checkpoint import load_export
 from dpjax.config import ConfigError, digest
 from experiments import ablate, gather, summary, sweep
 from launch import slurm
@@ -86,6 +87,40 @@ def test_what_is_finished_is_not_run_again(tmp_path, monkeypatch, capsys):
     assert ablate.main([source, f"--out={out}"]) == 0
     assert trainer.seen == [(2.0, 1)]
     assert "0 of 4 cells to run" in capsys.readouterr().out
+
+
+def test_repetitions_draw_secret_seeds_of_their_own(tmp_path, capsys):
+    source = tmp_path / "sweep.py"
+    source.write_text(
+        "from experiments.sweep import Cell, repeated\n"
+        "from tests import tiny_config\n"
+        "BEST = 'highest'\n"
+        "def config():\n"
+        "    config = tiny_config.get_config()\n"  # with a written seed
+        "    config.mechanism.steps, config.model.features = 2, ()\n"
+        "    return config\n"
+        "def cells():\n"
+        "    yield from repeated([Cell({'lr': 1.0}, {})], 3)\n"
+    )
+    out = tmp_path / "runs"
+    assert ablate.main([str(source), f"--out={out}"]) == 0
+    found = results(out)
+    assert [r["repetition"] for r in found] == [0, 1, 2]
+    assert [r["flags"] for r in found] == [[], [], []]
+    folders = [path for path in out.iterdir() if path.is_dir()]
+    first, second, third = (
+        load_export(path / "export")["head"]["kernel"] for path in folders
+    )
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(second, third)
+    for path in folders:
+        assert sweep.read_json(path / "privacy_card.json")["private"]
+    (row,) = summary.rows(found)
+    assert (row["runs"], row["n"]) == (3, 3)
+    assert summary.caveats([out]) == []
+    assert summary.cost([out]).runs == 3
+    assert ablate.main([str(source), f"--out={out}"]) == 0
+    assert "0 of 3 cells to run" in capsys.readouterr().out
 
 
 def test_only_runs_one_cell(tmp_path, monkeypatch, capsys):
