@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from dpjax.clipping import hooks, kernels, layouts
 from dpjax.clipping.analysis import Program, Site
 from dpjax.clipping.interpret import Visit, interpret
+from dpjax.clipping.isolation import isolated
 from dpjax.clipping.kernels import Factors, Norms
 from dpjax.clipping.plan import Plan
 from dpjax.clipping.values import Evaluator, Path, dtype_of
@@ -83,7 +84,7 @@ def first_backward(program: Program, plan: Plan, inputs: Inputs) -> Backward:
     batch_axes = {site.path: len(site.loops) for site in tapped}
     nothing = dict.fromkeys(probed, 0)
     (cotangents, plain, norms), (losses, saved) = jax.vmap(
-        jax.grad(loss, has_aux=True),
+        isolated(jax.grad(loss, has_aux=True)),
         in_axes=(None, 0, 0),
         out_axes=((batch_axes, 0, 0), (0, batch_axes | nothing)),
     )((taps, plain, zeros), inputs.examples, inputs.keys)
@@ -123,7 +124,7 @@ def second_backward(
         (value, _), _ = _forward(program, one, visit, sums)
         return value
 
-    run = jax.vmap(jax.grad(loss), in_axes=(None, 0, 0, 0), out_axes=None)
+    run = jax.vmap(isolated(jax.grad(loss)), in_axes=(None, 0, 0, 0), out_axes=None)
     return run(sums, weights, examples, inputs.keys)
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dpjax.clipping.factors import centred_count, clip_factors
+from dpjax.clipping.isolation import isolated
 from dpjax.clipping.keys import example_keys
 from dpjax.clipping.query import Query, Slope
 from dpjax.clipping.tracing import check_loss
@@ -40,7 +41,7 @@ def vmap(
     mask = jnp.asarray(batch.mask)
     if query.slope is None:
         vector = _signed_gradient(loss, query)
-        losses, vectors = jax.vmap(vector)(batch.examples, keys)
+        losses, vectors = jax.vmap(isolated(vector))(batch.examples, keys)
     else:
         (point,) = query.points
         losses, vectors = _slopes(loss, point, query.slope, batch, keys)
@@ -90,8 +91,8 @@ def _slopes(
             lambda p, u: (p + offset * u).astype(p.dtype), point, slope.direction
         )
         # Both points share examples and keys: same augmentation, same dropout.
-        losses = jax.vmap(loss, in_axes=(None, 0, 0))(moved, batch.examples, keys)
-        return _accumulated(losses)
+        rows = jax.vmap(isolated(loss), in_axes=(None, 0, 0))
+        return _accumulated(rows(moved, batch.examples, keys))
 
     # In turn, so that only one moved copy of the parameters is in memory.
     ahead, behind = jax.lax.map(losses_at, jnp.array([slope.span, -slope.span]))

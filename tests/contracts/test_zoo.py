@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpjax.clipping import Query, auto, bookkeeping, ghost
+from dpjax.clipping import Query, auto, bookkeeping, ghost, vmap
 from dpjax.clipping.keys import example_keys
 from dpjax.sensitive import reveal
 from dpjax.typing import Batch
@@ -17,6 +17,7 @@ from tests.contracts.random_losses import random_loss
 from tests.contracts.zoo import ZOO
 
 ENGINES = {
+    "vmap": vmap,
     "bookkeeping": bookkeeping,
     "ghost": ghost,
     "auto": auto,
@@ -29,7 +30,7 @@ INDEX = np.array([3, 0, 2, 1], np.int32)
 
 # The others are `long`. `ghost` shares analysis and rules with `bookkeeping`, and the planner
 # of `auto` mixes what the other two do.
-EVERY = {"bookkeeping": 4, "ghost": 8, "auto": 8}
+EVERY = {"vmap": 8, "bookkeeping": 4, "ghost": 8, "auto": 8}
 ONCE_WRONG = (
     "conv_shared_by_few_and_many_positions",
     "custom_vjp_on_a_weight_in_a_loop",
@@ -79,12 +80,16 @@ def known(name):
 
 
 def gradients(case):
-    """Per-example gradients ``[B, ...]`` in the arithmetic of the loss, as float64."""
+    """Per-example gradients ``[B, ...]`` in the arithmetic of the loss, as float64.
+
+    One by one: ``vmap`` itself might mix examples, and is what the engines are made of.
+    """
 
     @jax.jit
     def run(params, examples, key):
         keys = example_keys(key, Batch(examples, MASK, INDEX))
-        return jax.vmap(jax.grad(case.loss), (None, 0, 0))(params, examples, keys)
+        one = lambda example: jax.grad(case.loss)(params, *example)  # noqa: E731
+        return jax.lax.map(one, (examples, keys))
 
     leaves = run(case.params, case.examples, KEY)
     return jax.tree.map(lambda g: np.asarray(g, np.float64), leaves)

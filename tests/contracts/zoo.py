@@ -155,8 +155,9 @@ def draw_data(rng, spec):
 
 
 def score(out):
-    """Some smooth function of all outputs; in float32 whatever their dtype."""
-    out = jnp.ravel(out).astype(jnp.float32)
+    """Some smooth function of all outputs; in at least float32 whatever their dtype."""
+    out = jnp.ravel(out)
+    out = out.astype(jnp.float64 if out.dtype == jnp.float64 else jnp.float32)
     return jnp.sum(jnp.sin(out + 0.3)) + 0.1 * jnp.sum(jnp.square(out))
 
 
