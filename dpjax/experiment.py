@@ -37,6 +37,7 @@ class Experiment:
         model: Pure functions on one example.
         train: Patterns of the parameters that are trained; see ``dpjax.partition``.
         loss: Of one example, augmentation included.
+        evaluation_loss: Of one example as it is evaluated: no augmentation, no dropout.
         metric: ``(params, example) -> float32[]``, averaged for evaluation.
         optimizer: Acts on released gradients.
         source: Training data.
@@ -51,6 +52,7 @@ class Experiment:
     model: Model
     train: tuple[str, ...]
     loss: Loss
+    evaluation_loss: Loss
     metric: Callable[[Params, Example], Array]
     optimizer: optax.GradientTransformation
     source: Source
@@ -94,7 +96,8 @@ def build_experiment(config: Mapping[str, Any]) -> Experiment:
             augment=_told_of(configs.build(config["augment"]["transform"])),
             views=config["augment"]["views"],
         ),
-        metric=configs.build(config["evaluation"]["metric"], model),
+        evaluation_loss=configs.build(config["loss"], model.evaluating()),
+        metric=configs.build(config["evaluation"]["metric"], model.evaluating()),
         optimizer=configs.build(config["optimizer"]),
         source=source,
         held_out=held_out,

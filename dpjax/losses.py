@@ -221,12 +221,13 @@ def accuracy(model: Model) -> Callable[[Params, Example], Array]:
     """Build the correctness of the top class for one labelled example.
 
     Args:
-        model: A model with outputs ``[num_classes]`` that do not depend on the key.
+        model: A model with outputs ``[num_classes]``; its ``evaluate`` is taken.
 
     Returns:
         A function of ``(params, example)``, 1.0 where the largest output is at
         ``example["label"]`` and 0.0 elsewhere, ``float32[]``.
     """
+    model = model.evaluating()
 
     def correct(params: Params, example: Example) -> Array:
         outputs = model.apply(params, example, jax.random.key(0))
@@ -241,13 +242,13 @@ def token_nats(model: Model) -> Callable[[Params, Example], Array]:
     """Build the mean cross-entropy of the next tokens of one example, as a metric.
 
     Args:
-        model: As for ``causal_lm``, with outputs that do not depend on the key.
+        model: As for ``causal_lm``; its ``evaluate`` is taken.
 
     Returns:
         A function of ``(params, example)``, ``float32[]`` in nats: divided by ``log(2)``
         it is bits per token, and its exponential is a perplexity.
     """
-    loss = causal_lm(model)
+    loss = causal_lm(model.evaluating())
 
     def nats(params: Params, example: Example) -> Array:
         return loss(params, example, jax.random.key(0))
@@ -269,12 +270,12 @@ def squared_error(model: Model) -> Callable[[Params, Example], Array]:
     """Build the squared error as a metric, whose mean is the mean squared error.
 
     Args:
-        model: A model with one output, ``[]``, that does not depend on the key.
+        model: A model with one output, ``[]``; its ``evaluate`` is taken.
 
     Returns:
         A function of ``(params, example)``; it reads ``example["y"]``; ``float32[]``.
     """
-    loss = regression(model)
+    loss = regression(model.evaluating())
 
     def error(params: Params, example: Example) -> Array:
         return loss(params, example, jax.random.key(0))
@@ -288,14 +289,14 @@ def hidden_token_nats(
     """Build the loss of ``masked_lm`` as a metric: one draw of hidden places for all.
 
     Args:
-        model: As for ``masked_lm``.
+        model: As for ``masked_lm``; its ``evaluate`` is taken.
         mask_token: Likewise.
         rate: Likewise.
 
     Returns:
         A function of ``(params, example)``, ``float32[]`` in nats.
     """
-    loss = masked_lm(model, mask_token=mask_token, rate=rate)
+    loss = masked_lm(model.evaluating(), mask_token=mask_token, rate=rate)
 
     def nats(params: Params, example: Example) -> Array:
         return loss(params, example, jax.random.key(0))

@@ -6,12 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.interpreters import partial_eval
 
 from dpjax import config as configs
 from dpjax.experiment import Experiment
 from dpjax.optimizers import evaluation_params, owning
 from dpjax.partition import flatten, partition
-from dpjax.typing import Example, Key, Params, Source
+from dpjax.typing import Example, Key, Model, Params, Source
 
 
 def check_parts(experiment: Experiment) -> tuple[Params, Params]:
@@ -22,9 +23,9 @@ def check_parts(experiment: Experiment) -> tuple[Params, Params]:
 
     Raises:
         ConfigError: Loss or metric does not fit the model and the data, that for training
-            or that for evaluation; the optimizer needs more than released gradients; the
-            parameters have no names to be exported by, cannot be split as the mesh asks, or
-            no part of them can be trained as asked.
+            or that for evaluation; the model is evaluated with dropout; the optimizer needs
+            more than released gradients; the parameters have no names to be exported by,
+            cannot be split as the mesh asks, or no part of them can be trained as asked.
     """
     blank, key = blank_example(experiment.source), jax.random.key(0)
     with configs.of_the_user("model", blank):
@@ -36,6 +37,11 @@ def check_parts(experiment: Experiment) -> tuple[Params, Params]:
     source = "config.evaluation.source"
     with configs.of_the_user("evaluation.metric", held_out, data=source):
         score = jax.eval_shape(experiment.metric, params, held_out)
+    if _evaluated_at_random(experiment.model, params, blank):
+        raise configs.ConfigError(
+            "config.model: its outputs depend on the random key (dropout?), in evaluation, "
+            "too: give the Model as evaluate= the same function without randomness"
+        )
     for name, out in (("loss", loss), ("evaluation.metric", score)):
         if getattr(out, "shape", None) != ():
             raise configs.ConfigError(
@@ -64,6 +70,18 @@ def blank_example(source: Source) -> Example:
     """Return an example of zeros, of the shapes and dtypes of those of ``source``."""
     # Initialisation sees shapes only: one that reads values would release an example.
     return jax.tree.map(lambda x: np.zeros(x.shape[1:], x.dtype), source[[0]])
+
+
+def _evaluated_at_random(model: Model, params: Params, blank: Example) -> bool:
+    """Return whether metrics of the model would be those of one dropout mask."""
+    apply, key = model.evaluating().apply, jax.random.key(0)
+    try:
+        traced = jax.make_jaxpr(apply)(params, blank, key)
+    except Exception:  # noqa: BLE001 (the loss has passed: it makes other inputs of these)
+        return False
+    wanted = [True] * len(traced.jaxpr.outvars)
+    _, used = partial_eval.dce_jaxpr(traced.jaxpr, wanted)
+    return used[-1]
 
 
 def _check_real(trained: Params) -> None:

@@ -49,12 +49,26 @@ class Model(NamedTuple):
             pairs of name (``heads``, ``epsilon``, ...) and value:
             ``dpjax.models.weights.pretrained`` compares them with what is said beside
             weights. None if they are not known.
+        evaluate: As ``apply``, without randomness: what is evaluated where ``apply`` draws
+            from its key (dropout). None: ``apply``, which then must not depend on the key.
     """
 
     init: Callable[[Key, Example], Params]
     apply: Callable[[Params, Example, Key], Array]
     decode: Callable[[Params, Array, Any, Any], tuple[Array, Any]] | None = None
     settings: tuple[tuple[str, Any], ...] | None = None
+    evaluate: Callable[[Params, Example, Key], Array] | None = None
+
+    def evaluating(self) -> "Model":
+        """Return the model as it is evaluated: with ``evaluate`` as its ``apply``."""
+        return self._replace(apply=self.evaluate or self.apply)
+
+    def around(
+        self, change: Callable[[Callable[..., Any]], Callable[..., Any]]
+    ) -> "Model":
+        """Return the model with ``change`` made to ``apply``, and to ``evaluate`` alike."""
+        evaluate = None if self.evaluate is None else change(self.evaluate)
+        return self._replace(apply=change(self.apply), evaluate=evaluate)
 
 
 class Source(Protocol):

@@ -148,7 +148,7 @@ def _compare_sst2(
         metric = configs.build(config["evaluation"]["metric"], model)
         params = load_export(workdir / run / "export")
         scores[label] = {"accuracy": _mean(metric, source, params)}
-        predict = jax.vmap(model.apply, (None, 0, None))
+        predict = jax.vmap(model.evaluating().apply, (None, 0, None))
         logits = predict(params, source[shown], jax.random.key(0))
         answers[label] = [_WORDS[int(row.argmax())] for row in logits]
     rows = (workdir / "test.tsv").read_text().splitlines()

@@ -161,6 +161,7 @@ def programs(name: str, mesh: tuple[int, int], rows: int) -> tuple[Any, Any, Any
         engine=bookkeeping,
         model=nothing,
         loss=recipe.loss,
+        evaluation_loss=recipe.loss,
         metric=nothing,
         optimizer=optimizer,
         source=nothing,

@@ -89,6 +89,25 @@ def counting(*, num_classes, dtype):
     )
 
 
+def dropping(*, num_classes, evaluated):
+    """Logistic regression on inputs of which half are dropped."""
+
+    def scores(params, image):
+        return image.ravel() @ params["w"]
+
+    def apply(params, example, key):
+        keep = jax.random.bernoulli(key, 0.5, example["image"].shape)
+        return scores(params, 2 * keep * example["image"])
+
+    return Model(
+        init=lambda key, example: {"w": jax.random.normal(key, (64, num_classes))},
+        apply=apply,
+        evaluate=(lambda params, example, key: scores(params, example["image"]))
+        if evaluated
+        else None,
+    )
+
+
 def held_out(*, size, label):
     """Digits of ``size`` pixels a side, without labels if asked."""
     arrays = dict(digits(split="test", test_fraction=0.2).arrays)

@@ -1,11 +1,21 @@
 """What does not fit is told in one line before anything is written, also by a dry run."""
 
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+import scipy.special
 
 from dpjax.config import ConfigError
 from dpjax.experiment import build_experiment
+from dpjax.models import peft
+from dpjax.models.inputs import resized, standardized
 from dpjax.startup import check_parts
 from dpjax.train import plan, train
+from dpjax.typing import Model
+from tests.containers import dropping
 from tests.runs import tiny
 
 
@@ -51,6 +61,10 @@ WRONG = {
         {"augment.transform": of("cropped")},
         "config.augment.transform does not fit the data or the model: KeyError: 'picture'",
     ),
+    "dropout in evaluation": (
+        {"model": of("dropping", num_classes=10, evaluated=False)},
+        "config.model: its outputs depend on the random key (dropout?), in evaluation, too",
+    ),
     "two parameters of one name": (
         {"model": of("colliding", num_classes=10)},
         "two parameters are named 'head/kernel': rename one of them",
@@ -92,3 +106,62 @@ def test_integers_may_be_frozen():
     trained, frozen = check_parts(build_experiment(config))
     assert trained["seen"] is None
     assert frozen["w"] is None
+
+
+def test_scores_and_attacks_see_the_model_without_dropout():
+    model = of("dropping", num_classes=10, evaluated=True)
+    experiment = build_experiment(tiny(model=model))
+    check_parts(experiment)
+    examples = experiment.held_out[list(range(100))]
+    params = {"w": np.random.default_rng(0).normal(size=(64, 10)).astype(np.float32)}
+    logits = examples["image"].reshape(100, 64) @ params["w"]
+    right = logits.argmax(axis=1) == examples["label"]
+    over = functools.partial(jax.vmap, in_axes=(None, 0))
+    np.testing.assert_array_equal(over(experiment.metric)(params, examples), right)
+    losses = jax.vmap(experiment.evaluation_loss, (None, 0, None))
+    found = losses(params, examples, jax.random.key(1))
+    wanted = (
+        scipy.special.logsumexp(logits, axis=1) - logits[range(100), examples["label"]]
+    )
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    dropped = jax.vmap(experiment.loss, (None, 0, None))
+    assert np.abs(dropped(params, examples, jax.random.key(1)) - wanted).max() > 1
+
+
+WRAPPED = {
+    "standardized": lambda model: standardized(model, mean=(0.0,), std=(2.0,)),
+    "resized": lambda model: resized(model, size=8),
+    "lora": lambda model: peft.lora(model, rank=1, scale=1.0, targets=()),
+    "prefix": lambda model: peft.prefix(model, length=1),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_models_around_models_are_evaluated_without_dropout(name):
+    inner = dropping(num_classes=10, evaluated=True)
+    model = WRAPPED[name](inner)
+    image = np.random.default_rng(0).normal(size=(8, 8, 1)).astype(np.float32)
+    params = inner.init(jax.random.key(0), {"image": image})
+    found = model.evaluating().apply(params, {"image": image}, jax.random.key(0))
+    scale = 0.5 if name == "standardized" else 1.0
+    wanted = scale * image.ravel() @ params["w"]
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    drawn = model.apply(params, {"image": image}, jax.random.key(0))
+    assert np.abs(drawn - wanted).max() > 1
+
+
+def test_prompts_are_evaluated_without_dropout():
+    def scores(drop):
+        def apply(params, example, key):
+            out = 1.0 * example["tokens"][:, None]
+            return out * jax.random.bernoulli(key, 0.5, out.shape) if drop else out
+
+        return apply
+
+    inner = Model(
+        lambda key, example: {}, scores(drop=True), evaluate=scores(drop=False)
+    )
+    model = peft.prompt(inner, length=2, position=1).evaluating()
+    example = {"tokens": jnp.arange(1, 5)}
+    found = model.apply({}, example, jax.random.key(0))
+    np.testing.assert_array_equal(found[:, 0], [1, 2, 3, 4])

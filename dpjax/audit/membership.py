@@ -96,14 +96,14 @@ def shadow_models(
 
 
 def losses_of(experiment: Experiment, params: Params) -> Float[np.ndarray, "S N"]:
-    """Return the loss of each model on each training example."""
+    """Return the loss of each model, as it is evaluated, on each training example."""
     source = experiment.source
     examples = jax.tree.map(jnp.asarray, source[list(range(len(source)))])
 
     @jax.jit
     def all_losses(params: Params, examples: Any) -> Array:
         def one(params: Params, example: Any) -> Array:
-            return experiment.loss(params, example, jax.random.key(0))
+            return experiment.evaluation_loss(params, example, jax.random.key(0))
 
         over_examples = jax.vmap(one, in_axes=(None, 0))
         return jax.vmap(over_examples, in_axes=(0, None))(params, examples)

@@ -57,7 +57,7 @@ def _fed(model: Model, scaled: Callable[[Example], Example]) -> Model:
     def init(key: Key, example: Example) -> Params:
         return model.init(key, scaled(example))
 
-    def apply(params: Params, example: Example, key: Key) -> Array:
-        return model.apply(params, scaled(example), key)
+    def fed(apply: Callable[..., Array]) -> Callable[..., Array]:
+        return lambda params, example, key: apply(params, scaled(example), key)
 
-    return model._replace(init=init, apply=apply)
+    return model.around(fed)._replace(init=init)

@@ -6,7 +6,7 @@ from flax import linen as nn
 from jaxtyping import Array
 
 from dpjax.models.linen import array_model, image_model
-from dpjax.typing import Example, Key, Model, Params
+from dpjax.typing import Model
 
 _ACTIVATIONS = {"relu": jax.nn.relu, "softplus": jax.nn.softplus, "tanh": jnp.tanh}
 
@@ -61,10 +61,7 @@ def regression_mlp(*, features: tuple[int, ...], activation: str) -> Model:
     """
     vector = array_model(_module(features, 1, activation), field="x")
 
-    def apply(params: Params, example: Example, key: Key) -> Array:
-        return vector.apply(params, example, key)[0]
-
-    return Model(vector.init, apply)
+    return vector.around(lambda apply: lambda *args: apply(*args)[0])
 
 
 def _module(features: tuple[int, ...], outputs: int, activation: str) -> _Mlp:

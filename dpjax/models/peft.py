@@ -146,15 +146,19 @@ def prompt(model: Model, *, length: int, position: int) -> Model:
             )
         return unflatten(leaves | {"token/prompt": leaves["token/embedding"][:length]})
 
-    def apply(params: Params, example: Example, key: Key) -> Array:
-        out = adapted.apply(params, longer(example), key)
-        if out.ndim == 1:
-            return out
-        return jnp.concatenate([out[:position], out[end:]])
+    def prompted(apply: Callable[..., Array]) -> Callable[..., Array]:
+        def run(params: Params, example: Example, key: Key) -> Array:
+            out = apply(params, longer(example), key)
+            if out.ndim == 1:
+                return out
+            return jnp.concatenate([out[:position], out[end:]])
 
+        return run
+
+    whole = adapted.around(prompted)._replace(init=init)
     prefill, later = adapted.decode, model.decode
     if prefill is None or later is None:
-        return model._replace(init=init, apply=apply)
+        return whole
 
     def decode(
         params: Params, tokens: Array, cache: Any, start: Array
@@ -167,7 +171,7 @@ def prompt(model: Model, *, length: int, position: int) -> Model:
         # The vectors are in the cache: these tokens stand after them.
         return later(params, tokens, cache, start + length)
 
-    return model._replace(init=init, apply=apply, decode=decode)
+    return whole._replace(decode=decode)
 
 
 def prefix(model: Model, *, length: int) -> Model:
@@ -242,7 +246,7 @@ def _intercepted(
         return run
 
     decode = None if model.decode is None else wrapped(model.decode)
-    return model._replace(apply=wrapped(model.apply), decode=decode)
+    return model.around(wrapped)._replace(decode=decode)
 
 
 def _leaf(module: nn.Module, name: str) -> Array:

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from flax import nnx
 import dpjax
 from dpjax.losses import classification
 from dpjax.models.nnx import array_model
+from dpjax.partition import flatten
 from tests.checks import assert_close
 
 KEY = jax.random.key(3)
@@ -69,13 +72,41 @@ def test_every_parameter_is_found_by_the_fast_engines(images, engine):
 
 
 class Normed(nnx.Module):
-    def __init__(self, rngs):
-        self.norm = nnx.BatchNorm(4, rngs=rngs)
+    """BatchNorm of statistics that are no constants of the module, and dropout."""
+
+    def __init__(self, rngs, *, frozen):
+        self.norm = nnx.BatchNorm(4, use_running_average=frozen, rngs=rngs)
+        self.norm.mean[...] = jnp.arange(4.0)
         self.drop = nnx.Dropout(0.5, rngs=rngs)
 
+    def __call__(self, x):
+        return self.drop(self.norm(x))
 
-def test_other_variables_than_parameters_are_named_with_the_fix():
-    with pytest.raises(
-        ValueError, match=r"keeps drop/rngs/.*, norm/mean, .* use GroupNorm"
-    ):
-        array_model(Normed, field="image")
+
+ROW = {"x": np.full(4, 3.0, np.float32)}
+
+
+def test_dropout_is_drawn_from_the_key_and_left_out_in_evaluation():
+    model = array_model(functools.partial(Normed, frozen=True), field="x")
+    params = model.init(KEY, ROW)
+    assert flatten(params).keys() == {"norm/scale", "norm/bias"}
+    apply, evaluate = jax.jit(model.apply), jax.jit(model.evaluating().apply)
+    wanted = (3 - np.arange(4.0)) / np.sqrt(1 + 1e-5)
+    draws = [apply(params, ROW, jax.random.key(i)) for i in range(20)]
+    for draw in draws:
+        np.testing.assert_allclose(draw, np.where(draw == 0, 0, 2 * wanted), rtol=1e-5)
+    assert len({tuple(draw.tolist()) for draw in draws}) > 3
+    np.testing.assert_array_equal(apply(params, ROW, jax.random.key(0)), draws[0])
+    for i in range(3):
+        found = evaluate(params, ROW, jax.random.key(i))
+        np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_a_module_that_changes_its_statistics_is_refused_with_the_fix():
+    model = array_model(functools.partial(Normed, frozen=False), field="x")
+    params = model.init(KEY, ROW)
+    message = (
+        r"changes norm/mean, norm/var: .* GroupNorm or .* use_running_average=True"
+    )
+    with pytest.raises(ValueError, match=message):
+        jax.jit(model.apply)(params, ROW, KEY)
