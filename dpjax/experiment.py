@@ -259,5 +259,5 @@ def _last_axis(model: Model, record: Example) -> int | None:
         outputs = jax.eval_shape(model.apply, params, blank, key)
         return outputs.shape[-1]
     except Exception:  # noqa: BLE001
-        # ``train.check_parts`` tells what is wrong with a model, and where.
+        # ``startup.check_parts`` tells what is wrong with a model, and where.
         return None
