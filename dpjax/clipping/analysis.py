@@ -9,15 +9,18 @@ meet data anywhere else get ordinary per-example automatic differentiation, alon
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
+from dpjax.clipping.complete import unaccounted
 from dpjax.clipping.query import Query
 from dpjax.clipping.tracing import (
+    CALLS,
+    callee,
     check_params,
     one_example,
     scalar,
@@ -32,6 +35,7 @@ from dpjax.clipping.values import (
     Tag,
     constant,
     derive,
+    differentiable,
     own_backward,
     parameter,
     shape_of,
@@ -175,6 +179,7 @@ def analyse(loss: Loss, query: Query, batch: Batch, key: Key) -> Program:
     out = _walk(closed.jaxpr, closed.consts, inputs, (), (), record)
     _differentiate_plainly(out[:1], "is part of the loss without data", record)
     _drop_sites_of_plain_leaves(record)
+    _complete(closed, len(params), record)
     return Program(
         closed=closed,
         names=names,
@@ -185,6 +190,16 @@ def analyse(loss: Loss, query: Query, batch: Batch, key: Key) -> Program:
         num_params=len(params),
         tree=jax.tree.structure(query.points[0]),
     )
+
+
+def _complete(closed: ClosedJaxpr, num_params: int, record: _Record) -> None:
+    """Differentiate plainly whatever the record does not account for."""
+    while True:
+        missing = unaccounted(closed, num_params, record.sites) - record.plain.keys()
+        if not missing:
+            return
+        record.plain |= dict.fromkeys(missing, "reaches the loss by a way of its own")
+        _drop_sites_of_plain_leaves(record)
 
 
 def _drop_sites_of_plain_leaves(record: _Record) -> None:
@@ -217,7 +232,21 @@ def _walk(
     loops: tuple[Loop, ...],
     record: _Record,
 ) -> list[Tag]:
-    """Tag every variable of ``jaxpr``; record sites and plain parameters."""
+    """Tag every variable of ``jaxpr``; record sites and plain parameters.
+
+    No path from a parameter to the loss is lost: a variable is a ``ParamValue`` that names
+    the parameter, or ``DATA``, and where it turns from the first into the second
+
+    - the gradient with respect to the ``ParamValue`` is that of a site, or
+    - the parameter is recorded as plain, or
+    - no gradient flows back: integers and ``stop_gradient`` (in ``derive``, and below).
+
+    It turns where an equation gives ``DATA`` although it reads a ``ParamValue``
+    (``_equation``), and where tags are merged: the carry of a scan (``_scan``). Every other
+    primitive, known or not, with jaxprs inside (``cond``, ``while``, ``custom_vjp``) or
+    without, is one equation: all that it reads ends there. A ``ParamValue`` in the loss itself ends in ``analyse``. ``complete`` checks
+    this without any tag.
+    """
     tags: dict[Any, Tag] = {}
     made: dict[Any, JaxprEqn] = {}
 
@@ -240,6 +269,10 @@ def _walk(
     return [read(atom) for atom in jaxpr.outvars]
 
 
+_INLINE: Final = frozenset({"jit", "pjit", "closed_call", "core_call"})
+"""Calls of parameters only that are looked into: they may be mere views."""
+
+
 def _equation(
     eqn: JaxprEqn,
     operands: list[Tag],
@@ -250,6 +283,9 @@ def _equation(
     values = [tag for tag in operands if isinstance(tag, ParamValue)]
     weights = [tag for tag in values if tag.leaves]
     name = eqn.primitive.name
+    if name in _INLINE and weights and len(values) == len(operands):
+        inner = callee(eqn)
+        return _walk(inner.jaxpr, inner.consts, operands, path, loops, record)
     if len(values) == len(operands):
         if any(set(loops) - set(tag.loops) for tag in weights) and own_backward(eqn):
             # Outside of the loop it would be called once, for the sum over iterations.
@@ -266,20 +302,12 @@ def _equation(
         return _walk(inner.jaxpr, inner.consts, operands, path, loops, record)
     if weights and name == "scan":
         return _scan(eqn, operands, path, loops, record)
-    _differentiate_plainly(weights, f"meets data in {name}", record)
+    if any(differentiable(eqn, var) for var in eqn.outvars):
+        _differentiate_plainly(weights, f"meets data in {name}", record)
     return [DATA] * len(eqn.outvars)
 
 
-CALLS = frozenset(
-    {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
-)
-"""Primitives whose jaxpr runs once, on the operands as they are."""
-
-
-def callee(eqn: JaxprEqn) -> ClosedJaxpr:
-    """Return the jaxpr that a call primitive runs."""
-    inner = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
-    return inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ())
+CARRIED: Final = "is carried by a loop that changes it"
 
 
 def _scan(
@@ -316,11 +344,13 @@ def _scan(
         ]
         if not changed:
             break
+        _differentiate_plainly([carry[i] for i in changed], CARRIED, record)
         for i in changed:
-            why = "is changed by a loop"
-            _differentiate_plainly([carry[i], out[i]], why, record)
             carry[i] = DATA
     record.update(trial)
+    # What goes on as data came in as data: a parameter that is handed on ends here.
+    handed = [out[i] for i, tag in enumerate(carry) if tag is DATA]
+    _differentiate_plainly(handed, CARRIED, record)
     stacked = [_stacked(tag, loop) for tag in out[num_carry:]]
     return [*carry, *stacked]
 
@@ -374,7 +404,8 @@ def _repeats(atom: Any, eqn: JaxprEqn) -> bool:
 
 def _is_site(eqn: JaxprEqn, side: int) -> bool:
     rule = _SITE_RULES.get(eqn.primitive.name)
-    return rule is not None and rule(eqn, side)
+    found = rule is not None and rule(eqn, side)
+    return found and differentiable(eqn, eqn.outvars[0])
 
 
 def _dot_site(eqn: JaxprEqn, side: int) -> bool:
@@ -383,7 +414,9 @@ def _dot_site(eqn: JaxprEqn, side: int) -> bool:
 
 
 def _conv_site(eqn: JaxprEqn, side: int) -> bool:
-    return side == 1 and eqn.params["batch_group_count"] == 1
+    # Without an output there are no patches to cut.
+    some = 0 not in shape_of(eqn.outvars[0])
+    return side == 1 and eqn.params["batch_group_count"] == 1 and some
 
 
 def _gather_site(eqn: JaxprEqn, side: int) -> bool:

@@ -9,10 +9,10 @@ import jax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
 from dpjax.clipping import layouts
-from dpjax.clipping.analysis import CALLS, Program, Site, callee
+from dpjax.clipping.analysis import Program, Site
 from dpjax.clipping.plan import Method, Plan
 from dpjax.clipping.slots import Group
-from dpjax.clipping.tracing import scan_counts
+from dpjax.clipping.tracing import CALLS, callee, scan_counts
 
 
 @dataclasses.dataclass(frozen=True)

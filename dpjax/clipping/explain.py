@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jax.extend.core import Jaxpr, Literal
 
 from dpjax.clipping import costs
-from dpjax.clipping.analysis import CALLS, Program, analyse, callee
+from dpjax.clipping.analysis import Program, analyse
 from dpjax.clipping.planner import Choice, choose
 from dpjax.clipping.query import Query
 from dpjax.clipping.slots import Slot
+from dpjax.clipping.tracing import CALLS, callee
 from dpjax.typing import Batch, Example, Key, Loss, Params
 
 _KINDS = {

@@ -8,8 +8,8 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jaxtyping import Array
 
 from dpjax.clipping import hooks
-from dpjax.clipping.analysis import CALLS, Affine, Program, Site, callee
-from dpjax.clipping.tracing import scan_counts
+from dpjax.clipping.analysis import Affine, Program, Site
+from dpjax.clipping.tracing import CALLS, callee, scan_counts
 from dpjax.clipping.values import Path, bind
 
 Visit = Callable[[Site, Any, Any, Any], tuple[Array, Any]]

@@ -75,7 +75,8 @@ def _groups(sites: list[Site]) -> list[Group]:
             found[site] = [(site, False)]
             continue
         h, k, n = key
-        if (h, n, k) in found and k != n:
+        # One-hot factors have no transpose: rows and columns of a table are two groups.
+        if (h, n, k) in found and k != n and site.kind != "gather":
             found[h, n, k].append((site, True))
         else:
             found.setdefault((h, k, n), []).append((site, False))

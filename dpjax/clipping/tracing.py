@@ -113,3 +113,15 @@ def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
         consts, carry, _ = eqn.params["ft_in"].unpack()
         return len(consts), len(carry)
     return eqn.params["num_consts"], eqn.params["num_carry"]
+
+
+CALLS = frozenset(
+    {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
+)
+"""Primitives whose jaxpr runs once, on the operands as they are."""
+
+
+def callee(eqn: JaxprEqn) -> ClosedJaxpr:
+    """Return the jaxpr that a call primitive runs."""
+    inner = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
+    return inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ())

@@ -121,8 +121,8 @@ def derive(eqn: JaxprEqn, inputs: Sequence[ParamValue]) -> list[ParamValue]:
     """Tag the results of an equation whose inputs no example can change."""
     loops = tuple(sorted({loop for value in inputs for loop in value.loops}))
     leaves = frozenset().union(*(value.leaves for value in inputs))
-    if eqn.primitive.name == "stop_gradient":
-        leaves = frozenset()
+    nothing: frozenset[int] = frozenset()
+    flow = [leaves if differentiable(eqn, var) else nothing for var in eqn.outvars]
     views = _views(eqn, inputs)
 
     def run(evaluator: Evaluator) -> list[Any]:
@@ -143,8 +143,15 @@ def derive(eqn: JaxprEqn, inputs: Sequence[ParamValue]) -> list[ParamValue]:
 
     below = any(value.narrow for value in inputs) or narrow(eqn)
     return [
-        ParamValue(leaves, loops, output(i), views[i], below) for i in range(len(views))
+        ParamValue(flow[i], loops, output(i), views[i], below)
+        for i in range(len(views))
     ]
+
+
+def differentiable(eqn: JaxprEqn, var: Any) -> bool:
+    """Whether a gradient can flow back from this result of an equation."""
+    dtype = getattr(var.aval, "dtype", jnp.dtype(bool))  # Tokens have none.
+    return eqn.primitive.name != "stop_gradient" and jnp.issubdtype(dtype, jnp.inexact)
 
 
 def own_backward(eqn: JaxprEqn) -> bool:

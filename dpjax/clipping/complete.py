@@ -1,0 +1,134 @@
+"""Check that an analysis accounts for every path from a parameter to the loss.
+
+The walk of ``analysis`` decides what is data and what a parameter, and records sites on its
+way. This check shares none of that. It knows equations only: what they read may flow to what
+they give. A site accounts for what flows through its weight, so there, and nowhere else, the
+flow of parameters is cut; whatever still arrives at the loss is not accounted for.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, Final, Protocol
+
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+
+from dpjax.clipping.tracing import CALLS, callee, scan_counts
+from dpjax.clipping.values import Loop, ParamValue, Path
+
+_DATA: Final = "data"
+Mark = int | str | Loop
+Marks = frozenset[Mark]
+"""What a value may depend on: the gradient of parameters (their indices), the example
+(``_DATA``), the iteration of loops."""
+_NOTHING: Final[Marks] = frozenset()
+
+
+class _Site(Protocol):
+    """What is checked of a site."""
+
+    path: Path
+    eqn: JaxprEqn
+    side: int
+    value: ParamValue
+
+
+def unaccounted(
+    closed: ClosedJaxpr, num_params: int, sites: Mapping[Path, _Site]
+) -> set[int]:
+    """Return the parameters whose gradient is more than what their sites say.
+
+    Those that reach the first output other than through the weight of a site, and those of
+    sites that are not what they claim: another equation, a weight that depends on the
+    example, on more parameters or on more loops than it names.
+
+    Args:
+        closed: The loss of one example; its inputs are parameters, then data.
+        num_params: How many are parameters.
+        sites: By path.
+    """
+    flow = _Flow(sites)
+    inputs = [
+        frozenset([i if i < num_params else _DATA])
+        for i in range(len(closed.jaxpr.invars))
+    ]
+    loss, *_ = flow.through(closed.jaxpr, inputs, ())
+    unseen = [site for path, site in sites.items() if path not in flow.seen]
+    return _leaves(loss) | flow.wrong | _leaves(*(s.value.leaves for s in unseen))
+
+
+class _Flow:
+    def __init__(self, sites: Mapping[Path, _Site]) -> None:
+        self.sites = sites
+        self.seen: set[Path] = set()
+        self.wrong: set[int] = set()
+
+    def through(self, jaxpr: Jaxpr, inputs: Sequence[Marks], path: Path) -> list[Marks]:
+        """Return the marks of the outputs of a jaxpr."""
+        marks: dict[Any, Marks] = dict.fromkeys(jaxpr.constvars, _NOTHING)
+        marks.update(zip(jaxpr.invars, inputs, strict=True))
+
+        def read(atom: Any) -> Marks:
+            return _NOTHING if isinstance(atom, Literal) else marks[atom]
+
+        for index, eqn in enumerate(jaxpr.eqns):
+            out = self._out(eqn, [read(atom) for atom in eqn.invars], (*path, index))
+            for var, flowing in zip(eqn.outvars, out, strict=True):
+                marks[var] = flowing if _differentiable(eqn, var) else _still(flowing)
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _out(self, eqn: JaxprEqn, operands: list[Marks], path: Path) -> list[Marks]:
+        name = eqn.primitive.name
+        if path in self.sites:
+            self.seen.add(path)
+            self._check(path, eqn, operands)
+            side = self.sites[path].side
+            operands[side] = _still(operands[side])
+        elif name in CALLS:
+            return self.through(callee(eqn).jaxpr, operands, path)
+        elif name == "scan":
+            return self._scan(eqn, operands, path)
+        joined = _NOTHING.union(*operands)
+        return [joined] * len(eqn.outvars)
+
+    def _check(self, path: Path, eqn: JaxprEqn, operands: Sequence[Marks]) -> None:
+        site = self.sites[path]
+        claimed, weight = site.value, operands[site.side]
+        self.wrong |= _leaves(weight) - claimed.leaves
+        itself = site.path == path and site.eqn is eqn
+        if not itself or _still(weight) - {*claimed.loops}:
+            self.wrong |= claimed.leaves
+
+    def _scan(self, eqn: JaxprEqn, operands: list[Marks], path: Path) -> list[Marks]:
+        body = eqn.params["jaxpr"].jaxpr
+        first, count = scan_counts(eqn)
+        loop = Loop(path, eqn.params["length"])
+        consts, carry = operands[:first], operands[first : first + count]
+        xs = [marks | {loop} for marks in operands[first + count :]]
+        kept = body.invars[first : first + count]
+        while True:
+            out = self.through(body, [*consts, *carry, *xs], path)
+            # What a loop hands on may be another value at each iteration.
+            after = [
+                old if given is var else old | new | {loop}
+                for old, new, given, var in zip(
+                    carry, out[:count], body.outvars[:count], kept, strict=True
+                )
+            ]
+            if after == carry:
+                return [marks - {loop} for marks in carry + out[count:]]
+            carry = after
+
+
+def _differentiable(eqn: JaxprEqn, var: Any) -> bool:
+    """Whether a gradient can flow back from this result of an equation."""
+    dtype = getattr(var.aval, "dtype", jnp.dtype(bool))  # Tokens have none.
+    return eqn.primitive.name != "stop_gradient" and jnp.issubdtype(dtype, jnp.inexact)
+
+
+def _leaves(*marks: Iterable[Mark]) -> set[int]:
+    return {mark for some in marks for mark in some if isinstance(mark, int)}
+
+
+def _still(marks: Collection[Mark]) -> Marks:
+    """Return the marks without those of gradients."""
+    return frozenset(mark for mark in marks if not isinstance(mark, int))
