@@ -18,6 +18,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from dpjax.clipping.complete import unaccounted
 from dpjax.clipping.query import Query
+from dpjax.clipping.sites import Site
 from dpjax.clipping.tracing import (
     CALLS,
     callee,
@@ -42,47 +43,6 @@ from dpjax.clipping.values import (
 )
 from dpjax.sensitive import accumulation_dtype
 from dpjax.typing import Batch, Key, Loss, Params
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Site:
-    """An equation that is linear in a parameter-only operand; the other one is data.
-
-    Attributes:
-        path: Where it stands.
-        eqn: The equation: dot_general, conv_general_dilated or gather.
-        side: Which operand the parameter-only value is.
-        value: That operand.
-        loops: All loops around it, outermost first. The data and the gradient of the
-            output have one leading axis for each.
-    """
-
-    path: Path
-    eqn: JaxprEqn
-    side: int
-    value: ParamValue
-    loops: tuple[Loop, ...]
-
-    @property
-    def kind(self) -> str:
-        """The name of the primitive."""
-        return self.eqn.primitive.name
-
-    @property
-    def data_shape(self) -> tuple[int, ...]:
-        """Shape of the data operand of one example, without loops."""
-        return shape_of(self.eqn.invars[1 - self.side])
-
-    @property
-    def out_shape(self) -> tuple[int, ...]:
-        """Shape of the output of one example, without loops."""
-        return shape_of(self.eqn.outvars[0])
-
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the parameter-only operand, with the loops it varies with."""
-        lead = tuple(loop.length for loop in self.value.loops)
-        return lead + shape_of(self.eqn.invars[self.side])
 
 
 class Affine(NamedTuple):
@@ -244,8 +204,8 @@ def _walk(
     It turns where an equation gives ``DATA`` although it reads a ``ParamValue``
     (``_equation``), and where tags are merged: the carry of a scan (``_scan``). Every other
     primitive, known or not, with jaxprs inside (``cond``, ``while``, ``custom_vjp``) or
-    without, is one equation: all that it reads ends there. A ``ParamValue`` in the loss itself ends in ``analyse``. ``complete`` checks
-    this without any tag.
+    without, is one equation: all that it reads ends there. A ``ParamValue`` in the loss
+    itself ends in ``analyse``. ``complete`` checks this without any tag.
     """
     tags: dict[Any, Tag] = {}
     made: dict[Any, JaxprEqn] = {}

@@ -7,13 +7,14 @@ flow of parameters is cut; whatever still arrives at the loss is not accounted f
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
+from dpjax.clipping.sites import Site
 from dpjax.clipping.tracing import CALLS, callee, scan_counts
-from dpjax.clipping.values import Loop, ParamValue, Path
+from dpjax.clipping.values import Loop, Path
 
 _DATA: Final = "data"
 Mark = int | str | Loop
@@ -23,17 +24,8 @@ Marks = frozenset[Mark]
 _NOTHING: Final[Marks] = frozenset()
 
 
-class _Site(Protocol):
-    """What is checked of a site."""
-
-    path: Path
-    eqn: JaxprEqn
-    side: int
-    value: ParamValue
-
-
 def unaccounted(
-    closed: ClosedJaxpr, num_params: int, sites: Mapping[Path, _Site]
+    closed: ClosedJaxpr, num_params: int, sites: Mapping[Path, Site]
 ) -> set[int]:
     """Return the parameters whose gradient is more than what their sites say.
 
@@ -57,7 +49,7 @@ def unaccounted(
 
 
 class _Flow:
-    def __init__(self, sites: Mapping[Path, _Site]) -> None:
+    def __init__(self, sites: Mapping[Path, Site]) -> None:
         self.sites = sites
         self.seen: set[Path] = set()
         self.wrong: set[int] = set()
