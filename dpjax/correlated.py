@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpjax.noise import add_noise
+from dpjax.noise import add_noise, noise_like
 from dpjax.sensitive import accumulation_dtype
 from dpjax.typing import Key, Params, Scalar
 
@@ -43,7 +43,8 @@ def init_noise(params: Params, *, bands: int) -> CorrelatedNoiseState:
     return CorrelatedNoiseState(jnp.zeros((), jnp.int32), jax.tree.map(empty, params))
 
 
-def next_noise(
+def add_next_noise(
+    tree: Params,
     state: CorrelatedNoiseState,
     *,
     column: np.ndarray,
@@ -51,12 +52,15 @@ def next_noise(
     key: Key,
     step: int | Scalar,
 ) -> tuple[Params, CorrelatedNoiseState]:
-    """Return the noise of ``step`` and the next state.
+    """Return ``tree`` with the noise of ``step``, and the next state.
 
     The noise is NaN unless ``step`` is the one that follows the state: noise that does not
-    go on from the right one is not correlated as the strategy says.
+    go on from the right one is not correlated as the strategy says. What is returned is
+    rounded like all that gets noise; the state keeps the noise itself, which must not know
+    of the data.
 
     Args:
+        tree: What is released, at least float32.
         state: After the step before.
         column: First column of C, ``[b]``.
         stddev: Of z.
@@ -81,11 +85,10 @@ def next_noise(
     def stored(recent: jax.Array, new: jax.Array) -> jax.Array:
         return recent.at[step % rows].set(new) if rows else recent
 
-    noise = add_noise(
-        jax.tree.map(carried, state.recent),
-        key=key,
-        step=step,
-        stddev=stddev / column[0],
-    )
-    recent = jax.tree.map(stored, state.recent, noise)
-    return noise, CorrelatedNoiseState(step + 1, recent)
+    drawn = {"key": key, "step": step, "stddev": stddev / column[0]}
+    old = jax.tree.map(carried, state.recent)
+    # Fresh noise last: it covers what the sum of the other two shows by its rounding.
+    noisy = add_noise(jax.tree.map(jnp.add, tree, old), **drawn)
+    new = jax.tree.map(jnp.add, old, noise_like(old, **drawn))
+    recent = jax.tree.map(stored, state.recent, new)
+    return noisy, CorrelatedNoiseState(step + 1, recent)

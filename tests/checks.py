@@ -21,6 +21,7 @@ from dpjax.clipping.keys import example_keys
 from dpjax.sensitive import SEAL, ClippedSum, reveal
 from dpjax.toeplitz import strategy_column
 from dpjax.typing import Batch
+from tests import reference_noise
 
 
 def thinned(cases, every, *, always=()):
@@ -180,8 +181,8 @@ def check_noise(release, *, stddev, divisor, clip_norm, steps=40):
     # Five standard errors of the mean and of the variance.
     assert abs(values.mean()) < 5 / math.sqrt(count), "mean"
     assert abs(values.var() - 1) < 5 * math.sqrt(2 / count), "variance"
-    # Float32 values collide now and then by chance; reuse would halve the count.
-    assert len(np.unique(values)) > 0.98 * count, "noise repeats"
+    # Single values repeat, as they are rounded; four in a row do not, but by reuse.
+    assert repeated(values) < 0.02, "noise repeats"
     assert scipy.stats.kstest(values, "norm").pvalue > 1e-6, "shape"
     # No step, and no leaf, is correlated with any other (of either sign).
     size = rows.shape[1]
@@ -189,6 +190,82 @@ def check_noise(release, *, stddev, divisor, clip_norm, steps=40):
     assert np.abs(steps_apart).max() < 6 / math.sqrt(size), "steps correlate"
     leaves = np.corrcoef(rows[:, :1000].ravel(), rows[:, 1000:].ravel())[0, 1]
     assert abs(leaves) < 6 / math.sqrt(count / 2), "leaves correlate"
+
+
+def repeated(values):
+    """Which part of the runs of four values in a row has been there before."""
+    runs = np.lib.stride_tricks.sliding_window_view(values, 4)
+    return 1 - len(np.unique(runs, axis=0)) / len(runs)
+
+
+def check_rounded(values, expected, *, unit, times=1, slack=0.02):
+    """``values`` are ``expected``, known to ``slack`` units, rounded to ``unit``.
+
+    Args:
+        values, expected: ``float64[n]``.
+        unit: Of which values are multiples; the last place of the release.
+        times: How often something was rounded on the way.
+        slack: What float32 makes of logarithms, divisors and so on, in units.
+    """
+    cells, exact = values / unit, expected / unit
+    assert np.isfinite(cells).all(), "not finite"
+    assert np.abs(cells - np.round(cells)).max() <= slack, "not rounded"
+    assert np.abs(cells - exact).max() <= times / 2 + slack, "not the noise of this key"
+    if times == 1 and slack < 0.1:
+        # The nearest multiple, but where the difference is too close to call.
+        assert np.mean(np.round(cells) != np.round(exact)) <= 0.01, "not the nearest"
+
+
+FORTY = {f"leaf{i:02}": jnp.zeros((7,) if i % 2 else (2, 3)) + i for i in range(40)}
+"""More leaves than digits of any base that keys might be told apart by."""
+FAR_STEPS = (0, 3, 2**16 + 3, 2**31 - 1)
+
+
+def reference_sum(total, *, key, step, parts):
+    """``total`` plus the noise of each of ``parts``, pairs of a stddev and a stream.
+
+    Returns:
+        ``float64[n]``, leaf after leaf.
+    """
+    root = np.asarray(jax.random.key_data(key))
+    noisy = []
+    for index, leaf in enumerate(jax.tree.leaves(total)):
+        expected = np.asarray(leaf, np.float64)
+        for stddev, stream in parts:
+            drawn = reference_noise.normals(
+                root, step=step, stream=stream, index=index, shape=leaf.shape
+            )
+            expected = expected + stddev * drawn
+        noisy.append(np.ravel(expected))
+    return np.concatenate(noisy)
+
+
+def flat(tree):
+    """``float64[n]``, leaf after leaf."""
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]).astype(
+        np.float64
+    )
+
+
+def filled(tree, scale):
+    """A sum like ``tree`` whose entries are about ``scale``."""
+    return jax.tree.map(
+        lambda x: jnp.asarray(scale * np.cos(x + np.arange(x.size).reshape(x.shape))),
+        tree,
+    )
+
+
+def check_exact_noise(release, *, key, stddev, divisor, clip_norm, steps=FAR_STEPS):
+    """``release(sum, step)`` is that of a key's noise, on each coordinate of 40 leaves."""
+    # Long enough that a ten-thousandth of it, added once more, shows.
+    total = filled(FORTY, 5 * stddev)
+    clipped = dataclasses.replace(
+        ClippedSum.zeros(total, l2_bound=clip_norm), total=total
+    )
+    for step in steps:
+        found = flat(release(clipped, step)) * divisor
+        expected = reference_sum(total, key=key, step=step, parts=[(stddev, 0)])
+        check_rounded(found, expected, unit=reference_noise.grid(stddev))
 
 
 def check_adds_to_sum(release, *, divisor, clip_norm):

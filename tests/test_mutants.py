@@ -5,29 +5,40 @@ Every mutant is a plausible bug, run through the same check that the honest code
 
 import collections
 import dataclasses
+import functools
+import math
+import tempfile
+from pathlib import Path
+from unittest import mock
 
 import dp_accounting as dp
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import dpjax
+from dpjax import noise
 from dpjax.clipping import Query, Slope, vmap
+from dpjax.mechanisms import recursion
 from dpjax.noise import root_key
 from dpjax.sampling import CyclicPoisson, Poisson
 from dpjax.sensitive import ClippedSum
 from tests.checks import (
+    FORTY,
     batch_of,
     check_adds_to_sum,
     check_correlated,
     check_cyclic,
     check_engine_contract,
+    check_exact_noise,
     check_joint_release,
     check_noise,
     check_poisson,
     check_sensitivity,
 )
+from tests.taint import check_run, check_step
 
 MECHANISM = dpjax.DpSgd(
     clip_norm=0.5,
@@ -39,6 +50,16 @@ MECHANISM = dpjax.DpSgd(
     delta=1e-5,
 )
 KEY = root_key(0)
+
+
+def exact_check(run):
+    check_exact_noise(
+        run,
+        key=KEY,
+        stddev=MECHANISM.noise_stddev,
+        divisor=MECHANISM.expected_batch_size,
+        clip_norm=MECHANISM.clip_norm,
+    )
 
 
 def release(mechanism, *, key=KEY, step_of=lambda step: step):
@@ -156,6 +177,30 @@ def difference_release(mechanism):
 def difference_noise_check(run):
     # By hand: z2 R = (3 * 1.2) * (2 * 0.5); all 200 examples.
     check_noise(run, stddev=3.6, divisor=200.0, clip_norm=1.0, steps=20)
+
+
+def radius_check(mechanism):
+    """A difference that was clipped further out than asked for is no release.
+
+    One that is so by rounding has the noise of what it was clipped to.
+    """
+    params = jax.tree.map(jnp.zeros_like, FORTY)
+    moved = {**params, "leaf00": params["leaf00"].at[0, 0].set(0.5)}
+
+    def run(clipped, step, *, wider=1.0):
+        wide = jnp.float32(clipped.l2_bound * wider)
+        clipped = dataclasses.replace(clipped, phase="difference", l2_bound=wide)
+        state = mechanism.init(params)
+        return mechanism.release(clipped, state, moved, key=KEY, step=step)[0]
+
+    # By hand: z2 R = (3 * 1.2) * (2 * 0.5).
+    facts = {"key": KEY, "divisor": 200.0, "clip_norm": 1.0, "steps": (21,)}
+    check_exact_noise(run, stddev=3.6, **facts)
+    rounded = functools.partial(run, wider=1.0005)
+    check_exact_noise(rounded, stddev=3.6 * 1.0005, **facts)
+    empty = ClippedSum.zeros(params, l2_bound=1.0)
+    for leaf in jax.tree.leaves(run(empty, 21, wider=1.01)):
+        assert np.isnan(leaf).all()
 
 
 def message_check(mechanism):
@@ -349,6 +394,37 @@ def correlation_check(mechanism):
     check_correlated(np.stack(rows), mechanism)
 
 
+def clip_norm_check(mechanism):
+    """Noise follows the clip norm of the step: by hand, 0.3 is spent on the count."""
+    state = mechanism.init(FORTY)._replace(clip_norm=jnp.float32(0.8))
+
+    def run(clipped, step):
+        counted = dataclasses.replace(clipped, count=jnp.float32(0))
+        return mechanism.release(counted, state, None, key=KEY, step=step)[0]
+
+    check_exact_noise(
+        run,
+        key=KEY,
+        stddev=1.2 * 0.8 / math.sqrt(0.7),
+        divisor=20.0,
+        clip_norm=0.8,
+        steps=(3,),
+    )
+
+
+def run_check(harm):
+    with tempfile.TemporaryDirectory() as workdir:
+        check_run(Path(workdir), harm=harm)
+
+
+def finish_check(harm):
+    check_step(MECHANISM, harm=harm)
+
+
+def transform_check(transform_of):
+    check_step(MECHANISM, transform_of=transform_of)
+
+
 def cyclic_check(sampling):
     check_cyclic(sampling, num_examples=200, turns=150)
 
@@ -397,6 +473,132 @@ def same_noise_in_all_leaves():
         return {"a": out["b"].reshape(40, 25), "b": out["b"]}
 
     return run
+
+
+def with_deviates(changed):
+    """Releases whose deviates are ``changed(honest, key, index, shape)``."""
+    honest = noise._deviates
+
+    def deviates(key, index, shape):
+        return changed(honest, key, index, shape)
+
+    def run(clipped, step):
+        with mock.patch.object(noise, "_deviates", deviates):
+            return release(MECHANISM)(clipped, step)
+
+    return run
+
+
+def less_noise_after_the_third_leaf():
+    return with_deviates(
+        lambda honest, key, index, shape: (
+            honest(key, index, shape) * (1.0 if index < 3 else 0.9)
+        )
+    )
+
+
+def leaves_eight_apart_alike():
+    return with_deviates(
+        lambda honest, key, index, shape: honest(key, index % 8, shape)
+    )
+
+
+def half_a_root_key():
+    return with_deviates(lambda honest, key, index, shape: honest(KEY[0], index, shape))
+
+
+def step_wraps():
+    return release(MECHANISM, step_of=lambda step: step % 2**16)
+
+
+def released_sum_leaks():
+    def run(clipped, step):
+        out = release(MECHANISM)(clipped, step)
+        part = 1e-4 / MECHANISM.expected_batch_size
+        return jax.tree.map(lambda x, s: x + part * s, out, clipped.total)
+
+    return run
+
+
+def not_rounded():
+    def add(tree, **where):
+        return jax.tree.map(jnp.add, tree, noise.noise_like(tree, **where))
+
+    def run(clipped, step):
+        with mock.patch.object(noise, "add_noise", add):
+            return release(MECHANISM)(clipped, step)
+
+    return run
+
+
+def rounded_before_the_noise():
+    """Then one example moves each coordinate by up to a whole unit."""
+
+    def run(clipped, step):
+        unit = noise.grid(MECHANISM.noise_stddev)
+        total = jax.tree.map(lambda x: jnp.round(x / unit) * unit, clipped.total)
+        coarse = dataclasses.replace(clipped, total=total)
+        return release(MECHANISM)(coarse, step)
+
+    return run
+
+
+def average_fed_with_the_sum(finish):
+    def leaking(state, sums):
+        after, released = finish(state, sums)
+        total = sums.merged().total
+        average = jax.tree.map(lambda a, s: a + 1e-3 * s, after.average, total)
+        return after._replace(average=average), released
+
+    return leaking
+
+
+def norm_fed_with_the_sum(finish):
+    def leaking(state, sums):
+        after, released = finish(state, sums)
+        norm = released.update_norm + 1e-4 * optax.tree.norm(sums.merged().total)
+        return after, released._replace(update_norm=norm)
+
+    return leaking
+
+
+def update_leaks_the_sum(mechanism, optimizer, *, noise_key):
+    honest = dpjax.private(mechanism, optimizer, noise_key=noise_key)
+
+    def update(clipped, state, params=None, **extra):
+        updates, after = honest.update(clipped, state, params, **extra)
+        total = clipped.total
+        return jax.tree.map(lambda u, s: u - 1e-4 * s, updates, total), after
+
+    return honest._replace(update=update)
+
+
+def evaluated_on_the_training_data(experiment):
+    return dataclasses.replace(experiment, held_out=experiment.source)
+
+
+class RadiusNotGuarded(dpjax.Diff2):
+    def release(self, *args, **where):
+        with mock.patch.object(recursion, "_ROUNDING", math.inf):
+            return super().release(*args, **where)
+
+
+class NoiseOfTheRadiusAlone(dpjax.Diff2):
+    """Not of the radius that the sum was clipped to, which another program rounded."""
+
+    def release(self, clipped, state, params, **where):
+        radius = jnp.float32(self.radius(clipped.phase, params, state))
+        wide = clipped.l2_bound > 1.001 * radius
+        asked = dataclasses.replace(
+            clipped, l2_bound=jnp.where(wide, clipped.l2_bound, radius)
+        )
+        return super().release(asked, state, params, **where)
+
+
+class NoiseOfTheFirstClipNorm(dpjax.AdaptiveDpSgd):
+    def noise_stddev(self, clip_norm):
+        del clip_norm
+        return super().noise_stddev(self.initial_clip_norm)
 
 
 def opposite_noise_at_odd_steps():
@@ -831,6 +1033,26 @@ MUTANTS = {
     "opposite noise at odd steps": (noise_check, opposite_noise_at_odd_steps()),
     "opposite noise in leaves": (noise_check, opposite_noise_in_leaves()),
     "uniform noise": (noise_check, uniform_noise()),
+    "less noise after the third leaf": (exact_check, less_noise_after_the_third_leaf()),
+    "leaves eight apart alike": (exact_check, leaves_eight_apart_alike()),
+    "one half of the root key": (exact_check, half_a_root_key()),
+    "step wraps at 2**16": (exact_check, step_wraps()),
+    "a ten-thousandth of the sum in the release": (exact_check, released_sum_leaks()),
+    "not rounded": (exact_check, not_rounded()),
+    "rounded before the noise": (exact_check, rounded_before_the_noise()),
+    "a ten-thousandth of the sum in the update": (
+        transform_check,
+        update_leaks_the_sum,
+    ),
+    "a thousandth of the sum in the average": (finish_check, average_fed_with_the_sum),
+    "the sum in the norm that is logged": (finish_check, norm_fed_with_the_sum),
+    "evaluated on the training data": (run_check, evaluated_on_the_training_data),
+    "radius not guarded": (radius_check, diff2_as(RadiusNotGuarded)),
+    "noise of the radius alone": (radius_check, diff2_as(NoiseOfTheRadiusAlone)),
+    "noise of the first clip norm": (
+        clip_norm_check,
+        adaptive_as(NoiseOfTheFirstClipNorm),
+    ),
     "mean instead of sum": (sum_check, mean_instead_of_sum()),
     "divided by another batch size": (sum_check, divided_by_another_batch_size()),
     "clip x10": (sensitivity_check, clip_times_ten),
@@ -933,6 +1155,12 @@ def test_mutant_is_caught(name):
     ("check", "honest"),
     [
         (noise_check, release(MECHANISM)),
+        (exact_check, release(MECHANISM)),
+        (finish_check, lambda finish: finish),
+        (transform_check, dpjax.private),
+        (run_check, lambda experiment: experiment),
+        (radius_check, DIFF2),
+        (clip_norm_check, ADAPTIVE),
         (sum_check, release(MECHANISM)),
         (sensitivity_check, vmap),
         (contract_check, vmap),

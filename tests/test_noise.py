@@ -3,10 +3,23 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+import scipy.special
 import scipy.stats
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dpjax.noise import add_noise, root_key
+from dpjax import noise as noise_module
+from dpjax.noise import add_noise, grid, noise_like, root_key
+from tests import reference_noise
+from tests.checks import (
+    FAR_STEPS,
+    FORTY,
+    check_rounded,
+    filled,
+    flat,
+    reference_sum,
+    repeated,
+)
 
 KEY = root_key(0)
 SHAPES = {"a": jnp.zeros((64, 32)), "b": {"c": jnp.zeros(2048), "d": jnp.zeros(2048)}}
@@ -21,16 +34,15 @@ def test_noise_is_standard_normal_to_the_tails():
         [np.ravel(x) for s in range(20) for x in jax.tree.leaves(noise(s))]
     )
     assert scipy.stats.kstest(values, "norm").pvalue > 1e-4
-    # P(|Z| > 3.5) = 4.65e-4; a generator cut short at 23 bits still has these tails.
+    # P(|Z| > 3.5) = 4.65e-4.
     tail = np.mean(np.abs(values) > 3.5)
     assert abs(tail - 4.65e-4) < 5 * np.sqrt(4.65e-4 / len(values))
 
 
 def test_no_value_repeats_over_leaves_steps_and_keys():
     trees = [noise(s, root_key(k)) for s in range(5) for k in (0, 1)]
-    values = np.concatenate([np.ravel(x) for t in trees for x in jax.tree.leaves(t)])
-    # Float32 sums collide now and then by chance; a reused stream would halve the count.
-    assert len(np.unique(values)) > 0.99 * len(values)
+    # Single values repeat, as they are rounded; four in a row do not, but by reuse.
+    assert repeated(np.concatenate([flat(t) for t in trees])) < 0.001
 
 
 def test_leaves_steps_and_keys_are_uncorrelated():
@@ -62,6 +74,76 @@ def test_replayed_step_draws_the_same_noise_bitwise():
     jax.tree.map(np.testing.assert_array_equal, noise(7), noise(7))
     traced = jax.jit(noise)(jnp.int32(7), root_key(0))
     jax.tree.map(np.testing.assert_array_equal, traced, jax.jit(noise)(7, root_key(0)))
+
+
+@pytest.mark.parametrize("stddev", [1.0, 1.7, 3e-9, 6e11])
+@pytest.mark.parametrize("step", FAR_STEPS)
+def test_noise_is_that_of_the_slow_reference(step, stddev):
+    """Each coordinate of 40 leaves, to the last place of what is released."""
+    tree = filled(FORTY, stddev)
+    for stream in (0, 5):
+        parts = [(stddev, stream)]
+        expected = reference_sum(tree, key=KEY, step=step, parts=parts)
+        found = add_noise(tree, key=KEY, step=step, stddev=stddev, stream=stream)
+        check_rounded(flat(found), expected, unit=reference_noise.grid(stddev))
+
+
+def test_noise_before_rounding_is_that_of_the_slow_reference():
+    tree = {"a": jnp.zeros(3), "b": jnp.zeros((200, 50))}
+    found = noise_like(tree, key=KEY, step=jnp.int32(9), stddev=1.7)
+    expected = reference_sum(tree, key=KEY, step=9, parts=[(1.7, 0)])
+    np.testing.assert_allclose(flat(found), expected, atol=2e-6)
+
+
+def words_up_to(tail):
+    """Words from the end of the tail inwards."""
+    near = np.geomspace(1, tail, 3000).astype(np.uint32)
+    return jnp.asarray(np.concatenate([np.arange(16, dtype=np.uint32), near]))
+
+
+def test_deviates_are_normal_quantiles_into_the_tails(monkeypatch):
+    words = words_up_to(2**32 - 1)
+    monkeypatch.setattr(jax.random, "bits", lambda key, shape, dtype: words)
+    found = np.asarray(noise_module._deviates(KEY[0], 0, words.shape), np.float64)
+    far = scipy.special.ndtri((np.asarray(words >> 1) + 0.5) / 2.0**32)
+    expected = np.where(np.asarray(words) % 2, -far, far)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
+    assert found.max() > 6.3
+
+
+def test_without_noise_nothing_is_rounded():
+    tree = {"a": jnp.array([0.1, -3e-20, 1e30])}
+    found = jax.jit(add_noise)(tree, key=KEY, step=0, stddev=0.0)
+    np.testing.assert_array_equal(found["a"], tree["a"])
+
+
+@pytest.mark.parametrize("stddev", [np.nan, np.inf, 1e-38])
+def test_noise_without_a_grid_is_nan(stddev):
+    """Never a sum without its noise: a denormal is flushed to 0 by many a machine."""
+    found = jax.jit(add_noise)({"a": jnp.ones(5)}, key=KEY, step=0, stddev=stddev)
+    assert np.isnan(found["a"]).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_large_sums_are_rounded_to_floats_of_the_exact_sum(dtype):
+    """Where floats are further apart than the grid, the nearest float comes out."""
+    with jax.enable_x64(dtype == jnp.float64):
+        tree = {"a": jnp.asarray([-1e8, 3e8 + 64, 1e12], dtype)}
+        found = add_noise(tree, key=KEY, step=1, stddev=1.7)["a"]
+        assert found.dtype == dtype
+        expected = reference_sum(tree, key=KEY, step=1, parts=[(1.7, 0)])
+    unit = np.maximum(
+        np.spacing(np.abs(np.asarray(tree["a"]))), reference_noise.grid(1.7)
+    )
+    assert (np.abs(np.asarray(found, np.float64) - expected) <= 0.51 * unit).all()
+
+
+def test_grids_are_powers_of_two_next_to_the_noise():
+    for stddev in (1.0, 1.999, 2.0, 3e-20, 7e20):
+        unit = float(jax.jit(grid)(stddev))
+        assert unit == reference_noise.grid(np.float32(stddev))
+        assert stddev / 2048 < unit <= stddev / 1024
+        assert np.frexp(unit)[0] == 0.5
 
 
 def test_noise_is_the_same_for_every_sharding():

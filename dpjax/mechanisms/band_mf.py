@@ -166,18 +166,15 @@ class BandMf:
         del params
         import jax
 
-        from dpjax.correlated import next_noise
+        from dpjax.correlated import add_next_noise
         from dpjax.sensitive import opened
 
-        noise, state = next_noise(
+        noisy, state = add_next_noise(
+            opened(clipped, l2_bound=self.clip_norm),
             state,
             column=strategy_column(self.strategy, bands=self.bands, steps=self.steps),
             stddev=self.noise_stddev,
             key=key,
             step=step,
         )
-        total = opened(clipped, l2_bound=self.clip_norm)
-        mean = jax.tree.map(
-            lambda x, y: (x + y) / self.expected_batch_size, total, noise
-        )
-        return mean, state
+        return jax.tree.map(lambda x: x / self.expected_batch_size, noisy), state
