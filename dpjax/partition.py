@@ -14,11 +14,16 @@ import jax
 from dpjax.typing import Example, Key, Loss, Params, Scalar
 
 
+def name_of(path: tuple[Any, ...]) -> str:
+    """Return the keys of a path joined by ``/``; "params" if there are none."""
+    return jax.tree_util.keystr(path, simple=True, separator="/") or "params"
+
+
 def flatten(params: Params) -> dict[str, Any]:
-    """Return the leaves by their names, the keys of their path joined by ``/``.
+    """Return the leaves by their names; see ``name_of``.
 
     Keys are those of dicts, the fields of tuples with names and of dataclasses, the numbers
-    of items. A leaf that stands alone, without a path, is called "params".
+    of items.
 
     Raises:
         ValueError: Two leaves would have one name, or one the name of a group of others:
@@ -26,7 +31,7 @@ def flatten(params: Params) -> dict[str, Any]:
     """
     leaves: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = jax.tree_util.keystr(path, simple=True, separator="/") or "params"
+        name = name_of(path)
         if name in leaves:
             raise ValueError(f"two parameters are named {name!r}: rename one of them")
         leaves[name] = leaf

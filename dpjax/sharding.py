@@ -16,10 +16,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from dpjax.partition import name_of
 from dpjax.typing import Batch, Params
 
 AXES = ("data", "fsdp")
@@ -72,7 +74,8 @@ class Layout:
         if self.devices == 1:
             return None
         return jax.tree.map_with_path(
-            lambda path, leaf: self._named(self._spec(_name(path), leaf.shape)), params
+            lambda path, leaf: self._named(self._spec(name_of(path), leaf.shape)),
+            params,
         )
 
     def of_state(self, state: PyTree, params: Params) -> PyTree | None:
@@ -88,7 +91,7 @@ class Layout:
             for path, leaf in jax.tree_util.tree_leaves_with_path(params)
         }
         names = {
-            jax.tree_util.keystr(path): _name(path)
+            jax.tree_util.keystr(path): name_of(path)
             for path, _ in jax.tree_util.tree_leaves_with_path(params)
         }
 
@@ -96,7 +99,9 @@ class Layout:
             text = jax.tree_util.keystr(path)
             ends = [end for end in known if text.endswith(end)]
             like = max(ends, key=len, default=None)
-            if like is None:
+            # Every path ends like that of a single array, which has none; a seed is no
+            # parameter.
+            if like is None or not jnp.issubdtype(leaf.dtype, jnp.inexact):
                 return self.whole
             leading = len(leaf.shape) - len(known[like])
             if leading < 0 or known[like] != leaf.shape[leading:]:
@@ -231,7 +236,3 @@ def _split(
             f"shape {shape} over fsdp={parts}; use another dimension, 'largest' or None"
         )
     return PartitionSpec(*(None,) * dimension, "fsdp")
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -52,6 +52,26 @@ def test_any_container_trains_resumes_bitwise_and_comes_back(
     assert {leaf.dtype for leaf in kept} == {np.dtype(np.float32)}
 
 
+def test_containers_and_what_is_frozen_of_them_are_spread_over_devices(tmp_path):
+    mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.rules": ((".*", "largest"),)}
+    changes = mesh | {
+        "mechanism.steps": 2,
+        "parameters.train": ("head/.*", "blocks/.*"),
+    }
+    spread, single = tmp_path / "spread", tmp_path / "single"
+    config = tiny(model=MODEL, optimizer=ADAM, **changes)
+    train(config, spread)
+    train(config | {"mesh": config["mesh"] | {"data": 1, "fsdp": 1}}, single)
+    one, other = (load_export(d / "export", like=shapes()) for d in (spread, single))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(
+            x.astype(np.float32), y.astype(np.float32), rtol=1e-2, atol=1e-4
+        ),
+        one,
+        other,
+    )
+
+
 def test_one_array_alone_is_a_model(tmp_path):
     config = tiny(model=MODEL | {"name": "tests.containers:bare"})
     check_parts(build_experiment(config))

@@ -432,6 +432,14 @@ def test_moments_and_averages_are_split_like_their_parameters():
     assert placed["average"]["a"]["kernel"].sharding.spec == PartitionSpec(None, "fsdp")
 
 
+def test_a_single_array_is_split_and_what_ends_like_it_is_not():
+    layout = layout_of((1, 4), (("params", 0),))
+    state = {"params": jnp.ones(4), "seed": jnp.ones(4, jnp.uint32), "key": root_key(0)}
+    placed = layout.put(state, jnp.ones(4))
+    assert placed["params"].sharding.spec == PartitionSpec("fsdp")
+    assert placed["seed"].sharding == layout.whole
+
+
 # --- Bad input ----------------------------------------------------------------------------
 
 
