@@ -5,7 +5,7 @@ import optax
 import optax.contrib
 import pytest
 
-from dpjax.optimizers import evaluation_params, sgdw, tunable_sgd
+from dpjax.optimizers import evaluation_params, owning, sgdw, tunable_sgd
 from dpjax.train import train
 from tests.containers import doubled
 from tests.runs import exported, tiny
@@ -83,3 +83,26 @@ def test_the_moving_average_is_of_what_the_optimizer_evaluates(tmp_path):
     # Parameters that hardly move, and an average that began at them.
     ratio = optax.tree.norm(state.average) / optax.tree.norm(state.params)
     assert 1.5 < ratio < 2.0001
+
+
+def test_a_state_is_made_of_strongly_typed_arrays_that_can_be_donated():
+    def init(params):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return {"start": params, "twice": (zeros, zeros), "rate": 0.5, "count": 0}
+
+    def update(updates, state, params=None):
+        return updates, {**state, "count": state["count"] + 1}
+
+    optimizer = owning(optax.GradientTransformation(init, update))
+    params = {"w": jnp.ones(3), "low": jnp.ones(2, jnp.bfloat16)}
+    state = optimizer.init(params)
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves(state))
+    assert state["start"]["low"].dtype == jnp.float32
+    step = jax.jit(optimizer.update, donate_argnums=(1, 2))
+    gradient = jax.tree.map(lambda x: jnp.ones(x.shape), params)
+    for count in (1, 2):
+        _, state = step(gradient, state, jax.tree.map(jnp.copy, params))
+        assert int(state["count"]) == count
+    assert step._cache_size() == 1
+    with pytest.raises(ValueError, match=r"optimizer=0\.5 must be an optax transform"):
+        owning(0.5)

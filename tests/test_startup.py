@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.special
 
+from dpjax import losses
 from dpjax.config import ConfigError
 from dpjax.experiment import build_experiment
 from dpjax.models import peft
@@ -118,14 +119,50 @@ def test_scores_and_attacks_see_the_model_without_dropout():
     right = logits.argmax(axis=1) == examples["label"]
     over = functools.partial(jax.vmap, in_axes=(None, 0))
     np.testing.assert_array_equal(over(experiment.metric)(params, examples), right)
-    losses = jax.vmap(experiment.evaluation_loss, (None, 0, None))
-    found = losses(params, examples, jax.random.key(1))
+    over_examples = jax.vmap(experiment.evaluation_loss, (None, 0, None))
+    found = over_examples(params, examples, jax.random.key(1))
     wanted = (
         scipy.special.logsumexp(logits, axis=1) - logits[range(100), examples["label"]]
     )
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
     dropped = jax.vmap(experiment.loss, (None, 0, None))
     assert np.abs(dropped(params, examples, jax.random.key(1)) - wanted).max() > 1
+
+
+def test_a_metric_of_the_users_sees_the_model_without_dropout():
+    model = of("dropping", num_classes=10, evaluated=True)
+    metric = {"evaluation.metric": of("largest_score")}
+    experiment = build_experiment(tiny(model=model, **metric))
+    examples = experiment.held_out[list(range(10))]
+    params = {"w": np.random.default_rng(0).normal(size=(64, 10)).astype(np.float32)}
+    wanted = (examples["image"].reshape(10, 64) @ params["w"]).max(axis=1)
+    found = jax.vmap(experiment.metric, in_axes=(None, 0))(params, examples)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+OUTPUTS = {
+    losses.accuracy: jnp.arange(3.0),
+    losses.error_rate: jnp.arange(3.0),
+    losses.squared_error: jnp.float32(2.0),
+    losses.token_nats: jnp.zeros((4, 5)),
+    functools.partial(losses.hidden_token_nats, mask_token=0, rate=0.5): jnp.zeros(
+        (4, 5)
+    ),
+}
+
+
+@pytest.mark.parametrize("metric", OUTPUTS)
+def test_every_metric_takes_what_is_evaluated(metric):
+    outputs = OUTPUTS[metric]
+    model = Model(
+        lambda key, example: {},
+        lambda params, example, key: outputs * jnp.nan,
+        evaluate=lambda params, example, key: outputs,
+    )
+    example = {"label": 2, "y": 1.0, "tokens": jnp.arange(1, 5)}
+    plain = metric(model.evaluating())({}, example)
+    assert metric(model)({}, example) == plain
+    assert metric(model._replace(evaluate=None))({}, example) != plain
 
 
 WRAPPED = {
