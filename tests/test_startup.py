@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+from flax import linen as nn
 
 from dpjax import losses
 from dpjax.config import ConfigError
 from dpjax.experiment import build_experiment
 from dpjax.models import peft
 from dpjax.models.inputs import resized, standardized
+from dpjax.models.linen import array_model
 from dpjax.startup import check_parts
 from dpjax.train import plan, train
 from dpjax.typing import Model
@@ -168,8 +170,6 @@ def test_every_metric_takes_what_is_evaluated(metric):
 WRAPPED = {
     "standardized": lambda model: standardized(model, mean=(0.0,), std=(2.0,)),
     "resized": lambda model: resized(model, size=8),
-    "lora": lambda model: peft.lora(model, rank=1, scale=1.0, targets=()),
-    "prefix": lambda model: peft.prefix(model, length=1),
 }
 
 
@@ -187,18 +187,31 @@ def test_models_around_models_are_evaluated_without_dropout(name):
     assert np.abs(drawn - wanted).max() > 1
 
 
-def test_prompts_are_evaluated_without_dropout():
-    def scores(drop):
-        def apply(params, example, key):
-            out = 1.0 * example["tokens"][:, None]
-            return out * jax.random.bernoulli(key, 0.5, out.shape) if drop else out
+class Dropped(nn.Module):
+    deterministic: bool = False
 
-        return apply
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dropout(0.5, deterministic=self.deterministic)(nn.Dense(4)(x))
 
-    inner = Model(
-        lambda key, example: {}, scores(drop=True), evaluate=scores(drop=False)
-    )
+
+def test_adapters_and_prompts_are_evaluated_without_dropout():
+    """And are part of what is evaluated."""
+    example = {"x": np.ones(3, np.float32)}
+    inner = array_model(Dropped(), field="x", evaluation=Dropped(deterministic=True))
+    model = peft.lora(inner, rank=1, scale=1.0, targets=("Dense_0",)).evaluating()
+    params = model.init(jax.random.key(0), example)
+    layer = params["Dense_0"]
+    layer["lora_b"] = jnp.ones((1, 4))
+    found = model.apply(params, example, jax.random.key(0))
+    wanted = jnp.sum(layer["kernel"], axis=0) + jnp.sum(layer["lora_a"])
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+    def lengths(params, example, key):
+        tokens = example["tokens"]
+        return jnp.full((len(tokens), 1), len(tokens))
+
+    inner = Model(lambda key, example: {}, lambda *args: None, evaluate=lengths)
     model = peft.prompt(inner, length=2, position=1).evaluating()
-    example = {"tokens": jnp.arange(1, 5)}
-    found = model.apply({}, example, jax.random.key(0))
-    np.testing.assert_array_equal(found[:, 0], [1, 2, 3, 4])
+    found = model.apply({}, {"tokens": jnp.arange(1, 5)}, jax.random.key(0))
+    np.testing.assert_array_equal(found, np.full((4, 1), 6))
