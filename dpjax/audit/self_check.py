@@ -15,32 +15,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array
 
-from dpjax.audit import distinguish
-from dpjax.audit.views import has_view
+from dpjax import terminal
+from dpjax.audit.draws import check_accounting, check_draws
+from dpjax.audit.errors import SelfCheckError
+from dpjax.audit.noises import check_fresh, check_moments, check_reach
 from dpjax.clipping import ENGINES, Engine
-from dpjax.config import ConfigError
 from dpjax.experiment import Experiment
-from dpjax.mechanisms import Mechanism
 from dpjax.noise import root_key
 from dpjax.optimizers import owning
 from dpjax.partition import partition, with_frozen
-from dpjax.sampling import (
-    CyclicPoisson,
-    FullBatch,
-    PeriodicPoisson,
-    Poisson,
-    ShuffledFixed,
-    TruncatedPoisson,
-    secret_seed,
-)
 from dpjax.sensitive import ClippedSum, PerExample, reveal
 from dpjax.transforms import private
 from dpjax.typing import Batch, Params
 
 EXAMPLES = 8
-"""Real examples that are looked at."""
+"""Real examples that are looked at in every way."""
+_FINITE = 256
+"""Real examples whose gradients are only asked to be finite."""
 _STEPS = 64
 CONFIGURED = "config.compute.engine"
 _ROUNDING = 1e-4
@@ -48,10 +40,6 @@ _ROUNDING = 1e-4
 _FIX = "use config.compute.engine='vmap' and report the loss"
 
 Ask = Callable[[str, Params, Batch], tuple[ClippedSum, PerExample]]
-
-
-class SelfCheckError(ConfigError):
-    """A part of the run does not do what its privacy rests on."""
 
 
 class Part(NamedTuple):
@@ -98,28 +86,55 @@ def self_check(experiment: Experiment) -> str:
     }
     asks = {name: _asking(experiment, e, params, frozen) for name, e in engines.items()}
     part = Part(experiment, params, batch, asks)
-    lines = [check(part) for check in _checks(experiment.mechanism)]
+    lines = [check() for check in _checks(part)]
     return "\n".join(["self-check, all passed", *(f"  {line}" for line in lines)])
 
 
-def _checks(mechanism: Mechanism) -> tuple[Callable[[Part], str], ...]:
-    always = (check_finite, check_per_example, check_sampler, check_update)
+def _checks(part: Part) -> tuple[Callable[[], str], ...]:
+    mechanism, params = part.experiment.mechanism, part.params
+    of_part = (check_finite, check_per_example, check_update)
+    always = (
+        *(functools.partial(check, part) for check in of_part),
+        functools.partial(check_draws, mechanism),
+    )
     if not mechanism.private:
         return always
-    return (*always, check_sensitivity, check_engine, check_noise, check_shape_of_noise)
+    return (
+        *always,
+        functools.partial(check_accounting, mechanism),
+        functools.partial(check_sensitivity, part),
+        functools.partial(check_engine, part),
+        functools.partial(check_reach, mechanism, params),
+        functools.partial(check_fresh, mechanism, params),
+        functools.partial(check_moments, mechanism),
+    )
 
 
 def check_finite(part: Part) -> str:
-    """Loss and gradient are finite at the initial parameters."""
+    """Loss and gradient are finite at the initial parameters.
+
+    How many are not is told on the operator's terminal only.
+    """
+    source, size = part.experiment.source, len(part.batch.mask)
+    count = max(min(_FINITE, len(source)) // size, 1) * size
+    found = 0
     for phase, params in _points(part):
-        _, statistics = part.reference(phase, params, part.batch)
-        found = reveal(statistics)
-        if not np.isfinite(found["losses"]).all() or found["nonfinite"].any():
-            raise SelfCheckError(
-                "a loss or gradient is NaN or infinite at the initial parameters; such "
-                "examples would be dropped from every sum: correct the data or the loss"
-            )
-    return f"loss and gradient are finite on {len(part.batch.mask)} examples"
+        for begin in range(0, count, size):
+            index = [i * len(source) // count for i in range(begin, begin + size)]
+            rows = jax.tree.map(jnp.asarray, source[index])
+            batch = Batch(rows, part.batch.mask, np.asarray(index, np.int32))
+            statistics = reveal(part.reference(phase, params, batch)[1])
+            finite = np.isfinite(statistics["losses"]) & ~statistics["nonfinite"]
+            found += size - int(finite.sum())
+    if found:
+        private = part.experiment.mechanism.private
+        told = f"{found} losses or gradients of {count} examples are not finite"
+        terminal.tell([told], private=private)
+        raise SelfCheckError(
+            "a loss or gradient is NaN or infinite at the initial parameters; such "
+            "examples would be dropped from every sum: correct the data or the loss"
+        )
+    return f"loss and gradient are finite on {count} examples"
 
 
 def check_per_example(part: Part) -> str:
@@ -213,105 +228,6 @@ def _agree(sums: ClippedSum, truth: ClippedSum, *, count: int) -> bool:
     return True
 
 
-def check_sampler(part: Part) -> str:
-    """Batches are as large and as often as the plan says."""
-    mechanism = part.experiment.mechanism
-    sampling, size = mechanism.sampling, mechanism.num_examples
-    steps, seed = min(mechanism.steps, _STEPS), secret_seed()
-    seen, sizes = np.zeros(size, int), np.zeros(steps)
-    for step in range(steps):
-        drawn = sampling.draw(step, num_examples=size, seed=seed)
-        if len(np.unique(drawn)) != len(drawn) or np.any((drawn < 0) | (drawn >= size)):
-            raise SelfCheckError(
-                f"{sampling} draws an example twice in a batch, or one that is not there"
-            )
-        seen[drawn] += 1
-        sizes[step] = len(drawn)
-    expected, spread = _expected_sizes(mechanism, steps)
-    most = sampling.max_participations(steps=steps, num_examples=size)
-    truncated = isinstance(sampling, TruncatedPoisson)
-    # Six standard errors; sizes that are fixed have none.
-    wrong = abs(sizes.sum() - expected) > 6 * spread + 1e-6
-    wrong |= truncated and sizes.max() > sampling.capacity
-    if wrong or seen.max() > most:
-        raise SelfCheckError(
-            f"{sampling} draws batches of other sizes than are accounted, or one example "
-            f"more than {most} times in {steps} steps"
-        )
-    return f"{steps} batches are as the sampling is accounted"
-
-
-def _expected_sizes(mechanism: Mechanism, steps: int) -> tuple[float, float]:
-    """Return the expected sum of batch sizes, and its standard deviation at most."""
-    from scipy.stats import binom
-
-    sampling, size = mechanism.sampling, mechanism.num_examples
-    match sampling:
-        case FullBatch() | ShuffledFixed():
-            return steps * mechanism.expected_batch_size, 0.0
-        case Poisson():
-            rates = np.full(steps, sampling.rate)
-        case PeriodicPoisson():
-            first = np.arange(steps) % sampling.period == 0
-            rates = np.where(first, sampling.first_rate, sampling.rate)
-        case TruncatedPoisson():
-            # The mean of min(Binomial, capacity), which varies no more than a Binomial.
-            at_least = np.arange(sampling.capacity)
-            mean = binom.sf(at_least, size, sampling.rate).sum()
-            variance = size * sampling.rate * (1 - sampling.rate)
-            return float(steps * mean), math.sqrt(steps * variance)
-        case CyclicPoisson():
-            # Of one example, whose part decides how many turns it has.
-            turns = np.bincount(np.arange(steps) % sampling.cycle)
-            turns = np.pad(turns, (0, sampling.cycle - len(turns)))
-            rate, mean = sampling.rate, turns.mean()
-            variance = rate * (1 - rate) * mean + rate**2 * turns.var()
-            return float(size * rate * mean), math.sqrt(size * variance)
-        case _:
-            # Of a sampling that does not ship, only the order of magnitude is known.
-            total = steps * mechanism.expected_batch_size
-            return total, total / 6
-    return size * rates.sum(), math.sqrt(size * np.sum(rates * (1 - rates)))
-
-
-def check_noise(part: Part) -> str:
-    """Noise of the accounted size reaches every parameter, fresh at each step."""
-    leaves = list(zip(*map(jax.tree.leaves, _silent_releases(part)), strict=True))
-    stacked = [np.stack([np.ravel(x) for x in leaf]) for leaf in leaves]
-    pooled = math.sqrt(np.mean(np.concatenate([x.ravel() for x in stacked]) ** 2))
-    for noise in stacked:
-        error = 6 / math.sqrt(2 * noise.size) + 0.02
-        alike = abs(np.sqrt(np.mean(noise**2)) - pooled) < error * pooled
-        # Of a few numbers alone, none would be alike enough.
-        if not (alike and noise.any()):
-            raise SelfCheckError(
-                "noise is not alike on all parameters: release adds too little to some"
-            )
-    rows = np.concatenate(stacked, axis=1)
-    if len({row.tobytes() for row in rows}) < len(rows):
-        raise SelfCheckError("two steps have the same noise: a key is used twice")
-    return "noise reaches every parameter, fresh at each step"
-
-
-def check_shape_of_noise(part: Part) -> str:
-    """Releases of no example are N(0, 1) in the units of an attacker who knows the plan."""
-    mechanism = part.experiment.mechanism
-    if not has_view(mechanism):
-        return f"moments of noise: not checked, {type(mechanism).__name__} has no view"
-    steps = min(mechanism.steps, 8)
-    y = distinguish.silence(mechanism, trials=2000, steps=steps, seed=0)
-    error = 6 / math.sqrt(y.size)
-    wrong = abs(y.mean()) > error or abs(y.var() - 1) > math.sqrt(2) * error
-    apart = np.corrcoef(y.T) - np.eye(steps) if steps > 1 else np.zeros(1)
-    related = np.abs(apart).max() > 6 / math.sqrt(len(y))
-    if wrong or related or abs(np.mean(y**4) - 3) > 10 * error:
-        raise SelfCheckError(
-            f"the noise of {type(mechanism).__name__} is not what is accounted: moments of "
-            "releases without examples are not those of N(0, noise_stddev^2)"
-        )
-    return f"moments of {y.size} noises are as accounted, all steps apart"
-
-
 def check_update(part: Part) -> str:
     """The update is the optimizer's answer to the released gradient, and nothing else."""
     experiment, params = part.experiment, part.params
@@ -359,22 +275,3 @@ def _asking(
         return engine(loss, query, batch, jax.random.key(0))
 
     return lambda phase, params, batch: ask(phase, params, batch, frozen)
-
-
-def _silent_releases(part: Part) -> list[Params]:
-    """Return up to 6 releases of no example, at steps of the first phase."""
-    mechanism, params, key = part.experiment.mechanism, part.params, root_key(0)
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def release(phase: str, state: Any, step: Array) -> tuple[Params, Any]:
-        empty = mechanism.query(phase, params, state).empty()
-        return mechanism.release(empty, state, params, key=key, step=step)
-
-    state, found, first = mechanism.init(params), [], mechanism.phase(0)
-    for step in range(min(mechanism.steps, _STEPS)):
-        mean, state = release(mechanism.phase(step), state, jnp.int32(step))
-        if mechanism.phase(step) == first:
-            found.append(mean)
-        if len(found) == 6:
-            break
-    return found

@@ -119,7 +119,7 @@ def memory_score(
 
 @view.register
 def _(mechanism: DpSgd) -> View:
-    shifts = np.full(mechanism.steps, 1 / mechanism.noise_multiplier)
+    shifts = np.full(mechanism.steps, mechanism.clip_norm / mechanism.noise_stddev)
     scale = mechanism.expected_batch_size / mechanism.noise_stddev
     return View(
         gradient=_huge(mechanism.clip_norm),
@@ -211,7 +211,9 @@ def _(mechanism: AdaptiveDpSgd) -> View:
             count / mechanism.count_stddev
         )
 
-    shifts = np.full(mechanism.steps, 1 / mechanism.noise_multiplier)
+    each = mechanism.count_sensitivity / mechanism.count_stddev
+    shift = math.hypot(1 / mechanism.noise_stddev(1.0), each)
+    shifts = np.full(mechanism.steps, shift)
     return View(
         gradient=_huge(mechanism.max_clip_norm),
         shifts=shifts,
@@ -232,7 +234,7 @@ def _(mechanism: DpZero) -> View:
         # The target's slope has the sign of the direction.
         return _scalar(mean) / jnp.abs(u) * scale
 
-    shifts = np.full(mechanism.steps, 1 / mechanism.noise_multiplier)
+    shifts = np.full(mechanism.steps, mechanism.clip_norm / mechanism.noise_stddev)
     return View(
         # A direction may be short.
         gradient=1e4 * mechanism.clip_norm,
@@ -247,7 +249,7 @@ def _(mechanism: DpZero) -> View:
 def _(mechanism: BandMf) -> View:
     bands, steps = mechanism.bands, mechanism.steps
     column = strategy_column(mechanism.strategy, bands=bands, steps=steps)
-    shift = 1 / mechanism.noise_multiplier
+    shift = mechanism.clip_norm / mechanism.noise_stddev
     scale = mechanism.expected_batch_size / mechanism.noise_stddev
     strategy = sum(c * np.eye(steps, k=-k) for k, c in enumerate(column))
     # Where the target shows, if it takes part at step t: row t of these.

@@ -6,17 +6,21 @@ import importlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 import dpjax
-from dpjax import train
+from dpjax import accounting, report, train
 from dpjax.audit import self_check as checks
+from dpjax.audit.draws import check_accounting, check_draws
+from dpjax.audit.noises import check_fresh, check_moments
 from dpjax.audit.self_check import SelfCheckError, self_check
 from dpjax.clipping import vmap
 from dpjax.experiment import build_experiment
-from dpjax.sampling import CyclicPoisson, Poisson, TruncatedPoisson
+from dpjax.sampling import CyclicPoisson, FullBatch, Poisson, TruncatedPoisson
 from tests.checks import thinned
+from tests.contracts.test_mechanisms import PRIVATE
 from tests.runs import tiny
 
 
@@ -179,6 +183,111 @@ def with_a_number(mutant):
     )
 
 
+def resized(leaf, like):
+    return jnp.resize(leaf, like.shape)
+
+
+class OneNoise(dpjax.DpSgd):
+    def release(self, clipped, state, params, *, key, step):
+        mean, state = super().release(clipped, state, params, key=key, step=step)
+        longest = max(jax.tree.leaves(mean), key=jnp.size)
+        return jax.tree.map(lambda x: resized(longest, x), mean), state
+
+
+class OppositeNoise(dpjax.DpSgd):
+    def release(self, clipped, state, params, *, key, step):
+        mean, state = super().release(clipped, state, params, key=key, step=step)
+        leaves, treedef = jax.tree.flatten(mean)
+        leaves[2] = -resized(leaves[1], leaves[2])
+        return treedef.unflatten(leaves), state
+
+
+class ThreePercentLess(dpjax.DpSgd):
+    def release(self, clipped, state, params, *, key, step):
+        less = dpjax.DpSgd(
+            **vars(self) | {"noise_multiplier": 0.97 * self.noise_multiplier}
+        )
+        return less.release(clipped, state, params, key=key, step=step)
+
+
+class SmallerStddev(dpjax.DpSgd):
+    @property
+    def noise_stddev(self):
+        return 0.97 * super().noise_stddev
+
+
+class OneStep(dpjax.DpSgd):
+    def event(self, steps=None):
+        return super().event(min(steps or 1, 1))
+
+
+class TwoPercentMore(Poisson):
+    def draw(self, step, *, num_examples, seed):
+        more = Poisson(rate=1.02 * self.rate)
+        return more.draw(step, num_examples=num_examples, seed=seed)
+
+
+class AccountedLess(Poisson):
+    def compose(self, noise_multiplier, *, steps, num_examples):
+        less = Poisson(rate=0.98 * self.rate)
+        return less.compose(noise_multiplier, steps=steps, num_examples=num_examples)
+
+
+class OneSize(Poisson):
+    def draw(self, step, *, num_examples, seed):
+        size = round(self.expected_batch_size(num_examples))
+        rng = np.random.default_rng([seed, step])
+        return rng.choice(num_examples, size=size, replace=False)
+
+
+class Epochs(Poisson):
+    """Of batches that are as large as with coins."""
+
+    def draw(self, step, *, num_examples, seed):
+        per_epoch = round(1 / self.rate)
+        epoch, place = divmod(step, per_epoch)
+        rng = np.random.default_rng([seed, epoch])
+        return np.flatnonzero(rng.integers(per_epoch, size=num_examples) == place)
+
+
+class OneBatch(Poisson):
+    def draw(self, step, *, num_examples, seed):
+        return super().draw(0 * step, num_examples=num_examples, seed=seed)
+
+
+class PublicBatches(Poisson):
+    def draw(self, step, *, num_examples, seed):
+        return super().draw(step, num_examples=num_examples, seed=0 * seed)
+
+
+class Favourites(Poisson):
+    def draw(self, step, *, num_examples, seed):
+        rates = np.where(np.arange(num_examples) % 2, 4 / 3, 2 / 3) * self.rate
+        rng = np.random.default_rng([seed, step])
+        return np.flatnonzero(rng.random(num_examples) < rates)
+
+
+@dataclasses.dataclass(frozen=True)
+class Own:
+    """Half of the examples, always the same: no relative of what ships."""
+
+    share: int = 2
+    adjacency = "add_or_remove_one"
+    amplified = False
+    compose = FullBatch.compose
+
+    def expected_batch_size(self, num_examples):
+        return num_examples / 2
+
+    def max_participations(self, *, steps, num_examples):
+        del num_examples
+        return steps
+
+    def draw(self, step, *, num_examples, seed):
+        del step, seed
+        return np.arange(num_examples // self.share)
+
+
 def counts_twice(loss, query, batch, key):
     clipped, statistics = vmap(loss, query, batch, key)
     return dataclasses.replace(clipped, count=2 * clipped.count), statistics
@@ -228,7 +337,8 @@ def sampling_as(sampling):
     ],
 )
 def test_samplings_that_ship_pass(sampling):
-    assert "12 batches are as the sampling" in self_check(sampling_as(sampling))
+    plan = sampling_as(sampling).mechanism
+    assert "as the sampling is accounted, each example" in check_draws(plan)
 
 
 BROKEN = {
@@ -246,6 +356,48 @@ BROKEN = {
     "less noise": (lambda: mechanism_as(LessNoise), "not what is accounted"),
     "one key": (lambda: mechanism_as(OneKey), "the same noise"),
     "every second key": (lambda: mechanism_as(EverySecondKey), "the same noise"),
+    "the noise of one leaf in all": (
+        lambda: mechanism_as(OneNoise),
+        "two parameters have the same noise",
+    ),
+    "leaf 2 = -leaf 1": (
+        lambda: mechanism_as(OppositeNoise),
+        "two parameters have the same noise",
+    ),
+    "noise x0.97": (lambda: mechanism_as(ThreePercentLess), "not what is accounted"),
+    "stddev x0.97": (lambda: mechanism_as(SmallerStddev), "and the event says"),
+    "epsilon of one step": (
+        lambda: mechanism_as(OneStep),
+        "accounts 1 releases of an example in 12 steps",
+    ),
+    "rate x1.02": (
+        lambda: sampling_as(TwoPercentMore(rate=0.1)),
+        "of other sizes than are accounted",
+    ),
+    "rate x0.98 in the event": (
+        lambda: sampling_as(AccountedLess(rate=0.1)),
+        "of other sizes than are accounted",
+    ),
+    "batches of one size": (
+        lambda: sampling_as(OneSize(rate=0.1)),
+        "of other sizes than are accounted",
+    ),
+    "shuffled epochs": (
+        lambda: sampling_as(Epochs(rate=0.1)),
+        "does not draw each example by coins of its own",
+    ),
+    "one batch": (
+        lambda: sampling_as(OneBatch(rate=0.1)),
+        "of other sizes than|does not draw each example by coins of its own",
+    ),
+    "public batches": (
+        lambda: sampling_as(PublicBatches(rate=0.1)),
+        "of other sizes than|does not draw each example by coins of its own",
+    ),
+    "half twice as often": (
+        lambda: sampling_as(Favourites(rate=0.1)),
+        "does not draw each example by coins of its own",
+    ),
     "one number": (lambda: with_a_number(NoNoiseOnNumbers), "not alike on all param"),
     "count x2": (lambda: adaptive(counts_twice), "moves the count of the clipped sum"),
     "one leaf": (lambda: mechanism_as(FirstLeafOnly), "not alike on all parameters"),
@@ -266,6 +418,40 @@ BROKEN = {
         "of other sizes than are accounted",
     ),
 }
+
+
+def test_noise_that_repeats_every_8_steps_is_named():
+    class Every8(dpjax.DpSgd):
+        def release(self, clipped, state, params, *, key, step):
+            return super().release(clipped, state, params, key=key, step=step % 8)
+
+    plan = mechanism_as(Every8).mechanism
+    plan = dataclasses.replace(plan, steps=20)
+    start = {"a": jnp.zeros((8, 3)), "b": jnp.zeros(())}
+    with pytest.raises(SelfCheckError, match="two steps have the same noise"):
+        check_fresh(plan, start)
+    with pytest.raises(SelfCheckError, match="not what is accounted"):
+        check_moments(plan)
+
+
+def test_epsilon_of_one_step_on_the_card_is_named(monkeypatch):
+    real = accounting.epsilon
+    monkeypatch.setattr(report, "epsilon", lambda m, steps, **_: real(m, steps=1))
+    with pytest.raises(SelfCheckError, match="is not that of 12 steps"):
+        check_accounting(experiment().mechanism)
+
+
+@pytest.mark.parametrize("name", thinned([(name,) for name in PRIVATE], 3))
+def test_plans_that_ship_are_accounted_and_drawn_as_they_say(name):
+    assert "epsilon" in check_accounting(PRIVATE[name])
+    assert "as the sampling is accounted" in check_draws(PRIVATE[name])
+
+
+def test_of_a_sampling_of_ones_own_the_output_says_what_is_not_checked():
+    told = check_draws(sampling_as(Own()).mechanism)
+    assert "how Own is accounted is not known, nor checked" in told
+    with pytest.raises(SelfCheckError, match="draws batches of 0 examples"):
+        check_draws(sampling_as(Own(share=5000)).mechanism)
 
 
 @pytest.mark.parametrize("name", BROKEN)
