@@ -169,9 +169,10 @@ def _coins(
     sampling: Sampling, rates: list[float | None], steps: int, size: int
 ) -> Coins | None:
     """Return the coins of these accounted rates; None if the sampling is not known."""
-    rate = rates[0]
-    if rate is None:
+    told = [rate for rate in rates if rate is not None]
+    if len(told) < len(rates):
         return None
+    rate = told[0]
     nothing = np.zeros(steps)
     match sampling:
         case FullBatch():
@@ -185,7 +186,7 @@ def _coins(
             return _cyclic(rate, sampling.cycle, steps=steps, size=size)
         case PeriodicPoisson():
             first = np.arange(steps) % sampling.period == 0
-            each = np.where(first, rate, rates[-1])
+            each = np.where(first, rate, told[-1])
         case Poisson():
             each = np.full(steps, rate)
         case _:

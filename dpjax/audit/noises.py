@@ -53,13 +53,13 @@ def check_fresh(mechanism: Mechanism, params: Params) -> str:
         SelfCheckError: Two do.
     """
     leaves = _by_leaf(silent_releases(mechanism, _small(params), _STEPS))
-    rows = np.concatenate(leaves, axis=1).astype(np.float64)
+    rows = np.concatenate(leaves, axis=1)
     if _related(rows, at_least=0.9999):
         raise SelfCheckError("two steps have the same noise: a key is used twice")
     slope = mechanism.query(mechanism.phase(0), params, mechanism.init(params)).slope
     if slope is None:  # else one number is released, times a public direction
         # Differences: memories that are released, too, go slowly.
-        first = np.diff([leaf[:, 0] for leaf in leaves], axis=1)
+        first = np.diff(np.stack([leaf[:, 0] for leaf in leaves]), axis=1)
         if _related(first, at_least=0.95):
             raise SelfCheckError(
                 "two parameters have the same noise: a key is used twice"
@@ -130,10 +130,10 @@ def _small(params: Params) -> Params:
     )
 
 
-def _by_leaf(releases: list[Params]) -> list[NDArray[np.float32]]:
+def _by_leaf(releases: list[Params]) -> list[NDArray[np.float64]]:
     """Return the numbers of each leaf, ``[releases, numbers]``."""
     leaves = zip(*map(jax.tree.leaves, releases), strict=True)
-    return [np.stack([np.ravel(x) for x in leaf]) for leaf in leaves]
+    return [np.stack([np.ravel(x) for x in leaf]).astype(np.float64) for leaf in leaves]
 
 
 def _related(rows: NDArray[np.float64], *, at_least: float) -> bool:
