@@ -17,6 +17,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from dpjax.clipping.complete import unaccounted
+from dpjax.clipping.lookups import picking
 from dpjax.clipping.query import Query
 from dpjax.clipping.sites import Site
 from dpjax.clipping.tracing import (
@@ -380,21 +381,12 @@ def _conv_site(eqn: JaxprEqn, side: int) -> bool:
 
 
 def _gather_site(eqn: JaxprEqn, side: int) -> bool:
-    """Whether whole rows of a table are looked up."""
-    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    table = shape_of(eqn.invars[0])
-    return (
-        side == 0
-        and numbers.start_index_map == (0,)
-        and numbers.collapsed_slice_dims == (0,)
-        and not numbers.operand_batching_dims
-        and len(table) >= 1
-        and tuple(sizes) == (1, *table[1:])
-    )
+    return side == 0 and picking(eqn) is not None
 
 
 _SITE_RULES = {
     "dot_general": _dot_site,
     "conv_general_dilated": _conv_site,
+    "dynamic_slice": _gather_site,
     "gather": _gather_site,
 }

@@ -19,8 +19,7 @@ from dpjax.clipping.values import bind
 
 def apply(site: Site, weight: Array, data: Array) -> Array:
     """Run a site as it is."""
-    operands = (weight, data) if site.side == 0 else (data, weight)
-    return bind(site.eqn, operands)[0]
+    return bind(site.eqn, site.operands(weight, data))[0]
 
 
 @jax.custom_vjp

@@ -88,7 +88,7 @@ class _Interpreter:
         name = eqn.primitive.name
         if path in extra:
             site = self._sites[path]
-            weight, data = values[site.side], values[1 - site.side]
+            weight, data = values[site.side], site.data_of(values)
             out, kept = self._visit(site, weight, data, extra[path])
             return [out], {path: kept}
         if name == "scan":

@@ -17,6 +17,7 @@ from dpjax.clipping.kernels import (
     Lookup,
     Patches,
 )
+from dpjax.clipping.lookups import Picking, picking
 from dpjax.clipping.values import shape_of
 
 _NARROW = 64
@@ -71,7 +72,7 @@ def factors(site: Site, data: Array, cotangent: Array) -> Factors:
     right = grouped(cotangent, *axes.out)
     if site.kind == "dot_general":
         return Dense((left,), right)
-    return _lookup(site, left[..., 0], right)
+    return _lookup(site, left, right)
 
 
 def weight_gradient(
@@ -194,25 +195,33 @@ def _rest(ndim: int, *taken: Sequence[int]) -> list[int]:
 
 
 def _gather_axes(site: Site) -> Axes:
-    indices = len(site.data_shape) - 1  # The last axis holds the index, of length 1.
-    offset = list(site.eqn.params["dimension_numbers"].offset_dims)
-    positions = _rest(len(site.out_shape), offset)
-    table = len(shape_of(site.eqn.invars[0]))
+    how = _picking(site)
+    indices = range(len(site.data_shape) - 1)  # The last axis holds the index vector.
+    positions = _rest(len(site.out_shape), how.offset)
+    free = _rest(len(indices), how.shared)
     return Axes(
-        data=([], list(range(indices)), [indices]),
-        out=([], positions, offset),
-        weight=([], [0], list(range(1, table))),
+        data=([*how.shared], free, [len(indices)]),
+        out=(
+            [positions[i] for i in how.shared],
+            [positions[i] for i in free],
+            [*how.offset],
+        ),
+        weight=([*how.batch], [*how.rows], [*how.rest]),
     )
 
 
-def _lookup(site: Site, rows: Array, right: Array) -> Lookup:
-    size = shape_of(site.eqn.invars[0])[0]
-    if rows.dtype.itemsize < 4:
-        rows = rows.astype(jnp.int32)  # A table may be longer than 8 bits can count.
-    if site.eqn.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP:
-        found = (rows >= 0) & (rows < size)
+def _picking(site: Site) -> Picking:
+    how = picking(site.eqn)
+    assert how is not None
+    return how
+
+
+def _lookup(site: Site, vectors: Array, right: Array) -> Lookup:
+    how = _picking(site)
+    rows, found = how.numbers(vectors)
+    if how.fill:
         right = jnp.where(found[..., None], right, 0.0)
-    return Lookup(jnp.clip(rows, 0, size - 1), right, size)
+    return Lookup(rows, right, math.prod(how.table[axis] for axis in how.rows))
 
 
 def _conv_factors(site: Site, data: Array, cotangent: Array) -> Patches:

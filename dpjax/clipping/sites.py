@@ -1,7 +1,10 @@
 """The equations at which a parameter meets data in a way that a rule covers."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
+import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
 from dpjax.clipping.values import Loop, ParamValue, Path, shape_of
@@ -13,7 +16,7 @@ class Site:
 
     Attributes:
         path: Where it stands.
-        eqn: The equation: dot_general, conv_general_dilated or gather.
+        eqn: The equation: dot_general, conv_general_dilated, gather or dynamic_slice.
         side: Which operand the parameter-only value is.
         value: That operand.
         loops: All loops around it, outermost first. The data and the gradient of the
@@ -28,13 +31,28 @@ class Site:
 
     @property
     def kind(self) -> str:
-        """The name of the primitive."""
-        return self.eqn.primitive.name
+        """The name of the primitive; a slice that begins anywhere is a "gather"."""
+        name = self.eqn.primitive.name
+        return "gather" if name == "dynamic_slice" else name
 
     @property
     def data_shape(self) -> tuple[int, ...]:
         """Shape of the data operand of one example, without loops."""
+        if self.eqn.primitive.name == "dynamic_slice":
+            return (len(self.eqn.invars) - 1,)
         return shape_of(self.eqn.invars[1 - self.side])
+
+    def data_of(self, operands: Sequence[Any]) -> Any:
+        """Return the data operand: of a slice, all its starts as one vector."""
+        if self.eqn.primitive.name == "dynamic_slice":
+            return jnp.stack([*operands[1:]])
+        return operands[1 - self.side]
+
+    def operands(self, weight: Any, data: Any) -> list[Any]:
+        """Return the operands of the equation."""
+        if self.eqn.primitive.name == "dynamic_slice":
+            return [weight, *data]
+        return [weight, data] if self.side == 0 else [data, weight]
 
     @property
     def out_shape(self) -> tuple[int, ...]:

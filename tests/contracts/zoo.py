@@ -1423,7 +1423,7 @@ def embedding_of_a_transposed_table(p, e, key):
     return score(p["table"].T[e["ids"]])
 
 
-@case({"table": fallback(3, 7)}, {"ids": ids(7, 5)})
+@case({"table": embedding(3, 7)}, {"ids": ids(7, 5)})
 def embedding_of_columns(p, e, key):
     return score(jnp.take(p["table"], e["ids"], axis=1))
 
@@ -1443,7 +1443,7 @@ def embedding_of_slices_that_overlap(p, e, key):
     return score(p["table"][:6][e["a"]]) + score(p["table"][3:][e["b"]])
 
 
-@case({"table": fallback(4, 5, 3)}, {"i": ids(4, 6), "j": ids(5, 6)})
+@case({"table": embedding(4, 5, 3)}, {"i": ids(4, 6), "j": ids(5, 6)})
 def embedding_by_pairs_of_ids(p, e, key):
     return score(p["table"][e["i"], e["j"]])
 
@@ -1453,7 +1453,7 @@ def embedding_of_half_rows(p, e, key):
     return score(p["table"][e["ids"], 1:3])
 
 
-@case({"table": fallback(5, 4)}, {"ids": ids(4, 5, 1)})
+@case({"table": embedding(5, 4)}, {"ids": ids(4, 5, 1)})
 def take_along_axis_of_a_parameter(p, e, key):
     return score(jnp.take_along_axis(p["table"], e["ids"], axis=1))
 
@@ -1468,12 +1468,12 @@ def several_rows_by_dynamic_slice(p, e, key):
     return score(jax.lax.dynamic_slice(p["table"], (e["i"], 0), (3, 3)))
 
 
-@case({"table": fallback(3, 7)}, {"i": ids(7)})
+@case({"table": embedding(3, 7)}, {"i": ids(7)})
 def column_by_traced_index(p, e, key):
     return score(p["table"][:, e["i"]])
 
 
-@case({"table": fallback(2, 5, 3)}, {"ids": ids(5, 2, 4)})
+@case({"table": embedding(2, 5, 3)}, {"ids": ids(5, 2, 4)})
 def vmap_of_lookups_in_a_stack_of_tables(p, e, key):
     return score(jax.vmap(lambda t, i: t[i])(p["table"], e["ids"]))
 
@@ -2735,3 +2735,63 @@ def convolution_without_outputs(p, e, key):
 @case({"w": fallback(3, 4)}, {"x": x(5, 3)})
 def weight_times_a_function_of_data(p, e, key):
     return score(e["x"] @ (p["w"] * jnp.exp(e["x"][0, :, None])))
+
+
+# --- Rows picked in all ways ---------------------------------------------------------------
+
+
+@case({"table": embedding(7, 3)}, {"ids": ids(7, 5)})
+def vmap_of_a_scalar_lookup(p, e, key):
+    return score(jax.vmap(lambda i: p["table"][i])(e["ids"]))
+
+
+@case({"table": tied(7, 3)}, {"ids": ids(7, 5), "i": ids(7)})
+def scalar_lookups_and_head_of_one_table(p, e, key):
+    hidden = jax.vmap(lambda i: p["table"][i])(e["ids"]) + p["table"][e["i"]]
+    return score(jnp.tanh(hidden) @ p["table"].T)
+
+
+@case({"table": embedding(7, 3)}, {"i": ids(30, low=-15)})
+def row_by_an_index_out_of_bounds(p, e, key):
+    return score(jax.lax.dynamic_index_in_dim(p["table"], e["i"], axis=0))
+
+
+@case({"table": embedding(4, 5, 3)}, {"i": ids(4), "j": ids(9, low=-9)})
+def row_by_two_traced_indices(p, e, key):
+    return score(p["table"][e["i"], e["j"]])
+
+
+@case({"table": embedding(4, 2, 5)}, {"i": ids(4, 6), "j": ids(5, 6)})
+def rows_across_the_middle_of_a_table(p, e, key):
+    return score(p["table"][e["i"], :, e["j"]])
+
+
+@case({"table": tied(4, 5, 3)}, {"i": ids(9, 6, low=-9), "j": ids(9, 6, low=-9)})
+def embedding_by_pairs_of_ids_out_of_bounds(p, e, key):
+    found = p["table"].at[e["i"], e["j"]].get(mode="fill", fill_value=0.5)
+    return score(found) + score(p["table"].at[e["j"], e["i"]].get(mode="clip"))
+
+
+@case({"table": embedding(3, 3, 3)}, {"i": ids(3, 3), "j": ids(3, 3)})
+def embedding_by_pairs_of_ids_all_equal(p, e, key):
+    return score(p["table"][e["i"], :, e["j"]] * jnp.arange(9.0).reshape(3, 3))
+
+
+@case({"table": embedding(5, 4, 3)}, {"ids": ids(4, 6, 5)})
+def lookups_per_head_with_heads_last(p, e, key):
+    rows = jax.vmap(lambda t, i: t[i], in_axes=(0, 1), out_axes=1)
+    return score(rows(p["table"], e["ids"]) * jnp.arange(90.0).reshape(6, 5, 3))
+
+
+@case({"tables": embedding(2, 7, 3), "w": dense(3, 3)}, {"ids": ids(7, 2)})
+def scan_over_scalar_lookups(p, e, key):
+    def step(h, xs):
+        table, i = xs
+        return jnp.tanh(h @ p["w"] + table[i]), None
+
+    return score(jax.lax.scan(step, jnp.ones(3), (p["tables"], e["ids"]))[0])
+
+
+@case({"table": tied(7)}, {"ids": ids(7, 5), "i": ids(7)})
+def numbers_by_id_and_by_traced_index(p, e, key):
+    return score(p["table"][e["ids"]] * p["table"][e["i"]])
