@@ -8,6 +8,7 @@ meet data anywhere else get ordinary per-example automatic differentiation, alon
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
@@ -68,6 +69,8 @@ class Program:
         shapes: Shape of each.
         sites: By path, all sites of parameters that are not in ``plain``.
         plain: Inputs that get ordinary per-example differentiation -> why.
+        light: Those of them that meet data entry by entry and are no larger than what comes
+            out, so that their per-example gradients cost no more than activations.
         affine: Where one of these shifts scaled data, behind more than one site.
         num_params: How many of the inputs are parameters.
         tree: Structure of one point.
@@ -78,6 +81,7 @@ class Program:
     shapes: tuple[tuple[int, ...], ...]
     sites: dict[Path, Site]
     plain: dict[int, str]
+    light: frozenset[int]
     affine: dict[Path, Affine]
     num_params: int
     tree: Any
@@ -92,11 +96,15 @@ class _Record:
     sites: dict[Path, Site] = dataclasses.field(default_factory=dict)
     plain: dict[int, str] = dataclasses.field(default_factory=dict)
     affine: dict[Path, Affine] = dataclasses.field(default_factory=dict)
+    beside: dict[int, int] = dataclasses.field(default_factory=dict)
+    """How many entries the largest value has that a parameter makes with data entrywise."""
 
     def update(self, other: "_Record") -> None:
         self.sites |= other.sites
         for leaf, why in other.plain.items():
             self.plain.setdefault(leaf, why)
+        for leaf, size in other.beside.items():
+            self.beside[leaf] = max(size, self.beside.get(leaf, 0))
 
 
 def analyse(loss: Loss, query: Query, batch: Batch, key: Key) -> Program:
@@ -147,6 +155,11 @@ def analyse(loss: Loss, query: Query, batch: Batch, key: Key) -> Program:
         shapes=shapes,
         sites=record.sites,
         plain=record.plain,
+        light=frozenset(
+            leaf
+            for leaf, most in record.beside.items()
+            if math.prod(shapes[leaf % len(shapes)]) <= most
+        ),
         affine=record.affine,
         num_params=len(params),
         tree=jax.tree.structure(query.points[0]),
@@ -178,11 +191,20 @@ def _drop_sites_of_plain_leaves(record: _Record) -> None:
             _differentiate_plainly([site.value], why, record)
 
 
-def _differentiate_plainly(tags: Sequence[Tag], why: str, record: _Record) -> None:
+def _differentiate_plainly(
+    tags: Sequence[Tag], why: str, record: _Record, *, beside: int = 0
+) -> None:
     for tag in tags:
         if isinstance(tag, ParamValue):
             for leaf in tag.leaves:
                 record.plain.setdefault(leaf, why)
+                record.beside[leaf] = max(beside, record.beside.get(leaf, 0))
+
+
+def _entries(atoms: Sequence[Any], loops: Sequence[Loop]) -> int:
+    """Return how many entries all these have, over all iterations."""
+    times = math.prod(loop.length for loop in loops)
+    return times * sum(math.prod(shape_of(atom)) for atom in atoms)
 
 
 def _walk(
@@ -230,6 +252,15 @@ def _walk(
     return [read(atom) for atom in jaxpr.outvars]
 
 
+_ENTRYWISE: Final = frozenset(
+    {
+        "add", "add_any", "atan2", "clamp", "concatenate", "div", "dynamic_update_slice",
+        "max", "min", "mul", "nextafter", "pad", "pow", "rem", "scatter", "scatter-add",
+        "select_n", "sub",
+    }
+)  # fmt: skip
+"""Primitives of whose results each entry is made of few entries of each operand."""
+
 _INLINE: Final = frozenset({"jit", "pjit", "closed_call", "core_call"})
 """Calls of parameters only that are looked into: they may be mere views."""
 
@@ -264,7 +295,8 @@ def _equation(
     if weights and name == "scan":
         return _scan(eqn, operands, path, loops, record)
     if any(differentiable(eqn, var) for var in eqn.outvars):
-        _differentiate_plainly(weights, f"meets data in {name}", record)
+        beside = _entries(eqn.outvars, loops) if name in _ENTRYWISE else 0
+        _differentiate_plainly(weights, f"meets data in {name}", record, beside=beside)
     return [DATA] * len(eqn.outvars)
 
 
@@ -287,6 +319,7 @@ def _scan(
         operands[num_consts + num_carry :],
     )
     inside = [_iterated(tag, loop) for tag in xs]
+    beside = _entries(eqn.outvars[:num_carry], (*loops, loop))
     while True:
         # A value that a loop changes cannot be computed outside of it.
         trial = _Record()
@@ -305,13 +338,14 @@ def _scan(
         ]
         if not changed:
             break
-        _differentiate_plainly([carry[i] for i in changed], CARRIED, record)
+        merged = [carry[i] for i in changed]
+        _differentiate_plainly(merged, CARRIED, record, beside=beside)
         for i in changed:
             carry[i] = DATA
     record.update(trial)
     # What goes on as data came in as data: a parameter that is handed on ends here.
     handed = [out[i] for i, tag in enumerate(carry) if tag is DATA]
-    _differentiate_plainly(handed, CARRIED, record)
+    _differentiate_plainly(handed, CARRIED, record, beside=beside)
     stacked = [_stacked(tag, loop) for tag in out[num_carry:]]
     return [*carry, *stacked]
 

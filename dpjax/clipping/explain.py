@@ -20,7 +20,6 @@ _KINDS = {
     "dot_general": "dense",
     "gather": "embedding",
 }
-_ELEMENTWISE = frozenset({"add", "add_any", "div", "max", "min", "mul", "sub"})
 
 
 class Row(NamedTuple):
@@ -31,8 +30,8 @@ class Row(NamedTuple):
         shape: Its shape.
         uses: How many equations use it beside data.
         rule: "dense", "conv", "embedding", "tied" (several uses of the same entries),
-            "derived" (what meets data is computed from parameters), "elementwise" (a bias
-            or scale: its per-example gradient costs no more than the activations),
+            "derived" (what meets data is computed from parameters), "elementwise" (a bias,
+            a scale, a token: its per-example gradient costs no more than the activations),
             "fallback" (no rule: per-example gradient), "frozen" or "unused".
         method: "gram", "direct", "keep", "per-example" or "none".
         flops: Float operations for one example, beyond the backward pass.
@@ -80,8 +79,8 @@ def _row(program: Program, choice: Choice, slot: Slot) -> Row:
     name, shape = program.names[slot.index], program.shapes[slot.index]
     size = 4 * math.prod(shape)
     if slot.plain:
-        cheap = slot.plain.removeprefix("meets data in ") in _ELEMENTWISE
-        rule = "elementwise" if cheap else "fallback"
+        light = {program.slot(leaf) for leaf in program.light}
+        rule = "elementwise" if slot.index in light else "fallback"
         return Row(name, shape, 1, rule, "per-example", 0, 3 * size, slot.plain)
     if not slot.sites:
         used = _reads(program.closed.jaxpr, slot.index)

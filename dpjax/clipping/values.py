@@ -165,10 +165,11 @@ def own_backward(eqn: JaxprEqn) -> bool:
     return any(own_backward(e) for x in inner if isinstance(x, Jaxpr) for e in x.eqns)
 
 
-def _views(
-    eqn: JaxprEqn, inputs: Sequence[ParamValue]
-) -> list[np.ndarray] | list[None]:
+def _views(eqn: JaxprEqn, inputs: Sequence[ParamValue]) -> Sequence[np.ndarray | None]:
     nothing: list[None] = [None] * len(eqn.outvars)
+    if eqn.primitive.name == "optimization_barrier":  # Takes several values at once.
+        alike = all(value.loops == inputs[0].loops for value in inputs)
+        return [value.view for value in inputs] if alike else nothing
     rule = _VIEW_RULES.get(eqn.primitive.name)
     if rule is None or len(inputs) != 1 or inputs[0].view is None:
         return nothing
@@ -241,7 +242,6 @@ _VIEW_RULES: dict[str, Callable[[np.ndarray, int, JaxprEqn], list[np.ndarray]]] 
     "copy": _same,
     "copy_p": _same,
     "name": _same,
-    "optimization_barrier": _same,
     "reshape": _reshape,
     "rev": _reverse,
     "sharding_constraint": _same,

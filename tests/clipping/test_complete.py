@@ -13,9 +13,9 @@ def forgets(why):
     def mutate(monkeypatch):
         plainly = analysis._differentiate_plainly
 
-        def forgetful(tags, reason, record):
+        def forgetful(tags, reason, record, **options):
             if not reason.startswith(why):
-                plainly(tags, reason, record)
+                plainly(tags, reason, record, **options)
 
         monkeypatch.setattr(analysis, "_differentiate_plainly", forgetful)
 

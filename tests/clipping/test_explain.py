@@ -14,8 +14,19 @@ def rows_of(case):
     return dpjax.explain(case.loss, case.params, example)
 
 
+# Gradients that are zero, which shapes do not tell.
+OTHERWISE = {
+    ("no_tokens_at_all", "w"): "dense",
+    ("output_that_nobody_reads", "dead"): "dense",
+    ("output_whose_gradient_stops", "dead"): "dense",
+    ("embedding_of_no_ids", "table"): "unused",
+    ("parameter_in_a_while_loop_without_gradient", "s"): "fallback",
+    ("convolution_without_outputs", "k"): "fallback",
+}
+
+
 @pytest.mark.parametrize("name", ZOO)
-def test_every_parameter_has_a_row_and_none_is_skipped_in_silence(name):
+def test_every_parameter_has_a_row_that_says_its_rule(name):
     case = ZOO[name]()
     rows = {row.path: row for row in rows_of(case)}
     assert list(rows) == [
@@ -23,26 +34,8 @@ def test_every_parameter_has_a_row_and_none_is_skipped_in_silence(name):
         for path, _ in jax.tree_util.tree_leaves_with_path(case.params)
     ]
     for path, row in rows.items():
-        if row.rule in ("frozen", "unused"):
-            assert case.rules[path] in ("frozen", "unused"), row
+        assert row.rule == OTHERWISE.get((name, path), case.rules[path]), row
         assert (row.method == "none") == (row.rule in ("frozen", "unused"))
-
-
-def test_the_rules_find_most_of_what_is_there():
-    """A rule that stopped matching would cost speed in silence: count what is found."""
-    right, total = {}, {}
-    for build in ZOO.values():
-        case = build()
-        rows = {row.path: row.rule for row in rows_of(case)}
-        for path, rule in case.rules.items():
-            total[rule] = total.get(rule, 0) + 1
-            right[rule] = right.get(rule, 0) + (rows[path] == rule)
-    share = {rule: right[rule] / total[rule] for rule in total}
-    assert share["dense"] >= 0.95, share
-    assert share["conv"] >= 0.95, share
-    assert share["embedding"] >= 0.8, share
-    assert share["tied"] >= 0.7, share
-    assert share["elementwise"] >= 0.8, share
 
 
 def test_explain_prints_why_and_what_it_costs(capsys):
@@ -86,3 +79,17 @@ def test_explain_tells_of_gradients_that_are_formed_and_dropped():
         rows = dpjax.explain(loss, params, example)
         assert {row.rule for row in rows} == {"derived"}
         assert {row.method for row in rows} == {method}
+
+
+def test_what_is_larger_than_what_it_makes_with_data_is_no_scale():
+    """A penalty makes one number of a matrix; a position table is longer than a text."""
+
+    def loss(params, example, key):
+        del key
+        hidden = example["x"] @ params["w"] + params["places"][:5] + params["b"][None]
+        return jnp.sum(jnp.sin(hidden)) + 0.1 * jnp.sum(jnp.square(params["w"]))
+
+    shapes = {"b": (4,), "places": (50, 4), "w": (3, 4)}
+    params = {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in shapes.items()}
+    rows = dpjax.explain(loss, params, {"x": np.ones((5, 3), np.float32)})
+    assert [row.rule for row in rows] == ["elementwise", "fallback", "fallback"]
