@@ -155,3 +155,30 @@ def doubled(*, learning_rate):
 
     own = optax.GradientTransformation(lambda params: Doubled(jnp.zeros(())), update)
     return optax.chain(own, optax.sgd(learning_rate))
+
+
+def growing(*, learning_rate):
+    """An optimizer that keeps every gradient: no step has the program of the one before."""
+
+    def update(updates, state, params=None):
+        return updates, (*state, updates)
+
+    return optax.chain(
+        optax.GradientTransformation(lambda params: (), update),
+        optax.sgd(learning_rate),
+    )
+
+
+class Summed(NamedTuple):
+    count: jax.Array
+
+    def evaluation_params(self, params):
+        return jax.tree.map(jnp.sum, params)
+
+
+def summed(*, learning_rate):
+    del learning_rate
+    return optax.GradientTransformation(
+        lambda params: Summed(jnp.zeros(())),
+        lambda updates, state, params=None: (updates, state),
+    )

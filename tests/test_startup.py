@@ -52,6 +52,14 @@ WRONG = {
         {"optimizer": of("rate", learning_rate=0.5)},
         "config.optimizer: optimizer=0.5 must be an optax transform",
     ),
+    "a state that grows": (
+        {"optimizer": of("growing", learning_rate=0.5)},
+        "config.optimizer: a step changes the shapes or dtypes of its state",
+    ),
+    "other parameters to evaluate": (
+        {"optimizer": of("summed", learning_rate=0.5)},
+        "config.optimizer: a step changes the shapes or dtypes of its evaluation_params",
+    ),
     "held-out images of another size": (
         {"evaluation.source": of("held_out", size=9, label=True)},
         "config.evaluation.metric does not fit config.evaluation.source or the model: ",
