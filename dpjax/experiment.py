@@ -82,7 +82,7 @@ def build_experiment(config: Mapping[str, Any]) -> Experiment:
             mechanism.delta,
             1 / len(source),
         )
-    model = configs.build(config["model"])
+    model = _model(config["model"])
     inspection = _inspected(config, "data", source, model)
     _inspected(config, "evaluation", held_out, model)
     return Experiment(
@@ -116,6 +116,16 @@ def learning_rate(spec: Mapping[str, Any]) -> Callable[[int], Any] | None:
     if isinstance(given, Mapping):
         return configs.build(given)
     return None if given is None else lambda step: given
+
+
+def _model(spec: Mapping[str, Any]) -> Model:
+    model = configs.build(spec)
+    if not isinstance(model, Model):
+        raise configs.ConfigError(
+            f"config.model: {spec['name']} returned a {type(model).__name__}; it must return "
+            "dpjax.Model(init, apply)"
+        )
+    return model
 
 
 def _told_of(augment: Callable[[Key, Example], Example]) -> Any:

@@ -30,7 +30,8 @@ def check_parts(experiment: Experiment) -> tuple[Params, Params]:
     blank, key = blank_example(experiment.source), jax.random.key(0)
     with configs.of_the_user("model", blank):
         params = jax.eval_shape(experiment.model.init, key, blank)
-        flatten(params)
+        if not flatten(params):
+            raise configs.ConfigError("config.model: init returns no parameters")
     with configs.of_the_user("loss", blank):
         loss = jax.eval_shape(experiment.loss, params, blank, key)
     held_out = blank_example(experiment.held_out)

@@ -69,6 +69,18 @@ def bare(*, num_classes):
     )
 
 
+def pair(*, num_classes):
+    model = bare(num_classes=num_classes)
+    return model.init, model.apply
+
+
+def empty(*, num_classes):
+    def apply(params, example, key):
+        return jnp.zeros(num_classes)
+
+    return Model(lambda key, example: {"head": {}, "rest": None}, apply)
+
+
 def colliding(*, num_classes):
     def init(key, example):
         weights = jnp.zeros((64, num_classes))

@@ -76,6 +76,14 @@ WRONG = {
         {"model": of("dropping", num_classes=10, evaluated=False)},
         "config.model: its outputs depend on the random key (dropout?), in evaluation, too",
     ),
+    "no Model": (
+        {"model": of("pair", num_classes=10)},
+        "tests.containers:pair returned a tuple; it must return dpjax.Model(init, apply)",
+    ),
+    "no parameters": (
+        {"model": of("empty", num_classes=10)},
+        "config.model: init returns no parameters",
+    ),
     "two parameters of one name": (
         {"model": of("colliding", num_classes=10)},
         "two parameters are named 'head/kernel': rename one of them",
@@ -94,9 +102,8 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_what_does_not_fit_is_told_by_shapes_alone(case):
     changes, message = WRONG[case]
-    experiment = build_experiment(tiny(**changes))
     with pytest.raises(ConfigError) as caught:
-        check_parts(experiment)
+        check_parts(build_experiment(tiny(**changes)))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
