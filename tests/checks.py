@@ -16,12 +16,12 @@ import scipy.linalg
 import scipy.stats
 
 import dpjax
+from dpjax.audit import reference_noise
 from dpjax.clipping import Query, vmap
 from dpjax.clipping.keys import example_keys
 from dpjax.sensitive import SEAL, ClippedSum, reveal
 from dpjax.toeplitz import strategy_column
 from dpjax.typing import Batch
-from tests import reference_noise
 
 
 def thinned(cases, every, *, always=()):

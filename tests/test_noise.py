@@ -9,8 +9,8 @@ import scipy.stats
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dpjax import noise as noise_module
+from dpjax.audit import reference_noise
 from dpjax.noise import add_noise, grid, noise_like, root_key
-from tests import reference_noise
 from tests.checks import (
     FAR_STEPS,
     FORTY,

@@ -1,6 +1,7 @@
 """Is the noise of releases what is accounted: as large, and new for every leaf and step?"""
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -10,12 +11,12 @@ import numpy as np
 from jaxtyping import Array
 from numpy.typing import NDArray
 
-from dpjax.audit import distinguish
+from dpjax.audit import distinguish, reference_noise
 from dpjax.audit.accounted import terms
 from dpjax.audit.errors import SelfCheckError
 from dpjax.audit.views import has_view, view
 from dpjax.mechanisms import Mechanism
-from dpjax.noise import root_key
+from dpjax.noise import add_noise, root_key
 from dpjax.typing import Params
 
 _STEPS, _WIDTH = 64, 16
@@ -23,6 +24,8 @@ _STEPS, _WIDTH = 64, 16
 _MOMENTS, _RUN = 96_000, 24
 """Noises whose moments are taken (a deviation that is 3% too small is 12 standard errors
 off), and most steps of a simulated run."""
+_FAR_STEPS = (0, 1, 8, 2**16, 2**16 + 1, 2**31 - 1)
+"""Steps whose noise is compared with a reference."""
 _ERRORS = 6
 """Standard errors that are still taken for chance."""
 
@@ -44,6 +47,32 @@ def check_reach(mechanism: Mechanism, params: Params) -> str:
                 "noise is not alike on all parameters: release adds too little to some"
             )
     return "noise reaches every parameter"
+
+
+def check_keys(params: Params) -> str:
+    """Return that noise is what an independent reference draws from the same key.
+
+    Exactly, up to the grid that noisy values are rounded to, for every leaf.
+
+    Raises:
+        SelfCheckError: It is not.
+    """
+    key, stddev = root_key(), 1.5
+    root, unit = np.asarray(jax.random.key_data(key)), reference_noise.grid(stddev)
+    tree = jax.tree.map(lambda x: x.astype(jnp.float32), _small(params))
+    draw = jax.jit(functools.partial(add_noise, stddev=stddev))
+    for step, stream in itertools.product(_FAR_STEPS, range(2)):
+        found = draw(tree, key=key, step=jnp.int32(step), stream=jnp.int32(stream))
+        for index, leaf in enumerate(jax.tree.leaves(found)):
+            truth = stddev * reference_noise.normals(
+                root, step=step, stream=stream, index=index, shape=leaf.shape
+            )
+            if not np.all(np.abs(np.asarray(leaf) - truth) <= 0.55 * unit):
+                raise SelfCheckError(
+                    "noise is not what its key, step, stream and leaf say: another would "
+                    "be drawn on other devices, or the same one twice"
+                )
+    return f"noise of {len(jax.tree.leaves(tree))} leaves is that of a slow reference"
 
 
 def check_fresh(mechanism: Mechanism, params: Params) -> str:
@@ -131,9 +160,10 @@ def _small(params: Params) -> Params:
 
 
 def _by_leaf(releases: list[Params]) -> list[NDArray[np.float64]]:
-    """Return the numbers of each leaf, ``[releases, numbers]``."""
+    """Return the numbers of each leaf that has any, ``[releases, numbers]``."""
     leaves = zip(*map(jax.tree.leaves, releases), strict=True)
-    return [np.stack([np.ravel(x) for x in leaf]).astype(np.float64) for leaf in leaves]
+    stacked = [np.stack([np.ravel(x) for x in leaf]) for leaf in leaves]
+    return [leaf.astype(np.float64) for leaf in stacked if leaf.size]
 
 
 def _related(rows: NDArray[np.float64], *, at_least: float) -> bool:

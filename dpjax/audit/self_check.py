@@ -19,7 +19,7 @@ import optax
 from dpjax import terminal
 from dpjax.audit.draws import check_accounting, check_draws
 from dpjax.audit.errors import SelfCheckError
-from dpjax.audit.noises import check_fresh, check_moments, check_reach
+from dpjax.audit.noises import check_fresh, check_keys, check_moments, check_reach
 from dpjax.clipping import ENGINES, Engine
 from dpjax.experiment import Experiment
 from dpjax.noise import root_key
@@ -104,6 +104,7 @@ def _checks(part: Part) -> tuple[Callable[[], str], ...]:
         functools.partial(check_accounting, mechanism),
         functools.partial(check_sensitivity, part),
         functools.partial(check_engine, part),
+        functools.partial(check_keys, params),
         functools.partial(check_reach, mechanism, params),
         functools.partial(check_fresh, mechanism, params),
         functools.partial(check_moments, mechanism),

@@ -11,10 +11,12 @@ import optax
 import pytest
 
 import dpjax
+import dpjax.noise
 from dpjax import accounting, report, train
+from dpjax.audit import noises
 from dpjax.audit import self_check as checks
 from dpjax.audit.draws import check_accounting, check_draws
-from dpjax.audit.noises import check_fresh, check_moments
+from dpjax.audit.noises import check_fresh, check_keys, check_moments
 from dpjax.audit.self_check import SelfCheckError, self_check
 from dpjax.clipping import vmap
 from dpjax.experiment import build_experiment
@@ -432,6 +434,54 @@ def test_noise_that_repeats_every_8_steps_is_named():
         check_fresh(plan, start)
     with pytest.raises(SelfCheckError, match="not what is accounted"):
         check_moments(plan)
+
+
+def same_in_all_leaves(tree, **how):
+    longest = max(jax.tree.leaves(tree), key=jnp.size)
+    noise = dpjax.noise.add_noise(longest, **how)
+    return jax.tree.map(lambda x: jnp.resize(noise, x.shape), tree)
+
+
+def second_is_minus_first(tree, **how):
+    leaves, treedef = jax.tree.flatten(dpjax.noise.add_noise(tree, **how))
+    leaves[1] = -jnp.resize(leaves[0], leaves[1].shape)
+    return treedef.unflatten(leaves)
+
+
+def every_8_steps(tree, *, step, **how):
+    return dpjax.noise.add_noise(tree, step=step % 8, **how)
+
+
+def wrapped(tree, *, step, **how):
+    return dpjax.noise.add_noise(tree, step=step % 2**16, **how)
+
+
+def one_stream(tree, *, stream, **how):
+    return dpjax.noise.add_noise(tree, stream=0 * stream, **how)
+
+
+def one_percent_less(tree, *, stddev, **how):
+    return dpjax.noise.add_noise(tree, stddev=0.99 * stddev, **how)
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        same_in_all_leaves,
+        second_is_minus_first,
+        every_8_steps,
+        wrapped,
+        one_stream,
+        one_percent_less,
+    ],
+)
+def test_noise_that_is_not_of_its_key_is_named(mutant, monkeypatch):
+    start = {"a": jnp.zeros((8, 3)), "b": jnp.zeros(5), "c": jnp.zeros(())}
+    assert "noise of 4 leaves" in check_keys({**start, "none": jnp.zeros((3, 0))})
+    assert "noise of 3 leaves" in check_keys(start)
+    monkeypatch.setattr(noises, "add_noise", mutant)
+    with pytest.raises(SelfCheckError, match="not what its key, step, stream and leaf"):
+        check_keys(start)
 
 
 def test_epsilon_of_one_step_on_the_card_is_named(monkeypatch):

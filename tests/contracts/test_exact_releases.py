@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpjax.audit.reference_noise import grid, normals
 from dpjax.directions import gaussian_direction
 from dpjax.noise import root_key
 from dpjax.sensitive import ClippedSum
@@ -24,7 +25,6 @@ from tests.contracts.test_mechanisms import (
     kinds,
     moved_by_one,
 )
-from tests.reference_noise import grid, normals
 
 ROOT = root_key(3)
 LAST = 2**31 - 1

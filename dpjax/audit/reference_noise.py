@@ -7,15 +7,24 @@ import math
 
 import numpy as np
 import scipy.special
+from numpy.typing import ArrayLike, NDArray
 
 _MASK = np.uint64(0xFFFFFFFF)
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
-def threefry(key, high, low):
-    """Threefry-2x32 with 20 rounds (Salmon et al. 2011, figure 2), on arrays of words."""
+def threefry(
+    key: ArrayLike, high: ArrayLike, low: ArrayLike
+) -> tuple[NDArray, NDArray]:
+    """Return Threefry-2x32 with 20 rounds (Salmon et al. 2011, figure 2), by words.
+
+    Args:
+        key: Two words.
+        high: First words of the counters.
+        low: Their second words.
+    """
     # In 64 bits, so that carries are cut off by hand and not by overflow.
-    k0, k1 = (np.uint64(word) for word in key)
+    k0, k1 = np.asarray(key).astype(np.uint64)
     schedule = (k0, k1, k0 ^ k1 ^ np.uint64(0x1BD11BDA))
     x0 = (np.asarray(high, np.uint64) + k0) & _MASK
     x1 = (np.asarray(low, np.uint64) + k1) & _MASK
@@ -29,12 +38,21 @@ def threefry(key, high, low):
     return x0, x1
 
 
-def normals(root, *, step, stream, index, shape):
-    """``float64[shape]``: the deviates of leaf ``index`` of a tree.
+def normals(
+    root: NDArray[np.uint32],
+    *,
+    step: int,
+    stream: int,
+    index: int,
+    shape: tuple[int, ...],
+) -> NDArray[np.float64]:
+    """Return the deviates of one leaf, ``float64[shape]``.
 
     Args:
         root: ``uint32[2, 2]``, the data of the root key.
-        step, stream, index: Of the noise.
+        step: Which step's noise.
+        stream: Which of its streams.
+        index: Which leaf of the tree.
         shape: Of the leaf.
     """
     total = np.zeros(shape)
@@ -48,6 +66,6 @@ def normals(root, *, step, stream, index, shape):
     return total
 
 
-def grid(stddev):
-    """The power of two that noisy values of this standard deviation are multiples of."""
+def grid(stddev: float) -> float:
+    """Return the power of two of which values with this noise are multiples."""
     return 2.0 ** (math.floor(math.log2(stddev)) - 10)
