@@ -19,6 +19,7 @@ from dpjax.clipping.kernels import (
 )
 from dpjax.clipping.lookups import Picking, picking
 from dpjax.clipping.values import shape_of
+from dpjax.sensitive import accumulation_dtype
 
 _NARROW = 64
 """Offsets of a convolution kernel with fewer channels than this are joined."""
@@ -57,6 +58,14 @@ def factors(site: Site, data: Array, cotangent: Array) -> Factors:
         data: The data operand, ``[loops..., B, *site.data_shape]``.
         cotangent: Gradient of the output, ``[loops..., B, *site.out_shape]``.
     """
+    part = _factors(site, data, cotangent)
+    if site.value.scale == 1:
+        return part
+    wide = part.right.astype(accumulation_dtype(part.right.dtype))
+    return dataclasses.replace(part, right=wide * site.value.scale)
+
+
+def _factors(site: Site, data: Array, cotangent: Array) -> Factors:
     if site.kind == "conv_general_dilated":
         return _conv_factors(site, data, cotangent)
     axes = _gather_axes(site) if site.kind == "gather" else _dot_axes(site)

@@ -49,6 +49,8 @@ class ParamValue:
         view: If its entries are entries of one parameter, each at most once: which ones, as
             a numpy view of a buffer shaped like the parameter that nobody reads. Numpy's
             own rules for shapes, strides and shared memory then answer what overlaps.
+        scale: By what the entries of the view are multiplied.
+        known: Whether it depends on no input of the loss at all.
         narrow: Whether it is made from the parameters in less than float32 somewhere.
     """
 
@@ -56,6 +58,8 @@ class ParamValue:
     loops: tuple[Loop, ...]
     compute: Callable[["Evaluator"], Any]
     view: np.ndarray | None = None
+    scale: float = 1.0
+    known: bool = False
     narrow: bool = False
 
 
@@ -70,8 +74,9 @@ class Evaluator:
 
         Args:
             leaves: The parameters, in the order that ``ParamValue.leaves`` counts.
-            keep_dtype: Skip the casts between floating dtypes. Only for views: it makes
-                their transpose exact for gradients that are wider than the parameters.
+            keep_dtype: Skip the casts between floating dtypes, and scales. Only for views:
+                it makes their transpose exact for gradients that are wider than the
+                parameters, and factors of sites are scaled already.
         """
         self.leaves = leaves
         self.keep_dtype = keep_dtype
@@ -90,7 +95,8 @@ class Evaluator:
 
 def constant(value: Any) -> ParamValue:
     """Tag a value that depends on nothing."""
-    return ParamValue(frozenset(), (), lambda _: value)
+    known = not isinstance(value, jax.core.Tracer)
+    return ParamValue(frozenset(), (), lambda _: value, known=known)
 
 
 def parameter(index: int, buffer: np.ndarray) -> ParamValue:
@@ -123,12 +129,15 @@ def derive(eqn: JaxprEqn, inputs: Sequence[ParamValue]) -> list[ParamValue]:
     leaves = frozenset().union(*(value.leaves for value in inputs))
     nothing: frozenset[int] = frozenset()
     flow = [leaves if differentiable(eqn, var) else nothing for var in eqn.outvars]
-    views = _views(eqn, inputs)
+    views, scaled = _views(eqn, inputs), _scaled(eqn, inputs)
+    known = all(value.known for value in inputs)
 
     def run(evaluator: Evaluator) -> list[Any]:
         values = [evaluator(value) for value in inputs]
         if evaluator.keep_dtype and eqn.primitive.name == "convert_element_type":
             return values
+        if evaluator.keep_dtype and scaled is not None:
+            return [values[scaled.side]]
 
         def mapped(args: Sequence[Any]) -> list[Any]:
             return bind(eqn, args)
@@ -142,10 +151,51 @@ def derive(eqn: JaxprEqn, inputs: Sequence[ParamValue]) -> list[ParamValue]:
         return lambda evaluator: evaluator.once(run, lambda: run(evaluator))[index]
 
     below = any(value.narrow for value in inputs) or narrow(eqn)
+    scale = inputs[0].scale if inputs else 1.0  # A view is made of one value.
+    if scaled is not None:
+        views, scale = [inputs[scaled.side].view], scaled.scale
     return [
-        ParamValue(flow[i], loops, output(i), views[i], below)
-        for i in range(len(views))
+        ParamValue(
+            flow[i],
+            loops,
+            output(i),
+            view,
+            1.0 if view is None else scale,
+            known=known,
+            narrow=below,
+        )
+        for i, view in enumerate(views)
     ]
+
+
+class _Scaled(NamedTuple):
+    """Which operand is a view that an equation scales, and its scale afterwards."""
+
+    side: int
+    scale: float
+
+
+def _scaled(eqn: JaxprEqn, inputs: Sequence[ParamValue]) -> _Scaled | None:
+    name = eqn.primitive.name
+    if name == "neg" and inputs[0].view is not None:
+        return _Scaled(0, -inputs[0].scale)
+    if name not in ("mul", "div"):
+        return None
+    for side, by in ((0, 1), (1, 0)):
+        number = shape_of(eqn.invars[by]) == () and inputs[by].known
+        if inputs[side].view is None or not number or (name == "div" and by == 0):
+            continue
+        by_what = float(now(inputs[by]))
+        scale = by_what if name == "mul" else np.divide(1.0, by_what)
+        if not inputs[by].loops and np.isfinite(scale):
+            return _Scaled(side, inputs[side].scale * float(scale))
+    return None
+
+
+def now(value: ParamValue) -> np.ndarray:
+    """Return a value that is known, while the loss is analysed."""
+    with jax.ensure_compile_time_eval():
+        return np.asarray(Evaluator(())(value))
 
 
 def differentiable(eqn: JaxprEqn, var: Any) -> bool:
@@ -165,11 +215,10 @@ def own_backward(eqn: JaxprEqn) -> bool:
     return any(own_backward(e) for x in inner if isinstance(x, Jaxpr) for e in x.eqns)
 
 
-def _views(eqn: JaxprEqn, inputs: Sequence[ParamValue]) -> Sequence[np.ndarray | None]:
+def _views(
+    eqn: JaxprEqn, inputs: Sequence[ParamValue]
+) -> list[np.ndarray] | list[None]:
     nothing: list[None] = [None] * len(eqn.outvars)
-    if eqn.primitive.name == "optimization_barrier":  # Takes several values at once.
-        alike = all(value.loops == inputs[0].loops for value in inputs)
-        return [value.view for value in inputs] if alike else nothing
     rule = _VIEW_RULES.get(eqn.primitive.name)
     if rule is None or len(inputs) != 1 or inputs[0].view is None:
         return nothing
@@ -242,6 +291,7 @@ _VIEW_RULES: dict[str, Callable[[np.ndarray, int, JaxprEqn], list[np.ndarray]]] 
     "copy": _same,
     "copy_p": _same,
     "name": _same,
+    "optimization_barrier": _same,
     "reshape": _reshape,
     "rev": _reverse,
     "sharding_constraint": _same,

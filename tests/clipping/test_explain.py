@@ -22,6 +22,7 @@ OTHERWISE = {
     ("embedding_of_no_ids", "table"): "unused",
     ("parameter_in_a_while_loop_without_gradient", "s"): "fallback",
     ("convolution_without_outputs", "k"): "fallback",
+    ("weight_times_zero", "w"): "dense",
 }
 
 

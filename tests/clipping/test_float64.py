@@ -13,6 +13,7 @@ from tests.contracts.zoo import ZOO
 NAMES = [
     "conv_transpose_of_lax_with_flipped_kernel",
     "dense_general_two_outputs",
+    "embedding_by_pairs_of_ids_out_of_bounds",
     "embedding_ids_repeat",
     "gru",
     "lstm_with_concatenated_kernels",
@@ -21,6 +22,7 @@ NAMES = [
     "slices_that_overlap_in_other_shapes",
     "tied_head",
     "two_uses_that_cancel",
+    "weights_times_numbers",
 ]
 
 

@@ -589,7 +589,7 @@ def weights_stacked(p, e, key):
     return score(jnp.einsum("thk,hkn->thn", e["x"], heads))
 
 
-@case({"w": dense(3, 4), "v": dense(4, 2)}, {"x": x(5, 3)})
+@case({"w": derived(3, 4), "v": derived(4, 2)}, {"x": x(5, 3)})
 def optimization_barrier_around_a_weight(p, e, key):
     w, v = jax.lax.optimization_barrier((p["w"], p["v"]))
     return score(jnp.tanh(e["x"] @ w) @ v)
@@ -906,7 +906,7 @@ def weight_clipped(p, e, key):
     return score(e["x"] @ jnp.clip(p["w"], -0.4, 0.4))
 
 
-@case({"w": derived(3, 4)}, {"x": x(5, 3)})
+@case({"w": dense(3, 4)}, {"x": x(5, 3)})
 def weight_scaled_by_a_constant(p, e, key):
     return score(e["x"] @ (p["w"] / np.sqrt(3)))
 
@@ -2796,3 +2796,38 @@ def scan_over_scalar_lookups(p, e, key):
 @case({"table": tied(7)}, {"ids": ids(7, 5), "i": ids(7)})
 def numbers_by_id_and_by_traced_index(p, e, key):
     return score(p["table"][e["ids"]] * p["table"][e["i"]])
+
+
+# --- Weights times a number ----------------------------------------------------------------
+
+
+@case({"w": tied(3, 4), "v": dense(4, 3)}, {"x": x(5, 3)})
+def weights_times_numbers(p, e, key):
+    up = e["x"] @ (p["w"] * (1 / jnp.sqrt(3.0)))
+    return score(jnp.tanh(up) @ -p["v"] @ (2 * p["w"] / -7))
+
+
+@case({"table": tied(7, 4), "k": conv(3, 4, 2)}, {"ids": ids(7, 6)})
+def tables_and_kernels_times_numbers(p, e, key):
+    out = convolve((p["table"] * 2.0)[e["ids"]], 0.3 * p["k"])
+    return score(out) + score(jnp.ones((2, 4)) * e["ids"][0] @ (-0.5 * p["table"]).T)
+
+
+@case({"w": dense(2, 3, 3), "b": elementwise(2, 3)}, {"x": x(5, 3)})
+def scan_over_layers_times_a_number(p, e, key):
+    def step(h, layer):
+        w, b = layer
+        return jnp.tanh(h @ (w / 3) + b[None]), None
+
+    return score(jax.lax.scan(step, e["x"], (p["w"] * 2, p["b"]))[0])
+
+
+@case({"w": dense(3, 4)}, {"x": x(5, 3)}, tolerance=BF16, dtype="bfloat16")
+def weight_times_a_number_in_bfloat16(p, e, key):
+    x = e["x"].astype(jnp.bfloat16)
+    return score(jnp.tanh(x @ (p["w"] / 3).astype(jnp.bfloat16) * 3))
+
+
+@case({"w": frozen(3, 4), "v": dense(3, 4)}, {"x": x(5, 3)})
+def weight_times_zero(p, e, key):
+    return score(e["x"] @ (0 * p["w"]) + e["x"] @ p["v"])
