@@ -44,8 +44,10 @@ ASSUMPTIONS = (
     "The number of training examples is public, a constant of the plan like rates, steps "
     "and divisors, which were computed from it: adjacent data have one example more or "
     "less under the same constants.",
-    "Noise and sampling come from non-cryptographic generators (threefry, Philox), "
-    "sums are rounded and noise is added in floating point.",
+    "Noise and sampling come from non-cryptographic generators (threefry, Philox). Sums "
+    "are rounded in floating point; noise is added to them exactly, and what comes out is "
+    "rounded to a power of two of about a thousandth of the noise, so that no last bits "
+    "are left to tell of an example.",
     "The time that steps take depends on the batches drawn: neither it nor the throughput "
     "is published.",
     "What the config fixes (vocabulary, label words, lengths, constants of preprocessing) "
