@@ -172,7 +172,10 @@ def _related(rows: NDArray[np.float64], *, at_least: float) -> bool:
     if count < 2:
         return False
     if numbers < 4:
-        return len({row.tobytes() for row in rows}) < count
+        # Noise is rounded: of single ones one pair in 3,600 is equal by chance, so that
+        # some may be; of three numbers, none.
+        equal = count - len({row.tobytes() for row in rows})
+        return equal > (0 if numbers == 3 else 3 + count // 5)
     # Of independent rows, one pair in 1e12 is beyond.
     chance = math.sqrt(1 - 10 ** (-24 / (numbers - 2)))
     with np.errstate(invalid="ignore", divide="ignore"):

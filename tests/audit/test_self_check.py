@@ -16,7 +16,7 @@ from dpjax import accounting, report, train
 from dpjax.audit import noises
 from dpjax.audit import self_check as checks
 from dpjax.audit.draws import check_accounting, check_draws
-from dpjax.audit.noises import check_fresh, check_keys, check_moments
+from dpjax.audit.noises import _related, check_fresh, check_keys, check_moments
 from dpjax.audit.self_check import SelfCheckError, self_check
 from dpjax.clipping import vmap
 from dpjax.experiment import build_experiment
@@ -482,6 +482,22 @@ def test_noise_that_is_not_of_its_key_is_named(mutant, monkeypatch):
     monkeypatch.setattr(noises, "add_noise", mutant)
     with pytest.raises(SelfCheckError, match="not what its key, step, stream and leaf"):
         check_keys(start)
+
+
+def test_single_noises_may_meet_by_chance_but_not_at_every_step():
+    """As they are rounded: of 64 noises of one parameter, two are alike now and then."""
+
+    class Once(dpjax.DpSgd):
+        def release(self, clipped, state, params, *, key, step):
+            return super().release(clipped, state, params, key=key, step=step // 64)
+
+    rows = np.round(np.random.default_rng(0).normal(size=(500, 64, 1)) * 1024)
+    met = [len(np.unique(row)) < 64 for row in rows]
+    assert any(met)
+    assert not any(_related(row, at_least=0.9999) for row in rows)
+    plan = dataclasses.replace(mechanism_as(Once).mechanism, steps=64)
+    with pytest.raises(SelfCheckError, match="two steps have the same noise"):
+        check_fresh(plan, {"a": jnp.zeros(())})
 
 
 def test_epsilon_of_one_step_on_the_card_is_named(monkeypatch):
