@@ -109,9 +109,10 @@ def check_optimizer(experiment: Experiment, trained: Params) -> None:
         optimizer = owning(experiment.optimizer)
     except ValueError as error:
         raise configs.ConfigError(f"config.optimizer: {error}") from error
+    with configs.of_the_user("mechanism", {}):
+        gradient = _released(experiment, trained)
     try:
         state = jax.eval_shape(optimizer.init, trained)
-        gradient = _released(experiment, trained)
         updates, after = jax.eval_shape(optimizer.update, gradient, state, trained)
         evaluated = jax.eval_shape(evaluation_params, after, trained)
     except Exception as error:

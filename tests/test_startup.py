@@ -1,5 +1,6 @@
 """What does not fit is told in one line before anything is written, also by a dry run."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 import scipy.special
 from flax import linen as nn
 
+import dpjax
 from dpjax import losses
 from dpjax.config import ConfigError
 from dpjax.experiment import build_experiment
@@ -106,6 +108,21 @@ def test_what_does_not_fit_is_told_by_shapes_alone(case):
         check_parts(build_experiment(tiny(**changes)))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_error_of_an_own_mechanism_is_not_called_one_of_the_optimizer():
+    class Broken(dpjax.DpSgd):
+        def init(self, params):
+            return params["weights"]
+
+    experiment = build_experiment(tiny())
+    plan = experiment.mechanism
+    facts = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
+    broken = dataclasses.replace(experiment, mechanism=Broken(**facts))
+    with pytest.raises(
+        ConfigError, match=r"config\.mechanism does not fit .*'weights'"
+    ):
+        check_parts(broken)
 
 
 @pytest.mark.parametrize("self_check", [False, True])
