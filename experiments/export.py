@@ -17,6 +17,7 @@ Exit status: 0 done, 2 wrong arguments or input, 1 the checkpoint or the ledger 
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,6 +68,7 @@ def _export(plan: Plan) -> int:
     import jax
 
     from dpjax import report
+    from dpjax.about import About, file_digest
     from dpjax.checkpoint import CheckpointError, Checkpoints, export
     from dpjax.experiment import build_experiment
     from dpjax.fingerprint import combined_fingerprint
@@ -107,9 +109,15 @@ def _export(plan: Plan) -> int:
             f"{plan.workdir} holds a run that differs in {', '.join(differing)}: bring back "
             "the data and files that it was started with"
         )
-    card = report.card_of(config, mechanism, releases)
+    card = report.card_of(config, mechanism, releases, inspection=experiment.inspection)
     names = report.parameter_names(state.params, frozen)
     export(plan.out, evaluated_params(state, frozen), card.files() | names)
+    written = plan.workdir / "privacy_card.json"
+    if written.is_file():  # else the run was ended before its first evaluation or save
+        # Of the run: this may be another machine, and another commit.
+        facts = About(**sweep.read_json(written)["about"])
+        facts = replace(facts, parameters=file_digest(plan.out / "params.npz"))
+        replace(card, about=facts).write(plan.out)
     print(f"step {step} of {mechanism.steps}, {releases} released: {card.headline()}")
     print(plan.out)
     return 0

@@ -1,5 +1,6 @@
 """A run that ends early has an export, and one that goes on a card of both."""
 
+import hashlib
 import json
 import shutil
 
@@ -50,6 +51,9 @@ def test_the_newest_checkpoint_is_exported_with_a_card_of_all_releases(
     assert found["epsilon"] > card(tmp_path / "eight")["epsilon"]
     names = json.loads((stopped / "parameters.json").read_text())
     assert names == {"trained": ["head/bias", "head/kernel"], "frozen": []}
+    # The rest of what it is about is the run, wherever it is exported.
+    digest = hashlib.sha256((stopped / "params.npz").read_bytes()).hexdigest()
+    assert found["about"] == card(ended)["about"] | {"parameters": digest}
 
 
 def test_an_earlier_checkpoint_is_exported_and_the_run_goes_on(ended, tmp_path):

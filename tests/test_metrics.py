@@ -219,6 +219,9 @@ def test_tensorboard_files_hold_the_values(tmp_path):
     step, value = found["epsilon"]
     assert (step, value.simple_value) == (3, 0.5)
     assert found["phase/text_summary"][1].tensor.string_val == [b"diff"]
+    # When a step ended tells how many examples were drawn.
+    times = [e.wall_time for e in tensorboard_events(tmp_path) if e.summary.value]
+    assert times == [3, 3]
 
 
 def test_tensorboard_resume_hides_what_will_be_written_again(tmp_path):

@@ -3,7 +3,8 @@ import sys
 
 import pytest
 
-from dpjax import terminal
+from dpjax import terminal, train
+from tests.runs import tiny
 
 
 class Terminal(io.StringIO):
@@ -22,3 +23,14 @@ def test_what_is_private_is_told_on_a_terminal_only_and_marked(
     told = out.getvalue()
     assert ("3 rows" in told) == (stream is Terminal or not private)
     assert ("not to be published" in told) == (stream is Terminal and private)
+
+
+def test_what_is_found_in_private_data_is_told_as_private(monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        terminal, "tell", lambda lines, *, private: told.append((lines, private))
+    )
+    for variant in ("dpsgd", "nonprivate"):
+        train.plan(tiny(variant))
+    lines = ["no training example is repeated"]
+    assert told == [(lines, True), (lines, False)]
