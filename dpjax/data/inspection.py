@@ -54,8 +54,9 @@ def inspect(source: Source, *, limits: Mapping[str, int]) -> Inspection:
             _check_finite(key, array)
         for key, limit in limits.items():
             _check_range(key, records[key], limit)
-        seen += [_digest(row) for row in zip(*_rows(records), strict=True)]
-    _, counts = np.unique(np.array(seen, np.uint64), return_counts=True)
+        digests = [_digest(row) for row in zip(*_rows(records), strict=True)]
+        seen.append(np.array(digests, np.uint64))
+    _, counts = np.unique(np.concatenate(seen), return_counts=True)
     return Inspection(int((counts - 1).sum()), int(counts.max()))
 
 
