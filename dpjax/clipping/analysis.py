@@ -96,6 +96,10 @@ class _Record:
     sites: dict[Path, Site] = dataclasses.field(default_factory=dict)
     plain: dict[int, str] = dataclasses.field(default_factory=dict)
     affine: dict[Path, Affine] = dataclasses.field(default_factory=dict)
+    parts: frozenset[int] = frozenset()
+    """Parameters that meet data in parts only, which are sites of their own."""
+    whole: set[int] = dataclasses.field(default_factory=set)
+    """Parameters that are plain for what they do as a whole."""
     beside: dict[int, int] = dataclasses.field(default_factory=dict)
     """How many entries the largest value has that a parameter makes with data entrywise."""
 
@@ -103,6 +107,7 @@ class _Record:
         self.sites |= other.sites
         for leaf, why in other.plain.items():
             self.plain.setdefault(leaf, why)
+        self.whole |= other.whole
         for leaf, size in other.beside.items():
             self.beside[leaf] = max(size, self.beside.get(leaf, 0))
 
@@ -142,11 +147,18 @@ def analyse(loss: Loss, query: Query, batch: Batch, key: Key) -> Program:
         for k in range(len(query.points))
         for j, buffer in enumerate(buffers)
     ]
-    record = _Record()
     inputs: list[Tag] = [*params]
     inputs += [DATA] * (len(closed.jaxpr.invars) - len(inputs))
-    out = _walk(closed.jaxpr, closed.consts, inputs, (), (), record)
-    _differentiate_plainly(out[:1], "is part of the loss without data", record)
+
+    def walked(parts: frozenset[int]) -> _Record:
+        record = _Record(parts=parts)
+        out = _walk(closed.jaxpr, closed.consts, inputs, (), (), record)
+        _differentiate_plainly(out[:1], "is part of the loss without data", record)
+        return record
+
+    record = walked(frozenset())
+    if parts := record.plain.keys() - record.whole:
+        record = walked(frozenset(parts))
     _drop_sites_of_plain_leaves(record)
     _complete(closed, len(params), record)
     return Program(
@@ -192,10 +204,16 @@ def _drop_sites_of_plain_leaves(record: _Record) -> None:
 
 
 def _differentiate_plainly(
-    tags: Sequence[Tag], why: str, record: _Record, *, beside: int = 0
+    tags: Sequence[Tag],
+    why: str,
+    record: _Record,
+    *,
+    beside: int = 0,
+    whole: bool = True,
 ) -> None:
     for tag in tags:
         if isinstance(tag, ParamValue):
+            record.whole |= tag.leaves if whole else frozenset()
             for leaf in tag.leaves:
                 record.plain.setdefault(leaf, why)
                 record.beside[leaf] = max(beside, record.beside.get(leaf, 0))
@@ -247,9 +265,23 @@ def _walk(
         made.update(dict.fromkeys(eqn.outvars, eqn))
         affine = _affine(eqn, operands, made)
         # Behind the last site that a backward pass reaches, nothing more is in store.
-        if affine is not None and len(record.sites) > 1 and not loops:
+        # A part of a parameter is looked at where it enters an equation.
+        if affine and len(record.sites) > 1 and not loops and not record.parts:
             record.affine[here] = affine
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _is_part(tag: ParamValue, loops: tuple[Loop, ...]) -> bool:
+    """Whether a value is a part of one parameter, another one in each iteration."""
+    if tag.view is None or tag.view.base is None or {*tag.loops} != {*loops}:
+        return False
+    return tag.view.size < tag.view.base.size
+
+
+def _copied(eqn: JaxprEqn, atom: Any) -> JaxprEqn:
+    return eqn.replace(
+        invars=[atom], outvars=[atom], primitive=jax.lax.copy_p, params={}
+    )
 
 
 _ENTRYWISE: Final = frozenset(
@@ -296,7 +328,17 @@ def _equation(
         return _scan(eqn, operands, path, loops, record)
     if any(differentiable(eqn, var) for var in eqn.outvars):
         beside = _entries(eqn.outvars, loops) if name in _ENTRYWISE else 0
-        _differentiate_plainly(weights, f"meets data in {name}", record, beside=beside)
+        for side, tag in enumerate(operands):
+            if isinstance(tag, ParamValue) and tag.leaves:
+                part, key = _is_part(tag, loops), (*path, ~side)
+                if part and tag.leaves <= record.parts:
+                    copied = _copied(eqn, eqn.invars[side])
+                    record.sites[key] = Site(key, copied, 0, tag, loops)
+                    continue
+                why = f"meets data in {name}"
+                _differentiate_plainly(
+                    [tag], why, record, beside=beside, whole=not part
+                )
     return [DATA] * len(eqn.outvars)
 
 
@@ -322,7 +364,7 @@ def _scan(
     beside = _entries(eqn.outvars[:num_carry], (*loops, loop))
     while True:
         # A value that a loop changes cannot be computed outside of it.
-        trial = _Record()
+        trial = _Record(parts=record.parts)
         out = _walk(
             body.jaxpr,
             body.consts,

@@ -70,11 +70,12 @@ class _Flow:
 
     def _out(self, eqn: JaxprEqn, operands: list[Marks], path: Path) -> list[Marks]:
         name = eqn.primitive.name
+        for side in range(len(operands)):
+            if (*path, ~side) in self.sites:
+                operands[side] = self._cut((*path, ~side), eqn, side, operands[side])
         if path in self.sites:
-            self.seen.add(path)
-            self._check(path, eqn, operands)
             side = self.sites[path].side
-            operands[side] = _still(operands[side])
+            operands[side] = self._cut(path, eqn, side, operands[side])
         elif name in CALLS:
             return self.through(callee(eqn).jaxpr, operands, path)
         elif name == "scan":
@@ -82,13 +83,19 @@ class _Flow:
         joined = _NOTHING.union(*operands)
         return [joined] * len(eqn.outvars)
 
-    def _check(self, path: Path, eqn: JaxprEqn, operands: Sequence[Marks]) -> None:
+    def _cut(self, path: Path, eqn: JaxprEqn, side: int, weight: Marks) -> Marks:
+        """Return what a weight still depends on where its site accounts for gradients."""
+        self.seen.add(path)
         site = self.sites[path]
-        claimed, weight = site.value, operands[site.side]
-        self.wrong |= _leaves(weight) - claimed.leaves
-        itself = site.path == path and site.eqn is eqn
-        if not itself or _still(weight) - {*claimed.loops}:
-            self.wrong |= claimed.leaves
+        if path[-1] < 0:
+            itself = site.kind == "copy" and site.eqn.invars == [eqn.invars[side]]
+        else:
+            itself = site.eqn is eqn
+        still = _still(weight)
+        self.wrong |= _leaves(weight) - site.value.leaves
+        if site.path != path or not itself or still - {*site.value.loops}:
+            self.wrong |= site.value.leaves
+        return still
 
     def _scan(self, eqn: JaxprEqn, operands: list[Marks], path: Path) -> list[Marks]:
         body = eqn.params["jaxpr"].jaxpr

@@ -17,6 +17,7 @@ from dpjax.typing import Batch, Example, Key, Loss, Params
 
 _KINDS = {
     "conv_general_dilated": "conv",
+    "copy": "elementwise",
     "dot_general": "dense",
     "gather": "embedding",
 }

@@ -68,6 +68,11 @@ class _Interpreter:
             here = (*path, index)
             below = {k: v for k, v in extra.items() if k[: len(here)] == here}
             values = [read(atom) for atom in eqn.invars]
+            for side in [~key[-1] for key in below if key[-1] < 0 and key[:-1] == here]:
+                key = (*here, ~side)
+                site, more = self._sites[key], below.pop(key)
+                data = site.data_of(values)
+                values[side], saved[key] = self._visit(site, values[side], data, more)
             if here in self._affine:
                 out = [hooks.affine(*map(read, self._affine[here]))]
             elif not below:

@@ -68,7 +68,7 @@ def factors(site: Site, data: Array, cotangent: Array) -> Factors:
 def _factors(site: Site, data: Array, cotangent: Array) -> Factors:
     if site.kind == "conv_general_dilated":
         return _conv_factors(site, data, cotangent)
-    axes = _gather_axes(site) if site.kind == "gather" else _dot_axes(site)
+    axes = _axes(site)
     inside, shared = _loop_axes(site)
     first = len(site.loops) + 1
     batch = [first - 1]
@@ -79,9 +79,9 @@ def _factors(site: Site, data: Array, cotangent: Array) -> Factors:
 
     left = grouped(data, *axes.data)
     right = grouped(cotangent, *axes.out)
-    if site.kind == "dot_general":
-        return Dense((left,), right)
-    return _lookup(site, left, right)
+    if site.kind == "gather":
+        return _lookup(site, left, right)
+    return Dense((left,), right)
 
 
 def weight_gradient(
@@ -94,7 +94,7 @@ def weight_gradient(
     if site.kind == "conv_general_dilated":
         split, sources = _conv_axes(site)
     else:
-        axes = _gather_axes(site) if site.kind == "gather" else _dot_axes(site)
+        axes = _axes(site)
         order = [axis for group in axes.weight for axis in group]
         split = [shape[axis] for axis in order]
         sources = [[order.index(axis)] for axis in range(len(order))]
@@ -120,7 +120,7 @@ def sizes(site: Site) -> Sizes:
             size for axis, size in enumerate(site.out_shape) if axis != spec.out_spec[1]
         )
         return Sizes(h * groups, t * positions, weight, channels // groups)
-    axes = _gather_axes(site) if site.kind == "gather" else _dot_axes(site)
+    axes = _axes(site)
     shape = site.weight_shape[len(site.value.loops) :]
 
     def size(of: Sequence[int], group: list[int]) -> int:
@@ -158,7 +158,7 @@ def identity(site: Site) -> tuple | None:
         groups = site.eqn.params["feature_group_count"]
         order = [*range(loops), *(loops + axis for axis in spec)]
         return ("conv", groups, start, walk(order)), (), ()
-    axes = _gather_axes(site) if site.kind == "gather" else _dot_axes(site)
+    axes = _axes(site)
     h, k, n = ([loops + axis for axis in group] for group in axes.weight)
     return (start, walk([*range(loops), *h])), walk(k), walk(n)
 
@@ -175,6 +175,13 @@ def _loop_axes(site: Site) -> tuple[list[int], list[int]]:
     inside = [i for i, loop in enumerate(site.loops) if loop in site.value.loops]
     shared = [i for i, loop in enumerate(site.loops) if loop not in site.value.loops]
     return inside, shared
+
+
+def _axes(site: Site) -> Axes:
+    if site.kind == "copy":
+        whole = [*range(len(site.out_shape))]
+        return Axes(data=([], [], []), out=([], [], whole), weight=([], [], whole))
+    return _gather_axes(site) if site.kind == "gather" else _dot_axes(site)
 
 
 def _dot_axes(site: Site) -> Axes:

@@ -7,16 +7,19 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
-from dpjax.clipping.values import Loop, ParamValue, Path, shape_of
+from dpjax.clipping.values import Loop, ParamValue, Path, dtype_of, shape_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Site:
     """An equation that is linear in a parameter-only operand; the other one is data.
 
+    Or a copy of a part of a parameter, just before it meets data in any other equation: its
+    path is that of this equation and then ``~`` the place of the operand.
+
     Attributes:
         path: Where it stands.
-        eqn: The equation: dot_general, conv_general_dilated, gather or dynamic_slice.
+        eqn: dot_general, conv_general_dilated, gather, dynamic_slice or copy.
         side: Which operand the parameter-only value is.
         value: That operand.
         loops: All loops around it, outermost first. The data and the gradient of the
@@ -37,13 +40,17 @@ class Site:
 
     @property
     def data_shape(self) -> tuple[int, ...]:
-        """Shape of the data operand of one example, without loops."""
+        """Shape of the data operand of one example, without loops; () for a copy."""
+        if self.kind == "copy":
+            return ()
         if self.eqn.primitive.name == "dynamic_slice":
             return (len(self.eqn.invars) - 1,)
         return shape_of(self.eqn.invars[1 - self.side])
 
     def data_of(self, operands: Sequence[Any]) -> Any:
-        """Return the data operand: of a slice, all its starts as one vector."""
+        """Return the data operand: of a slice, all its starts as one vector; of a copy, 1."""
+        if self.kind == "copy":
+            return jnp.ones((), dtype_of(self.eqn.invars[0]))
         if self.eqn.primitive.name == "dynamic_slice":
             return jnp.stack([*operands[1:]])
         return operands[1 - self.side]
@@ -52,6 +59,8 @@ class Site:
         """Return the operands of the equation."""
         if self.eqn.primitive.name == "dynamic_slice":
             return [weight, *data]
+        if self.kind == "copy":
+            return [weight]
         return [weight, data] if self.side == 0 else [data, weight]
 
     @property

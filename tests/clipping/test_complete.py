@@ -100,6 +100,11 @@ def loses_what_a_call_returns(monkeypatch):
     monkeypatch.setattr(analysis, "_walk", losing)
 
 
+def copies_another_operand(monkeypatch):
+    copied = analysis._copied
+    monkeypatch.setattr(analysis, "_copied", lambda eqn, _: copied(eqn, eqn.invars[0]))
+
+
 MUTANTS = {
     "carry_turns_from_data_into_a_parameter": forgets("is carried"),
     "each_layer_hands_its_weights_to_the_next": forgets("is carried"),
@@ -113,6 +118,8 @@ MUTANTS = {
     "weight_times_a_function_of_data": takes_data_for_a_constant,
     "dense_all_equal": names_another_equation,
     "tied_head": names_the_wrong_side,
+    "weight_and_bias_in_one_matrix": copies_another_operand,
+    "network_of_a_flat_vector": forgets("meets data"),
     "jit_that_hands_parameters_through": loses_what_a_call_returns,
 }
 

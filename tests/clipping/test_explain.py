@@ -83,14 +83,15 @@ def test_explain_tells_of_gradients_that_are_formed_and_dropped():
 
 
 def test_what_is_larger_than_what_it_makes_with_data_is_no_scale():
-    """A penalty makes one number of a matrix; a position table is longer than a text."""
+    """A penalty makes one number of a matrix, a sum over all entries too."""
 
     def loss(params, example, key):
         del key
-        hidden = example["x"] @ params["w"] + params["places"][:5] + params["b"][None]
+        hidden = example["x"] @ params["w"] + params["b"][None]
+        hidden *= jnp.cos(params["long"]).sum()
         return jnp.sum(jnp.sin(hidden)) + 0.1 * jnp.sum(jnp.square(params["w"]))
 
-    shapes = {"b": (4,), "places": (50, 4), "w": (3, 4)}
+    shapes = {"b": (4,), "long": (50, 4), "w": (3, 4)}
     params = {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in shapes.items()}
     rows = dpjax.explain(loss, params, {"x": np.ones((5, 3), np.float32)})
     assert [row.rule for row in rows] == ["elementwise", "fallback", "fallback"]

@@ -17,6 +17,7 @@ NAMES = [
     "embedding_ids_repeat",
     "gru",
     "lstm_with_concatenated_kernels",
+    "network_of_a_flat_vector",
     "scan_in_scan_layers_inside_time",
     "scan_over_layers_with_one_used_outside",
     "slices_that_overlap_in_other_shapes",

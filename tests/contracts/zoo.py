@@ -11,6 +11,7 @@ norm can be computed:
   no larger than what comes out: per-example gradients are cheap.
 - ``derived``: what meets data is a function of parameters that is no view.
 - ``fallback``: no rule; per-example gradients are formed though they may be large.
+- ``dense+elementwise``: parts of it one way and parts the other way.
 - ``frozen``, ``unused``: the gradient is zero; with or without a trace in the jaxpr.
 
 Most cases are written as ``@case({name: rule and shape}, {name: data})`` above the loss. The
@@ -75,6 +76,7 @@ def _kind(rule):
 
 dense, conv, embedding, tied = map(_kind, ["dense", "conv", "embedding", "tied"])
 elementwise, derived, fallback = map(_kind, ["elementwise", "derived", "fallback"])
+dense_and_elementwise = _kind("dense+elementwise")
 frozen, unused = map(_kind, ["frozen", "unused"])
 
 
@@ -760,7 +762,7 @@ def temperature_and_cross_entropy(p, e, key):
     return entropy(e["x"] @ p["w"] / jnp.exp(p["t"]), e["y"])
 
 
-@case({"w": dense(3, 4), "table": fallback(6, 4)}, {"x": x(5, 3)})
+@case({"w": dense(3, 4), "table": elementwise(6, 4)}, {"x": x(5, 3)})
 def positional_table(p, e, key):
     return score(e["x"] @ p["w"] + p["table"][:5])
 
@@ -2831,3 +2833,54 @@ def weight_times_a_number_in_bfloat16(p, e, key):
 @case({"w": frozen(3, 4), "v": dense(3, 4)}, {"x": x(5, 3)})
 def weight_times_zero(p, e, key):
     return score(e["x"] @ (0 * p["w"]) + e["x"] @ p["v"])
+
+
+# --- Parts of one parameter ----------------------------------------------------------------
+
+
+@case({"w": dense_and_elementwise(4, 4)}, {"x": x(5, 3)})
+def weight_and_bias_in_one_matrix(p, e, key):
+    return score(e["x"] @ p["w"][:-1] + p["w"][-1:])
+
+
+@case({"flat": dense_and_elementwise(34)}, {"x": x(5, 3)})
+def network_of_a_flat_vector(p, e, key):
+    flat = p["flat"]
+    hidden = jnp.tanh(e["x"] @ flat[:12].reshape(3, 4) + flat[12:16][None])
+    return score(hidden @ flat[16:32].reshape(4, 4)[:, :2] * flat[32] + flat[33])
+
+
+@case({"w": dense_and_elementwise(2, 4, 3)}, {"x": x(5, 3)})
+def scan_over_layers_with_their_biases(p, e, key):
+    def step(h, w):
+        return jnp.tanh(h @ w[:3] + w[3:]), None
+
+    return score(jax.lax.scan(step, e["x"], p["w"])[0])
+
+
+@case({"w": elementwise(4, 3), "v": dense(3, 3)}, {"x": x(5, 3)})
+def scan_over_time_with_a_bias_of_a_part(p, e, key):
+    def step(h, x):
+        return jnp.tanh(h @ p["v"] + x @ p["w"][:3] + p["w"][3]), None
+
+    return score(jax.lax.scan(step, jnp.zeros(3), e["x"])[0])
+
+
+@case({"w": tied(4, 3)}, {"x": x(5, 3)})
+def parts_that_overlap_a_weight(p, e, key):
+    return score(e["x"] @ p["w"][:3] + p["w"][2:3]) + score(e["x"] * p["w"][3:])
+
+
+@case({"w": elementwise(4, 3)}, {"x": x(5, 3)})
+def parts_and_the_whole_of_a_weight(p, e, key):
+    both = e["x"] @ p["w"][:3] + p["w"][3:]
+    return score(both) + score(jnp.sum(e["x"]) * jnp.sin(p["w"]))
+
+
+@case({"c": tied(2, 3), "w": dense(3, 3)}, {"x": x(5, 3)})
+def scales_and_shifts_of_one_parameter(p, e, key):
+    def normed(h, c):
+        h = h - jnp.mean(h, -1, keepdims=True)
+        return h * c[:1] + c[1:]
+
+    return score(normed(jnp.tanh(normed(e["x"], p["c"]) @ p["w"]), 0.5 * p["c"]))
