@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from dpjax.clipping import kernels, layouts
 from dpjax.clipping.analysis import Program, Site, analyse
 from dpjax.clipping.factors import centred_count, clip_factors
-from dpjax.clipping.kernels import Factors, Norms, Patches
+from dpjax.clipping.kernels import Factors, Patches
 from dpjax.clipping.keys import example_keys
 from dpjax.clipping.passes import (
     Backward,
@@ -24,6 +24,7 @@ from dpjax.clipping.passes import (
 )
 from dpjax.clipping.plan import Plan, Planner
 from dpjax.clipping.query import Query
+from dpjax.clipping.rounding import Norms, apart, capped, row_norms
 from dpjax.clipping.slots import Group, Slot
 from dpjax.clipping.values import Path
 from dpjax.clipping.vmap import per_example, vmap
@@ -48,20 +49,19 @@ def run_plan(
 
     Sensitivity: ``query.clip_norm`` under add/remove-one. Each parameter's part of an
     example's contribution is scaled by one factor, which comes from norms of that very
-    gradient plus what rounding may have hidden (see ``kernels.gram_norms``).
+    gradient plus what rounding may have hidden (see ``rounding``).
     """
     keys = example_keys(key, batch)
     inputs = Inputs(jax.tree.leaves(query.points), batch.examples, keys)
     mask = jnp.asarray(batch.mask)
     known = _collect(program, plan, inputs)
-    norms = [_norms(program, slot, plan, known) for slot in plan.slots]
 
     def tree(leaves: Sequence[Any]) -> Any:
         return jax.tree.unflatten(program.tree, leaves)
 
     factors = clip_factors(
-        tree([norm.squares for norm in norms]),
-        slack=tree([norm.slack for norm in norms]),
+        tree([norm.squares for norm in known.norms]),
+        slack=tree([norm.slack for norm in known.norms]),
         mask=mask,
         clip_norm=query.clip_norm,
         style=query.style,
@@ -85,32 +85,43 @@ def run_plan(
     return clipped, per_example(losses, factors.norms, factors.finite, mask)
 
 
-class _Known(NamedTuple):
-    """What is known of every example after the first backward pass.
+class _Values(NamedTuple):
+    """What norms and sums are made of.
 
     Attributes:
-        backward: The pass itself.
-        groups: Factors of each group, in the axes of its first site.
-        kept: ``[B, H, K, N]``, per-example gradients of groups that keep them.
+        losses: Of each example; not summed.
+        factors: Of each group, by its place in ``plan.methods``, in the axes of its first
+            site.
+        kept: ``[B, H, K, N]``, per-example gradients of groups that keep them instead.
         slots: ``[B, ...]``, per-example gradients of parameters that are formed in full.
-        dropped: Squared norms of those that are dropped again.
+        dropped: Norms of those that are dropped again.
+        probes: Norms at probed sites.
     """
 
-    backward: Backward
-    groups: dict[Group, list[Factors]]
-    kept: dict[Group, Array]
+    losses: Rows
+    factors: dict[int, list[Factors]]
+    kept: dict[int, Array]
     slots: dict[int, Array]
-    dropped: dict[int, Rows]
+    dropped: dict[int, Norms]
+    probes: dict[Path, Norms]
+
+
+class _Known(NamedTuple):
+    """What is known of every example after the first backward pass."""
+
+    backward: Backward
+    values: _Values
+    norms: list[Norms]
 
 
 def _collect(program: Program, plan: Plan, inputs: Inputs) -> _Known:
     backward = first_backward(program, plan, inputs)
-    groups = {g: _joined(program, g, backward.factors) for g in plan.methods}
-    kept = {
-        group: kernels.gradients(groups[group])
-        for group, method in plan.methods.items()
-        if method == "keep"
+    factors = {
+        i: _joined(program, group, backward.factors)
+        for i, group in enumerate(plan.methods)
     }
+    keep = [i for i, m in enumerate(plan.methods.values()) if m == "keep"]
+    kept = {i: kernels.gradients(factors.pop(i)) for i in keep}
     slots = [slot for slot in plan.slots if slot.materialised]
     pulled = _pulled_back(program, plan, inputs, backward)
     whole = {
@@ -118,25 +129,34 @@ def _collect(program: Program, plan: Plan, inputs: Inputs) -> _Known:
         for slot in slots
         if slot.index not in plan.dropped
     }
-    squares = {index: pulled[index] for index in plan.dropped}
-    return _Known(backward, groups, kept, whole, squares)
+    dropped = {index: pulled[index] for index in plan.dropped}
+    values = _Values(backward.losses, factors, kept, whole, dropped, backward.probes)
+    norms = apart(functools.partial(_all_norms, plan), values)
+    return _Known(backward, values, norms)
+
+
+def _all_norms(plan: Plan, values: _Values) -> list[Norms]:
+    return [_norms(slot, plan, values) for slot in plan.slots]
 
 
 def _pulled_back(
     program: Program, plan: Plan, inputs: Inputs, backward: Backward
-) -> dict[int, Array]:
+) -> dict[int, Any]:
     """Return ``[B, ...]`` gradients of parameters, from those of weights at sites.
 
-    Of those that are dropped: their squared norms ``[B]``.
+    Of those that are dropped: their norms.
     """
 
-    def known(leaves: Mapping[int, Array]) -> dict[int, Array]:
+    def norms(leaf: Array) -> Norms:
+        return jax.tree.map(lambda x: x[0], row_norms(leaf[None]))
+
+    def known(leaves: Mapping[int, Array]) -> dict[int, Any]:
         return {
-            index: jnp.sum(jnp.square(leaf)) if index in plan.dropped else leaf
+            index: norms(leaf) if index in plan.dropped else leaf
             for index, leaf in leaves.items()
         }
 
-    found: dict[int, Array] = {}
+    found: dict[int, Any] = {}
     for sites in _sharing(plan.slots, program):
         factors = {path: backward.factors[path] for path in sites}
         of_one, of_all = _ways_back(program, inputs, sites, known)
@@ -158,7 +178,8 @@ def _sums_of_dropped(
 
     A sum over examples must not be taken back as one: where the way back cancels most of it
     (a mean is subtracted, say), what is rounded is in proportion to the whole batch, and
-    may be more than one example's contribution.
+    may be more than one example's contribution. What is formed again may be rounded
+    otherwise than it was measured, and is scaled back to that.
     """
 
     def dropped(leaves: Mapping[int, Array]) -> dict[int, Array]:
@@ -171,14 +192,24 @@ def _sums_of_dropped(
         reached = {
             program.slot(leaf) for s in sites.values() for leaf in s.value.leaves
         }
-        rows = {index: weights[index] for index in reached & plan.dropped}
+        indices = reached & plan.dropped
+        rows = {index: weights[index] for index in indices}
+        allowed = {index: known.norms[index].longest for index in indices}
         if _prefers_turns(factors):
-            found |= kernels.total_in_turn(of_one, factors, rows)
+            found |= kernels.total_in_turn(of_one, factors, rows, allowed)
         else:
             # Else XLA would keep what it formed for the norms.
             factors, rows = jax.lax.optimization_barrier((factors, rows))
-            found |= jax.tree.map(kernels.weighted_rows, of_all(factors), rows)
+            found |= apart(_capped_sums, (of_all(factors), rows, allowed))
     return found
+
+
+def _capped_sums(operands: tuple[dict[int, Array], ...]) -> dict[int, Array]:
+    formed, weights, allowed = operands
+    return {
+        i: kernels.weighted_rows(rows, capped(weights[i], row_norms(rows), allowed[i]))
+        for i, rows in formed.items()
+    }
 
 
 def _sharing(slots: Sequence[Slot], program: Program) -> list[dict[Path, Site]]:
@@ -273,32 +304,32 @@ def _formed(
     return sum(parts[1:], parts[0])
 
 
-def _norms(program: Program, slot: Slot, plan: Plan, known: _Known) -> Norms:
-    """Return squared norms of the gradient of one parameter."""
-    losses = known.backward.losses
-    none = jnp.zeros_like(losses)
-    if slot.index in known.slots:
-        return Norms(kernels.squares(known.slots[slot.index]), none)
-    if slot.index in known.dropped:
-        return Norms(known.dropped[slot.index], none)
+def _norms(slot: Slot, plan: Plan, values: _Values) -> Norms:
+    """Return norms of the gradient of one parameter."""
+    if slot.index in values.slots:
+        return row_norms(values.slots[slot.index])
+    if slot.index in values.dropped:
+        return values.dropped[slot.index]
+    place = {group: i for i, group in enumerate(plan.methods)}
+    none = jnp.zeros_like(values.losses)
     found = [Norms(none, none)]
     for group in slot.groups:
         path = group.sites[0].path
         if path in plan.probed:
-            found.append(known.backward.probes[path])
-        elif group in known.kept:
-            found.append(Norms(kernels.squares(known.kept[group]), none))
+            found.append(_over_loops(values.probes[path]))
+        elif plan.methods[group] == "keep":
+            found.append(row_norms(values.kept[place[group]]))
         else:
             direct = plan.methods[group] == "direct"
             norms = kernels.direct_norms if direct else kernels.gram_norms
-            found.append(norms(known.groups[group]))
-            lists = _by_point(program, group, known.backward.factors)
-            if len(lists) > 1:
-                apart = sum([kernels.rounding(parts) for parts in lists])
-                wider = 2 * jnp.sqrt(found[-1].squares) * apart + jnp.square(apart)
-                found.append(Norms(none, wider))
+            found.append(norms(values.factors[place[group]]))
     squares, slack = (sum(column[1:], column[0]) for column in zip(*found, strict=True))
     return Norms(squares, slack)
+
+
+def _over_loops(norms: Norms) -> Norms:
+    """Return the norms over all iterations, each of which has weights of its own."""
+    return jax.tree.map(lambda x: jnp.sum(x, axis=tuple(range(1, x.ndim))), norms)
 
 
 def _of_both(
@@ -354,25 +385,21 @@ def _weighted_sums(
     weights: Sequence[Rows],
 ) -> list[Array]:
     """Return for each parameter ``sum_b weights[parameter][b] gradient[b]``."""
-    sums: dict[Path, Array] = {}
-    again: dict[Path, Rows] = {}
-    for slot in plan.slots:
-        rows = weights[slot.index]
-        for group in () if slot.materialised else slot.groups:
-            first = group.sites[0]
-            if first.path in plan.probed:
-                again[first.path] = rows
-                continue
-            if group in known.kept:
-                total = kernels.weighted_rows(known.kept[group], rows)
-            else:
-                terms = kernels.TERMS[plan.methods[group]]
-                total = _contracted(known.groups[group], rows, terms=terms)
-            sums[first.path] = layouts.weight_gradient(first, total)
-    sums |= second_backward(program, plan, inputs, again)
+    distinct = {id(w): w for w in weights}
+    which = [[*distinct].index(id(w)) for w in weights]
+    of_values = functools.partial(_sums_of_values, plan, which)
+    sums, formed = apart(of_values, (known.values, [*distinct.values()]))
+    again = {
+        group.sites[0].path: weights[slot.index]
+        for slot in plan.slots
+        if not slot.materialised
+        for group in slot.groups
+        if group.sites[0].path in plan.probed
+    }
+    sums |= second_backward(program, plan, inputs, again, known.backward.probes)
     pulled = to_parameters(program, inputs.leaves, sums) if sums else {}
     pulled |= _sums_of_dropped(program, plan, inputs, known, weights)
-    pulled |= _sums_of_formed(known, weights)
+    pulled |= formed
 
     def total_of(slot: Slot) -> Array:
         if slot.index in pulled:
@@ -383,10 +410,30 @@ def _weighted_sums(
     return [total_of(slot) for slot in plan.slots]
 
 
-def _sums_of_formed(known: _Known, weights: Sequence[Rows]) -> dict[int, Array]:
-    found: dict[int, Array] = {}
-    for rows in {id(weights[i]): weights[i] for i in known.slots}.values():
-        mine = [i for i in known.slots if weights[i] is rows]
-        totals = kernels.weighted_together([known.slots[i] for i in mine], rows)
-        found |= zip(mine, totals, strict=True)
-    return found
+def _sums_of_values(
+    plan: Plan, which: Sequence[int], operands: tuple[_Values, list[Rows]]
+) -> tuple[dict[Path, Array], dict[int, Array]]:
+    """Return sums at sites, by their path, and sums of formed gradients, by parameter."""
+    values, distinct = operands
+    weights = [distinct[i] for i in which]
+    place = {group: i for i, group in enumerate(plan.methods)}
+    sums: dict[Path, Array] = {}
+    for slot in plan.slots:
+        rows = weights[slot.index]
+        for group in () if slot.materialised else slot.groups:
+            first = group.sites[0]
+            if first.path in plan.probed:
+                continue
+            method = plan.methods[group]
+            if method == "keep":
+                total = kernels.weighted_rows(values.kept[place[group]], rows)
+            else:
+                terms = kernels.TERMS[method]
+                total = _contracted(values.factors[place[group]], rows, terms=terms)
+            sums[first.path] = layouts.weight_gradient(first, total)
+    formed: dict[int, Array] = {}
+    for rows in distinct:
+        mine = [i for i in values.slots if weights[i] is rows]
+        totals = kernels.weighted_together([values.slots[i] for i in mine], rows)
+        formed |= zip(mine, totals, strict=True)
+    return sums, formed

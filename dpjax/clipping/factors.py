@@ -43,7 +43,8 @@ def clip_factors(
     """Return the factors that clip each example to ``clip_norm``.
 
     Sensitivity: the vector scaled by these factors has L2 norm at most ``clip_norm``; a
-    margin of 8 machine epsilons (1e-6 in float32) keeps rounding inside the bound.
+    margin of 8 machine epsilons (1e-6 in float32), and of one for each leaf, keeps what
+    is rounded here, and where factors are applied, inside the bound.
 
     Args:
         squares: Squared L2 norm of each example's vector, ``[B]`` for each leaf.
@@ -60,7 +61,8 @@ def clip_factors(
     total = jnp.sqrt(sum(jax.tree.leaves(squares)))
     finite = jnp.isfinite(total)
     keep = mask & finite
-    margin = 1 - 8 * jnp.finfo(total.dtype).eps
+    leaves = len(jax.tree.leaves(squares))
+    margin = 1 - (8 + leaves) * jnp.finfo(total.dtype).eps
     outer = jnp.asarray(outer_norm, total.dtype) * margin
     outer = jnp.where(keep, jnp.where(total > outer, outer / total, 1.0), 0.0)
 
@@ -80,14 +82,14 @@ def clip_factors(
         layers = _layer_norms(squares)
         bound = bound / jnp.sqrt(jnp.asarray(len(layers), total.dtype))
         by_layer = {name: factor(norms, bound) for name, norms in layers.items()}
-        leaves = jax.tree_util.tree_map_with_path(
+        weights = jax.tree_util.tree_map_with_path(
             lambda path, _: by_layer[path[:-1]], squares
         )
     else:
         shared = factor(total, bound)
-        leaves = jax.tree.map(lambda _: shared, squares)
-    rest = jax.tree.map(lambda leaf: outer - leaf, leaves)
-    return Factors(leaves, rest, norms, finite)
+        weights = jax.tree.map(lambda _: shared, squares)
+    rest = jax.tree.map(lambda leaf: outer - leaf, weights)
+    return Factors(weights, rest, norms, finite)
 
 
 def centred_count(

@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from dpjax.clipping import kernels, layouts
 from dpjax.clipping.analysis import Site
-from dpjax.clipping.kernels import Norms
+from dpjax.clipping.rounding import Norms
 from dpjax.clipping.values import bind
 
 
@@ -85,7 +85,8 @@ def probe(site: Site, out: Array, data: Array, extra: Norms, *, direct: bool) ->
 
     def backward(data: Array, g: Array) -> tuple[Array, None, Norms]:
         parts = [layouts.factors(local, data[None], g[None])]
-        norms = kernels.direct_norms(parts) if direct else kernels.gram_norms(parts)
+        # Rows allow for nothing: the second pass measures the very ones that it sums.
+        norms = kernels.own_norms(parts, direct=direct)
         return g, None, jax.tree.map(lambda x: x[0], norms)
 
     probed.defvjp(forward, backward)
@@ -98,15 +99,15 @@ def summed(
     data: Array,
     extra: Array,
     scale: Array,
+    allowed: Array,
     *,
-    terms: int,
+    direct: bool,
 ) -> Array:
     """Run a site; the gradient with respect to ``extra`` is its weighted gradient.
 
     Under ``vmap`` it is the sum over the batch of ``scale`` times the gradient of the
-    weight, at least float32 and without any per-example gradient. The backward pass that
-    feeds it is not weighted: it is the pass that measured the norms, so that low precision
-    cannot make a contribution differ from what was measured.
+    weight, at least float32. The backward pass that feeds it is not weighted: it is the
+    pass that measured the norms, computed again, and perhaps rounded otherwise.
 
     Args:
         site: Each iteration of its loops must have weights of its own.
@@ -114,20 +115,22 @@ def summed(
         data: The data operand.
         extra: Zeros like the weight, at least float32.
         scale: Weight of this example, a scalar.
-        terms: See ``kernels.weighted_sum``.
+        allowed: The norm at this site that the weight was made for, a scalar: what turns
+            out longer is scaled back to it.
+        direct: As the norm was found: see ``probe``.
     """
     inner = dataclasses.replace(
         site, loops=(), value=dataclasses.replace(site.value, loops=())
     )
 
-    def over_batch(data: Array, g: Array, scale: Array) -> Array:
+    def over_batch(data: Array, g: Array, scale: Array, allowed: Array) -> Array:
         parts = [layouts.factors(inner, data, g)]
-        total = kernels.weighted_sum(parts, scale, terms=terms)
+        total = kernels.again(parts, scale, allowed, direct=direct)
         return layouts.weight_gradient(inner, total)
 
     @jax.custom_batching.custom_vmap
-    def contracted(data: Array, g: Array, scale: Array) -> Array:
-        return over_batch(data[None], g[None], scale[None])
+    def contracted(data: Array, g: Array, scale: Array, allowed: Array) -> Array:
+        return over_batch(data[None], g[None], scale[None], allowed[None])
 
     @contracted.def_vmap
     def _(size: int, batched: list[bool], *args: Array) -> tuple[Array, bool]:
@@ -138,20 +141,22 @@ def summed(
         return over_batch(*full), False
 
     @jax.custom_vjp
-    def run(weight: Array, data: Array, extra: Array, scale: Array) -> Array:
-        del extra, scale
+    def run(
+        weight: Array, data: Array, extra: Array, scale: Array, allowed: Array
+    ) -> Array:
+        del extra, scale, allowed
         return apply(site, weight, data)
 
-    def forward(weight: Array, data: Array, extra: Array, scale: Array) -> tuple:
-        return run(weight, data, extra, scale), (weight, data, scale)
+    def forward(weight: Array, data: Array, extra: Array, *rows: Array) -> tuple:
+        return run(weight, data, extra, *rows), (weight, data, *rows)
 
-    def backward(saved: tuple[Array, Array, Array], g: Array) -> tuple[Any, ...]:
-        weight, data, scale = saved
+    def backward(saved: tuple[Array, ...], g: Array) -> tuple[Any, ...]:
+        weight, data, scale, allowed = saved
         into_data = None
         if jnp.issubdtype(data.dtype, jnp.inexact):
             _, pull = jax.vjp(lambda data: apply(site, weight, data), data)
             (into_data,) = pull(g)
-        return None, into_data, contracted(data, g, scale), None
+        return None, into_data, contracted(data, g, scale, allowed), None, None
 
     run.defvjp(forward, backward)
-    return run(weight, data, extra, scale)
+    return run(weight, data, extra, scale, allowed)

@@ -4,20 +4,30 @@ At a site the gradient of example b with respect to the weight is, up to the ord
 ``W[h, b, k, n] = sum_t left[h, b, t, k] right[h, b, t, n]`` with h: axes that weight, data
 and output share; t: positions that share the weight; k: contracted axes; n: axes that only
 weight and output have. Everything here is accumulated in at least float32; what is
-multiplied in bfloat16, and what norms allow for that, says ``weighted_sum``.
+multiplied in bfloat16, and what norms allow for that, says ``weighted_sum``; what norms
+allow for rounding, and why, says ``rounding``.
 """
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dpjax.clipping.rounding import (
+    Norms,
+    apart,
+    capped,
+    of_terms,
+    row_norms,
+    smallest,
+    summed,
+    unmerged,
+)
 from dpjax.sensitive import accumulation_dtype
 
 _EXACT = jax.lax.Precision.HIGHEST
@@ -87,15 +97,16 @@ class Patches:
         """All patches at once: as many times the image as the kernel has offsets."""
         return Dense(self.cut(self.image), self.right)
 
+    @property
+    def offsets(self) -> int:
+        """How many patches a pixel is in at most."""
+        blocks = jax.eval_shape(self.cut, self.image)
+        entries = sum(block.shape[-1] for block in blocks)
+        groups = self.right.shape[0] // self.image.shape[0]
+        return entries * groups // self.image.shape[-1]
+
 
 Factors = Dense | Lookup | Patches
-
-
-class Norms(NamedTuple):
-    """Squared norms ``[B]``, and how far rounding may have taken them below the truth."""
-
-    squares: Float[Array, "B"]
-    slack: Float[Array, "B"]
 
 
 def oriented(part: Factors, *, swapped: bool) -> Factors:
@@ -167,51 +178,71 @@ def gram_norms(parts: Sequence[Factors]) -> Norms:
     ``|W|^2 = sum_ts <left_t, left_s> <right_t, right_s>``; each pair of factors of
     different kinds counts twice. Costs ``O(T^2 (K + N))``.
     """
-    parts = [_cut(part) for part in parts]
-    squares, slack, apart = [], [], []
-    for i, first in enumerate(parts):
-        for second in parts[: i + 1]:
+    cut = [_cut(part) for part in parts]
+    products, lengths, low = [], [], []
+    for i, first in enumerate(cut):
+        for second in cut[: i + 1]:
             lefts, rights = _left_gram(first, second), _right_gram(first, second)
-            product = jnp.einsum("hbts,hbts->b", lefts, rights, precision=_EXACT)
+            product = unmerged(jnp.sum(lefts * rights, axis=-1))
             if first is second:
-                squares.append(product)
-                slack.append(_slack(first, lefts, rights))
+                products.append(product)
+                lengths.append(_lengths_of_gram(first, lefts, rights))
                 if _low(first):
-                    apart.append(_rounded_once(lefts, rights))
+                    low.append(_rounded_once(lefts, rights))
             else:
-                squares.append(2 * product)
-    found = Norms(jnp.maximum(_total(squares), 0.0), _total(slack))
-    return _allowing(found, apart)
-
-
-def rounding(parts: Sequence[Factors]) -> Float[Array, "B"]:
-    """Bound how far two evaluations of the same gradient may be apart, in L2.
-
-    Where a compiler computes a factor once for the norm and again for the sum, the two may
-    differ by the roundoff of what the factors were before those of two points were
-    subtracted: ``parts``, of one point. Errors at different positions are independent and
-    of some roundoffs each; eight are allowed for.
-    """
-    squares = _total(
-        [jnp.sum(_products(part), axis=(0, 2)) for part in map(_cut, parts)]
-    )
-    return 4 * jnp.finfo(squares.dtype).eps * jnp.sqrt(squares)
+                products.append(2 * product)
+    # [H, B, all T], the squares and the products that may cancel between positions.
+    terms = jnp.moveaxis(jnp.concatenate(products, axis=-1), 1, 0)
+    squares, count = summed(terms)
+    slack = _gram_slack(cut, lengths, count)
+    found = _allowing(Norms(jnp.maximum(squares, 0.0), slack), low)
+    return _allowing(found, [_summing_apart(lengths)])
 
 
 def direct_norms(parts: Sequence[Factors]) -> Norms:
     """Return norms by way of the per-example gradients, which are dropped."""
-    found = squares(gradients(parts))
-    low = [part for part in map(_cut, parts) if _low(part)]
+    found = row_norms(gradients(parts))
+    low = [_lengths(part) for part in map(_cut, parts) if _low(part)]
     # Two terms are right to a squared roundoff of each entry, whatever its position.
-    apart = [
-        _BFLOAT16**2 * jnp.sum(jnp.sqrt(_products(part)), axis=(0, 2)) for part in low
-    ]
-    return _allowing(Norms(found, jnp.zeros_like(found)), apart)
+    terms = [_BFLOAT16**2 * jnp.sum(x * y, axis=(0, 2)) for x, y in low]
+    positions = sum(part.right.shape[2] for part in parts)
+    mass = _total([_mass(part) for part in parts])
+    return _allowing(found, [*terms, _apart(positions, mass)])
 
 
-def squares(rows: Float[Array, "B ..."]) -> Float[Array, "B"]:
-    """Return the squared norm of each row."""
-    return jnp.sum(jnp.square(rows), axis=tuple(range(1, rows.ndim)))
+def own_norms(parts: Sequence[Factors], *, direct: bool) -> Norms:
+    """Return norms for a sum that measures again what it sums: see ``again``."""
+    return row_norms(gradients(parts)) if direct else gram_norms(parts)
+
+
+def again(
+    parts: Sequence[Factors],
+    weights: Float[Array, "B"],
+    allowed: Float[Array, "B"],
+    *,
+    direct: bool,
+) -> Float[Array, "H K N"]:
+    """Return the weighted sum of gradients whose factors were computed anew.
+
+    Args:
+        parts: Factors; they may be rounded otherwise than those that were measured.
+        weights: What the gradients that were measured are to be scaled by.
+        allowed: The norms of those at most.
+        direct: Form the gradients, instead of Gram matrices.
+    """
+
+    def by_rows(operands: Any) -> Array:
+        rows, weights, allowed = operands
+        return weighted_rows(rows, capped(weights, row_norms(rows), allowed))
+
+    def by_gram(operands: Any) -> Array:
+        parts, weights, allowed = operands
+        weights = capped(weights, gram_norms(parts), allowed)
+        return weighted_sum(parts, weights, terms=TERMS["gram"])
+
+    if direct:
+        return apart(by_rows, (gradients(parts), weights, allowed))
+    return apart(by_gram, (parts, weights, allowed))
 
 
 def gradients(parts: Sequence[Factors]) -> Float[Array, "B H K N"]:
@@ -341,8 +372,7 @@ def _allowing(norms: Norms, apart: Sequence[Float[Array, "B"]]) -> Norms:
     if not apart:
         return norms
     off = _total(apart)
-    longest = jnp.sqrt(norms.squares + norms.slack)
-    return norms._replace(slack=norms.slack + (2 * longest + off) * off)
+    return norms._replace(slack=norms.slack + (2 * norms.longest + off) * off)
 
 
 def _total(parts: Sequence[Array]) -> Array:
@@ -394,22 +424,30 @@ def in_turn(function: Callable[[Any], Any], factors: Any) -> Any:
     return jax.lax.fori_loop(0, examples, turn, results)
 
 
-def total_in_turn(function: Callable[[Any], Any], factors: Any, weights: Any) -> Any:
+def total_in_turn(
+    function: Callable[[Any], Any], factors: Any, weights: Any, allowed: Any
+) -> Any:
     """Return ``weighted_rows`` of the results of ``in_turn``, which are never all there.
 
     Args:
         function: As for ``in_turn``.
         factors: Likewise.
         weights: ``[B]`` for each array that ``function`` returns.
+        allowed: Likewise, the norms that the weights were made for.
     """
     one, examples = _one_by_one(function, factors)
 
-    def turn(i: Array, totals: Any) -> Any:
-        def added(total: Array, row: Array, weights: Array) -> Array:
-            weight = _row(weights, i)
-            return total + jnp.where(weight != 0, weight * row, 0.0)
+    def added(operands: tuple[Array, ...]) -> Array:
+        total, row, weight, allowed = operands
+        (weight,) = capped(weight[None], row_norms(row[None]), allowed[None])
+        return total + jnp.where(weight != 0, weight * row, 0.0)
 
-        return jax.tree.map(added, totals, one(i), weights)
+    def turn(i: Array, totals: Any) -> Any:
+        of_one = jax.tree.map(lambda rows: _row(rows, i), (weights, allowed))
+        operands = (totals, one(i), *of_one)
+        return apart(
+            lambda operands: jax.tree.map(lambda *x: added(x), *operands), operands
+        )
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, 0))
     return jax.lax.fori_loop(0, examples, turn, zeros)
@@ -471,32 +509,85 @@ def _right_gram(first: Factors, second: Factors) -> Float[Array, "H B T S"]:
     return _dot("hbtn,hbsn->hbts", first.right, second.right)
 
 
-def _slack(part: Factors, lefts: Array, rights: Array) -> Float[Array, "B"]:
-    """Bound how far rounding may have lowered a Gram norm.
-
-    The terms of the Gram sum may cancel, and their rounding errors do not. Each term is at
-    most ``|left_t||left_s||right_t||right_s|`` and wrong by about ``u sqrt(K + N + T)`` of
-    that, u the unit roundoff; independent errors add up in quadrature, to as much of
-    ``sum_t |left_t|^2 |right_t|^2``. Four standard errors of it are allowed for.
-    """
-    width = part.right.shape[-1]
-    if isinstance(part, Dense):
-        width += sum(left.shape[-1] for left in part.left)
-    positions = lefts.shape[2]
-    if positions == 1:
-        return jnp.zeros(lefts.shape[1], lefts.dtype)  # One term: nothing cancels.
-    diagonals = [jnp.diagonal(gram, axis1=2, axis2=3) for gram in (lefts, rights)]
-    roundoff = jnp.finfo(lefts.dtype).eps / 2
-    errors = 4 * roundoff * math.sqrt(width + positions)
-    return errors * jnp.einsum("hbt,hbt->b", *diagonals)
+Lengths = tuple[Float[Array, "H B T"], Float[Array, "H B T"]]
+"""``|left_t|`` and ``|right_t|``, or more."""
 
 
-def _products(part: Dense | Lookup) -> Float[Array, "H B T"]:
-    """Return ``|left_t|^2 |right_t|^2``."""
+def _lengths(part: Dense | Lookup) -> Lengths:
     right = jnp.sum(jnp.square(_wide(part.right)), axis=-1)
     if isinstance(part, Lookup):
-        return right
-    return right * _total([jnp.sum(jnp.square(_wide(x)), axis=-1) for x in part.left])
+        return jnp.ones_like(right), jnp.sqrt(right)
+    left = _total([jnp.sum(jnp.square(_wide(x)), axis=-1) for x in part.left])
+    return jnp.sqrt(left), jnp.sqrt(right)
+
+
+def _lengths_of_gram(part: Dense | Lookup, lefts: Array, rights: Array) -> Lengths:
+    tiny = smallest(lefts.dtype)
+    widths = _width(part), part.right.shape[-1]
+    diagonals = [jnp.diagonal(gram, axis1=2, axis2=3) for gram in (lefts, rights)]
+    # As long as what underflowed in the sum of its squares may have been.
+    left, right = (
+        jnp.sqrt(x + n * tiny) for x, n in zip(diagonals, widths, strict=True)
+    )
+    return left, right
+
+
+def _width(part: Dense | Lookup) -> int:
+    return 1 if isinstance(part, Lookup) else sum(x.shape[-1] for x in part.left)
+
+
+def _gram_slack(
+    parts: Sequence[Dense | Lookup], lengths: Sequence[Lengths], count: int
+) -> Float[Array, "B"]:
+    """Bound how far rounding may have lowered a Gram norm: see ``rounding``.
+
+    Each term of the Gram sum is at most ``|left_t||left_s||right_t||right_s|``, and wrong
+    by ``K + N`` roundings of that. They add up to ``(sum_t |left_t||right_t|)^2``, whatever
+    the order, as may the roundings of the sum itself. What underflows in an entry of one
+    Gram matrix is multiplied by one of the other.
+
+    Args:
+        parts: All factors of one gradient.
+        lengths: Of each.
+        count: Roundings that a row of the sum goes through.
+    """
+    dtype = lengths[0][0].dtype
+    k, n = max(map(_width, parts)), parts[0].right.shape[-1]
+    positions = [left.shape[-1] for left, _ in lengths]
+    roundings = k + n + max(positions) + count + 8
+    mass = _total([jnp.sum(left * right, axis=-1) for left, right in lengths])
+    total_left, total_right = (
+        _total([jnp.sum(pair[side], axis=-1) for pair in lengths]) for side in (0, 1)
+    )
+    tiny = smallest(dtype)
+    lost = tiny * n * jnp.square(total_left) + tiny * k * jnp.square(total_right)
+    lost += tiny * sum(positions) ** 2
+    return jnp.sum(of_terms(roundings, dtype) * jnp.square(mass) + lost, axis=0)
+
+
+def _summing_apart(lengths: Sequence[Lengths]) -> Float[Array, "B"]:
+    """Bound how far the sum over positions may be from what was measured, in L2."""
+    positions = sum(left.shape[-1] for left, _ in lengths)
+    mass = _total([jnp.sum(left * right, axis=(0, 2)) for left, right in lengths])
+    return _apart(positions, mass)
+
+
+def _apart(positions: int, mass: Float[Array, "B"]) -> Float[Array, "B"]:
+    return of_terms(3 * positions + 8, mass.dtype) * mass
+
+
+def _mass(part: Factors) -> Float[Array, "B"]:
+    """Return ``sum_t |left_t| |right_t|``, or more."""
+    if not isinstance(part, Patches):
+        left, right = _lengths(part)
+        return jnp.sum(left * right, axis=(0, 2))
+
+    # Every offset of the kernel meets a pixel once at most.
+    def squares(x: Array) -> Float[Array, "B"]:
+        axes = [axis for axis in range(x.ndim) if axis != 1]
+        return jnp.sum(jnp.square(_wide(x)), axis=axes)
+
+    return jnp.sqrt(part.offsets * squares(part.image)) * jnp.sqrt(squares(part.right))
 
 
 def _dot(spec: str, first: Array, second: Array) -> Array:

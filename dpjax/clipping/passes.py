@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dpjax.clipping import hooks, kernels, layouts
+from dpjax.clipping import hooks, layouts
 from dpjax.clipping.analysis import Program, Site
 from dpjax.clipping.interpret import Visit, interpret
 from dpjax.clipping.isolation import isolated
-from dpjax.clipping.kernels import Factors, Norms
+from dpjax.clipping.kernels import Factors
 from dpjax.clipping.plan import Plan
+from dpjax.clipping.rounding import Norms
 from dpjax.clipping.values import Evaluator, Path, dtype_of
 from dpjax.sensitive import accumulation_dtype
 from dpjax.typing import Example, Key
@@ -41,7 +42,7 @@ class Backward(NamedTuple):
         losses: At the first point.
         factors: Of the sites that are not probed.
         plain: ``[B, ...]`` gradients of the inputs that are differentiated plainly.
-        probes: Squared norms at the probed sites.
+        probes: Norms at the probed sites, ``[B, *loops]``.
     """
 
     losses: Rows
@@ -57,27 +58,21 @@ def first_backward(program: Program, plan: Plan, inputs: Inputs) -> Backward:
     plain = {leaf: inputs.leaves[leaf] for leaf in program.plain}
     taps = {site.path: jnp.zeros(_looped(site), _dtype_of(site)) for site in tapped}
     zeros = {path: _zero_norms(program.sites[path]) for path in probed}
-    # Probes need nothing from outside, but must be found inside their loops.
-    markers = {
-        path: jnp.zeros([loop.length for loop in program.sites[path].loops])
-        for path in probed
-    }
 
     def loss(
         extras: tuple[Any, Any, Any], example: Example, key: Key
     ) -> tuple[Array, Any]:
         taps, plain, zeros = extras
 
-        def visit(site: Site, weight: Array, data: Array, extra: Array) -> tuple:
+        def visit(site: Site, weight: Array, data: Array, extra: Any) -> tuple:
             out = hooks.apply(site, weight, data)
             if site.path not in probed:
                 return hooks.tap(out, extra), data
             direct = probed[site.path] == "direct"
-            norms = zeros[site.path]
-            return hooks.probe(site, out, data, norms, direct=direct), ()
+            return hooks.probe(site, out, data, extra, direct=direct), ()
 
         one = Inputs(_replaced(inputs.leaves, plain), example, key)
-        (value, first), saved = _forward(program, one, visit, taps | markers)
+        (value, first), saved = _forward(program, one, visit, taps | zeros)
         return value, (first, saved)
 
     # The batch axis stands after the loops, where the loops leave it anyway.
@@ -89,23 +84,27 @@ def first_backward(program: Program, plan: Plan, inputs: Inputs) -> Backward:
         out_axes=((batch_axes, 0, 0), (0, batch_axes | nothing)),
     )((taps, plain, zeros), inputs.examples, inputs.keys)
     factors = {
-        site.path: _pinned(
-            layouts.factors(site, saved[site.path], cotangents[site.path])
-        )
+        site.path: layouts.factors(site, saved[site.path], cotangents[site.path])
         for site in tapped
     }
     return Backward(losses, factors, plain, norms)
 
 
 def second_backward(
-    program: Program, plan: Plan, inputs: Inputs, weights: Mapping[Path, Rows]
+    program: Program,
+    plan: Plan,
+    inputs: Inputs,
+    weights: Mapping[Path, Rows],
+    norms: Mapping[Path, Norms],
 ) -> dict[Path, Array]:
     """Return the weighted sums of gradients at some sites, formed inside their loops.
 
-    Nothing is shared with the first pass, which would keep its values alive.
+    Nothing is shared with the first pass, which would keep its values alive: what comes out
+    longer than the ``norms`` of then is scaled back to them, site by site.
     """
     if not weights:
         return {}
+    allowed = {path: norms[path].longest for path in weights}
     examples, weights = jax.lax.optimization_barrier((inputs.examples, dict(weights)))
     sums = {
         path: jnp.zeros(
@@ -115,17 +114,21 @@ def second_backward(
         for path in weights
     }
 
-    def loss(sums: Any, weights: Any, example: Example, key: Key) -> Array:
-        def visit(site: Site, weight: Array, data: Array, extra: Array) -> tuple:
-            scale, terms = weights[site.path], kernels.TERMS[plan.probed[site.path]]
-            return hooks.summed(site, weight, data, extra, scale, terms=terms), ()
+    def loss(
+        sums: Any, weights: Any, allowed: Any, example: Example, key: Key
+    ) -> Array:
+        def visit(site: Site, weight: Array, data: Array, extra: Any) -> tuple:
+            direct = plan.probed[site.path] == "direct"
+            operands = (weight, data, extra[0], weights[site.path], extra[1])
+            return hooks.summed(site, *operands, direct=direct), ()
 
         one = Inputs(inputs.leaves, example, key)
-        (value, _), _ = _forward(program, one, visit, sums)
+        extra = {path: (sums[path], allowed[path]) for path in sums}
+        (value, _), _ = _forward(program, one, visit, extra)
         return value
 
-    run = jax.vmap(isolated(jax.grad(loss)), in_axes=(None, 0, 0, 0), out_axes=None)
-    return run(sums, weights, examples, inputs.keys)
+    run = jax.vmap(isolated(jax.grad(loss)), in_axes=(None, 0, 0, 0, 0), out_axes=None)
+    return run(sums, weights, allowed, examples, inputs.keys)
 
 
 def to_parameters(
@@ -185,18 +188,6 @@ def _forward(
     return interpret(program, values, visit=visit, extra=extra, affine=affine)
 
 
-def _pinned(factors: Factors) -> Factors:
-    """Return factors that are rounded alike wherever they are read.
-
-    XLA may leave out the rounding to bfloat16 where it fuses one use of a value with what
-    made it, and the norm would then be of other factors than the sum. Seen on a CPU; what
-    this would cost on a GPU is not measured.
-    """
-    if factors.right.dtype.itemsize < 4 and jax.default_backend() == "cpu":
-        return jax.lax.optimization_barrier(factors)
-    return factors
-
-
 def _replaced(leaves: Sequence[Array], some: Mapping[int, Array]) -> list[Array]:
     return [some.get(leaf, value) for leaf, value in enumerate(leaves)]
 
@@ -210,5 +201,6 @@ def _looped(site: Site) -> list[int]:
 
 
 def _zero_norms(site: Site) -> Norms:
-    zero = jnp.zeros((), accumulation_dtype(_dtype_of(site)))
-    return Norms(zero, zero)
+    loops = [loop.length for loop in site.loops]
+    zeros = jnp.zeros(loops, accumulation_dtype(_dtype_of(site)))
+    return Norms(zeros, zeros)

@@ -11,6 +11,7 @@ from dpjax.clipping.factors import centred_count, clip_factors
 from dpjax.clipping.isolation import isolated
 from dpjax.clipping.keys import example_keys
 from dpjax.clipping.query import Query, Slope
+from dpjax.clipping.rounding import apart, row_norms
 from dpjax.clipping.tracing import check_loss
 from dpjax.sensitive import ClippedSum, PerExample, accumulation_dtype
 from dpjax.typing import Batch, Example, Key, Loss, Params
@@ -46,26 +47,26 @@ def vmap(
         (point,) = query.points
         losses, vectors = _slopes(loss, point, query.slope, batch, keys)
 
-    squares = jax.tree.map(_squared_norms, vectors)
+    leaves, treedef = jax.tree.flatten(vectors)
+    norms = apart(lambda rows: [row_norms(row) for row in rows], leaves)
     factors = clip_factors(
-        squares,
+        treedef.unflatten([norm.squares for norm in norms]),
+        slack=treedef.unflatten([norm.slack for norm in norms]),
         mask=mask,
         clip_norm=query.clip_norm,
         style=query.style,
         outer_norm=query.outer_norm,
     )
     keep = mask & factors.finite
-    vectors = jax.tree.map(lambda v: jnp.where(_rows(keep, v), v, 0.0), vectors)
-    residual = None
-    if query.residual:
-        residual = jax.tree.map(_weighted_sum, factors.rest, vectors)
+    weights = [factors.leaves, *([factors.rest] if query.residual else [])]
+    total, *rest = apart(_weighted_sums, (weights, keep, vectors))
     count = None
     if query.count:
         count = centred_count(factors.norms, mask=mask, clip_norm=query.clip_norm)
     clipped = dataclasses.replace(
         query.empty(),
-        total=jax.tree.map(_weighted_sum, factors.leaves, vectors),
-        residual=residual,
+        total=total,
+        residual=rest[0] if rest else None,
         count=count,
     )
     return clipped, per_example(losses, factors.norms, factors.finite, mask)
@@ -129,12 +130,14 @@ def _accumulated(leaf: Array) -> Array:
     return leaf.astype(accumulation_dtype(leaf.dtype))
 
 
-def _squared_norms(leaf: Array) -> Array:
-    return jnp.sum(jnp.square(leaf), axis=tuple(range(1, leaf.ndim)))
-
-
 def _rows(vector: Array, like: Array) -> Array:
     return vector.reshape(vector.shape + (1,) * (like.ndim - 1))
+
+
+def _weighted_sums(operands: tuple[list[Params], Array, Params]) -> list[Params]:
+    weights, keep, vectors = operands
+    vectors = jax.tree.map(lambda v: jnp.where(_rows(keep, v), v, 0.0), vectors)
+    return [jax.tree.map(_weighted_sum, some, vectors) for some in weights]
 
 
 def _weighted_sum(weights: Array, leaf: Array) -> Array:

@@ -100,8 +100,9 @@ def test_slack_covers_what_rounding_hides(t, cancellation):
 def test_slack_is_small_where_nothing_cancels():
     rng = np.random.default_rng(0)
     found = gram_norms([dense(rng, t=128, k=256, n=256)])
-    assert (found.slack < 2e-4 * found.squares).all()
-    assert (gram_norms([dense(rng, t=1)]).slack == 0).all()
+    assert (found.slack < 1e-2 * found.squares).all()
+    one = gram_norms([dense(rng, t=1, k=256, n=256)])
+    assert (one.slack < 1e-4 * one.squares).all()
 
 
 def test_difference_of_close_points_keeps_its_digits():

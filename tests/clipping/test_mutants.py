@@ -18,6 +18,7 @@ from dpjax.clipping import (
     plan,
     slots,
 )
+from dpjax.clipping.rounding import Norms
 from tests.checks import batch_of, norm
 from tests.contracts.test_zoo import compare, known
 
@@ -67,7 +68,7 @@ def one_loop_iteration_too_few(monkeypatch):
     def short(parts):
         found = gram(parts)
         heads = parts[0].right.shape[0]
-        return kernels.Norms(found.squares * (1 - 0.5 / heads), found.slack)
+        return Norms(found.squares * (1 - 0.5 / heads), found.slack)
 
     monkeypatch.setattr(kernels, "gram_norms", short)
 
@@ -185,6 +186,5 @@ def test_slack_left_out_lets_an_example_through_above_the_bound(monkeypatch):
         return max(norms)
 
     assert worst() <= 0.5
-    none = lambda part, lefts, rights: jnp.zeros(lefts.shape[1])  # noqa: E731
-    monkeypatch.setattr(kernels, "_slack", none)
+    monkeypatch.setattr(kernels, "of_terms", lambda count, dtype: 0.0)
     assert worst() > 0.5

@@ -120,7 +120,8 @@ def test_a_tight_budget_changes_nothing_but_speed(budget):
     loss, params, examples = transformer(width=32, positions=8)
     query = Query((params,), clip_norm=0.5, residual=True)
     engine = planned(memory_budget=budget)
-    check_engine_contract(engine, loss, query, batch_of(examples), KEY)
+    # Plans allow for different amounts of rounding.
+    check_engine_contract(engine, loss, query, batch_of(examples), KEY, rtol=2e-4)
 
 
 def test_a_budget_that_nothing_fits_is_refused_with_what_would():
@@ -150,7 +151,7 @@ def test_without_a_budget_a_plan_near_the_leanest_runs_if_none_fits(monkeypatch)
         leanest = choose(program, 16, memory_budget=least, on=on)
         assert chosen.seconds < 0.7 * leanest.seconds
     monkeypatch.setattr(sys.modules["dpjax.clipping.auto"], "default_budget", lambda: 1)
-    check_engine_contract(auto, loss, query, batch, KEY)
+    check_engine_contract(auto, loss, query, batch, KEY, rtol=2e-4)
 
 
 @pytest.mark.parametrize("budget", [0, -1.0, float("nan")])

@@ -191,7 +191,10 @@ def test_difference_of_two_points_equals_the_reference(engine, case):
     query = Query(
         (params, other), clip_norm=0.3, signs=(1.0, -1.0), residual=True, count=True
     )
-    check_engine_contract(engine, loss, query, batch_of(examples, mask=MASK), KEY)
+    # Norms of differences at many positions allow for more rounding.
+    rtol = 1e-4 if case == "convolution" else 1e-5
+    batch = batch_of(examples, mask=MASK)
+    check_engine_contract(engine, loss, query, batch, KEY, rtol=rtol)
 
 
 @all_engines

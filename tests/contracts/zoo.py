@@ -1259,7 +1259,8 @@ def conv_twice(p, e, key):
     return score(convolve(jnp.tanh(convolve(e["x"], p["k"])), p["k"], 2))
 
 
-@case({"k": tied(3, 3, 64, 2)}, {"x": x(7, 6, 64), "y": x(4, 3, 64)})
+# Norms allow for rounding in a width of 576, times the positions.
+@case({"k": tied(3, 3, 64, 2)}, {"x": x(7, 6, 64), "y": x(4, 3, 64)}, tolerance=1e-4)
 def conv_shared_by_few_and_many_positions(p, e, key):
     """A head of several resolutions."""
     return score(convolve(e["x"], p["k"])) + score(convolve(e["y"], p["k"]))
