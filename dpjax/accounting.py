@@ -1,28 +1,20 @@
-"""Epsilon of a mechanism and calibration of its noise, thin over dp_accounting.
-
-Adjacency is always handed to dp_accounting as ADD_OR_REMOVE_ONE: its 0.6.0 REPLACE_ONE
-means different things to its PLD and RDP accountants. Zero-out adjacency moves a sum by
-the same distance as add/remove, so plain Gaussians are accounted alike under both.
+"""Epsilon of a mechanism, calibration of its noise, and the cost of a search.
 
 This module may not import jax or, at the top, dp_accounting (0.9 s).
 """
 
 import collections
 import dataclasses
-import functools
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from dpjax.bounds import Accountant, Named, deltas, named, spent
 from dpjax.checks import check_epsilon
 
 if TYPE_CHECKING:
-    from dp_accounting import DpEvent, PrivacyAccountant
+    from dp_accounting import DpEvent
 
-Accountant = Literal["pld", "rdp"]
-LARGEST_EPSILON, LEAST_DELTA = 50.0, 1e-14
-"""How far PLD is asked; beyond, RDP alone."""
 MechanismT = TypeVar("MechanismT")
 
 
@@ -34,9 +26,9 @@ def epsilon(
     Args:
         mechanism: Any mechanism.
         steps: Releases really made; all the planned ones by default.
-        accountant: "pld" (tight, pessimistic rounding) or "rdp" (looser cross-check). Above
-            an epsilon of 50, where PLD takes minutes and gigabytes, and at a delta below
-            1e-14, where its own error is more, "pld" is the bound by RDP too.
+        accountant: "pld" (tight, pessimistic rounding; exact for Gaussians alone) or "rdp"
+            (looser cross-check). At a delta below 1e-14, where the error of PLD is more,
+            "pld" is the bound by RDP too.
 
     Returns:
         Epsilon; ``inf`` if nothing is guaranteed, ``nan`` if the accountant does not
@@ -52,7 +44,9 @@ def epsilon(
         )
     if accountant not in ("pld", "rdp"):
         raise ValueError(f"accountant={accountant!r} is unknown; use 'pld' or 'rdp'")
-    return _epsilon(mechanism, steps, accountant) if steps else 0.0
+    if not steps:
+        return 0.0
+    return spent(named(mechanism.event(steps)), mechanism.delta, accountant)
 
 
 def calibrate(make: Callable[[float], MechanismT], *, epsilon: float) -> MechanismT:
@@ -63,13 +57,19 @@ def calibrate(make: Callable[[float], MechanismT], *, epsilon: float) -> Mechani
         epsilon: Target, positive and finite.
 
     Raises:
-        ValueError: The target is not positive and finite, or out of reach.
+        ValueError: The target is not positive and finite, or out of reach; or no
+            accountant knows the event of the mechanism.
     """
     check_epsilon(epsilon)
     from dp_accounting import mechanism_calibration as calibration
 
     plan: Any = make(1.0)
     accountant: Any = _Remembering
+    if math.isnan(spent(named(_event(plan)), plan.delta, "pld")):
+        raise ValueError(
+            f"event={_event(plan)} of {type(plan).__name__} is not known to the accountants "
+            "(PLD, RDP): give noise_multiplier, and an epsilon that you can prove"
+        )
     try:
         noise_multiplier = calibration.calibrate_dp_mechanism(
             accountant,
@@ -148,22 +148,21 @@ def tuning_cost(
     taken = [m.steps for m in mechanisms] if steps is None else steps
     runs = collections.Counter(zip(mechanisms, taken, strict=True))
     counts = collections.Counter(
-        _named(m.event(number)) for m, number in runs.elements()
+        named(m.event(number)) for m, number in runs.elements()
     )
-    together = _named(
+    together = named(
         dp.ComposedDpEvent(
             [dp.SelfComposedDpEvent(plan.event, n) for plan, n in counts.items()]
         )
     )
-    bounds = [_spent(together, delta, name) for name in ("pld", "rdp")]
-    known = {p: n for p, n in counts.items() if not math.isnan(_spent(p, delta, "rdp"))}
+    known = {p: n for p, n in counts.items() if not math.isnan(spent(p, delta, "rdp"))}
     return TuningCost(
         runs=len(mechanisms),
         delta=delta,
-        dearest=max(_spent(plan, delta, "pld") for plan in counts),
-        composed=min(bound for bound in bounds if not math.isnan(bound)),
+        dearest=max(spent(plan, delta, "pld") for plan in counts),
+        composed=spent(together, delta, "pld"),
         selected={
-            name: _spent(_best_of(known, shape), delta, "rdp")
+            name: spent(_best_of(known, shape), delta, "rdp")
             for name, shape in (("geometric", 1.0), ("Poisson", math.inf))
             if known
         },
@@ -172,10 +171,10 @@ def tuning_cost(
     )
 
 
-def _best_of(plans: "Mapping[_Named, int]", shape: float) -> "_Named":
+def _best_of(plans: "Mapping[Named, int]", shape: float) -> "Named":
     from dp_accounting import dp_event
 
-    return _named(
+    return named(
         dp_event.ComposedDpEvent(
             [
                 dp_event.RepeatAndSelectDpEvent(
@@ -187,43 +186,8 @@ def _best_of(plans: "Mapping[_Named, int]", shape: float) -> "_Named":
     )
 
 
-def _epsilon(mechanism: Any, steps: int, accountant: Accountant) -> float:
-    return _spent(_named(mechanism.event(steps)), mechanism.delta, accountant)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Named:
-    """An event known by its text, which has all digits: events may hold lists."""
-
-    text: str
-    event: Any = dataclasses.field(compare=False)
-
-
-def _named(event: "DpEvent") -> _Named:
-    return _Named(str(event), event)
-
-
-@functools.lru_cache(maxsize=1024)
-def _spent(named: _Named, delta: float, accountant: Accountant) -> float:
-    from dp_accounting.privacy_accountant import UnsupportedEventError
-
-    if accountant == "pld":
-        looser = _spent(named, delta, "rdp")
-        if looser > LARGEST_EPSILON or (delta < LEAST_DELTA and not math.isnan(looser)):
-            return looser
-    absl = logging.getLogger("absl")
-    level = absl.level
-    absl.setLevel(logging.ERROR)  # RDP tells of each order that it has to leave out.
-    try:
-        return float(_composed(named, accountant).get_epsilon(delta))
-    except UnsupportedEventError:
-        return math.nan
-    finally:
-        absl.setLevel(level)
-
-
 class _Remembering:
-    """What calibration asks of a PLD accountant, which is slow, computed once an event."""
+    """An accountant of one event for calibration, by ``dpjax.bounds``."""
 
     def __init__(self) -> None:
         import dp_accounting as dp
@@ -235,30 +199,11 @@ class _Remembering:
         return self
 
     def get_epsilon(self, delta: float) -> float:
-        return _spent(_named(self.ledger), delta, "pld")
-
-
-@functools.lru_cache(maxsize=8)
-def _composed(named: _Named, accountant: Accountant) -> "PrivacyAccountant":
-    ledger = _accountant(accountant)
-    ledger.compose(named.event)
-    return ledger
+        return spent(named(self.ledger), delta, "pld")
 
 
 def _event(mechanism: Any) -> "DpEvent":
     return mechanism.event(mechanism.steps)
-
-
-def _accountant(name: Accountant) -> "PrivacyAccountant":
-    import dp_accounting as dp
-    from dp_accounting import pld, rdp
-
-    relation = dp.NeighboringRelation.ADD_OR_REMOVE_ONE
-    if name == "pld":
-        return pld.PLDAccountant(relation)
-    # Orders below 1.6 often fail to converge, with a warning each; none was ever best.
-    orders = [*(1 + x / 10 for x in range(6, 100)), *range(11, 64), 128, 256, 512, 1024]
-    return rdp.RdpAccountant(orders, relation)
 
 
 def privacy_profile(
@@ -269,5 +214,5 @@ def privacy_profile(
     The whole curve is what an accountant claims; ``epsilon`` is one point of it.
     """
     steps = mechanism.steps if steps is None else steps
-    ledger: Any = _composed(_named(mechanism.event(steps)), "pld")
-    return [float(ledger.get_delta(epsilon)) for epsilon in epsilons]
+    event = named(mechanism.event(steps))
+    return deltas(event, epsilons, delta=mechanism.delta)

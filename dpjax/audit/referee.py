@@ -96,7 +96,7 @@ def _loss_cdf(losses: NDArray[np.float64], plan: Sampled) -> NDArray[np.float64]
     from scipy.special import ndtr
 
     q, s = plan.rate, plan.noise_multiplier
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         odds = (np.exp(losses) - (1 - q)) / q
         x = np.where(odds > 0, s**2 * np.log(odds) + 0.5, -np.inf)
     return (1 - q) * ndtr(x / s) + q * ndtr((x - 1) / s)
