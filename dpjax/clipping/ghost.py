@@ -38,6 +38,6 @@ def ghost(
 def _plan(program: Program) -> Plan:
     return make_plan(
         find_slots(program),
-        lambda group, method: costs.group_cost(group, method).bytes,
-        two_passes=True,
+        costs.saved_bytes,
+        probing=lambda group, method: costs.group_cost(group, method).bytes,
     )

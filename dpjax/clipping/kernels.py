@@ -205,9 +205,10 @@ def direct_norms(parts: Sequence[Factors]) -> Norms:
     low = [_lengths(part) for part in map(_cut, parts) if _low(part)]
     # Two terms are right to a squared roundoff of each entry, whatever its position.
     terms = [_BFLOAT16**2 * jnp.sum(x * y, axis=(0, 2)) for x, y in low]
-    positions = sum(part.right.shape[2] for part in parts)
+    # Formed for the norm, for the sum, and once more in passing through the batch's sum.
+    roundings = 3 * sum(part.right.shape[2] for part in parts) + 8
     mass = _total([_mass(part) for part in parts])
-    return _allowing(found, [*terms, _apart(positions, mass)])
+    return _allowing(found, [*terms, of_terms(roundings, mass.dtype) * mass])
 
 
 def own_norms(parts: Sequence[Factors], *, direct: bool) -> Norms:
@@ -554,7 +555,7 @@ def _gram_slack(
     dtype = lengths[0][0].dtype
     k, n = max(map(_width, parts)), parts[0].right.shape[-1]
     positions = [left.shape[-1] for left, _ in lengths]
-    roundings = k + n + max(positions) + count + 8
+    roundings = k + n + max(positions) + count + 4
     mass = _total([jnp.sum(left * right, axis=-1) for left, right in lengths])
     total_left, total_right = (
         _total([jnp.sum(pair[side], axis=-1) for pair in lengths]) for side in (0, 1)
@@ -566,14 +567,13 @@ def _gram_slack(
 
 
 def _summing_apart(lengths: Sequence[Lengths]) -> Float[Array, "B"]:
-    """Bound how far the sum over positions may be from what was measured, in L2."""
-    positions = sum(left.shape[-1] for left, _ in lengths)
+    """Bound how far a sum over positions is from the truth, in L2, twice.
+
+    Once for itself, and once for what others lose while it passes through their sum.
+    """
+    roundings = 2 * sum(left.shape[-1] for left, _ in lengths) + 4
     mass = _total([jnp.sum(left * right, axis=(0, 2)) for left, right in lengths])
-    return _apart(positions, mass)
-
-
-def _apart(positions: int, mass: Float[Array, "B"]) -> Float[Array, "B"]:
-    return of_terms(3 * positions + 8, mass.dtype) * mass
+    return of_terms(roundings, mass.dtype) * mass
 
 
 def _mass(part: Factors) -> Float[Array, "B"]:

@@ -39,22 +39,23 @@ def make_plan(
     slots: Sequence[Slot],
     cost: Callable[[Group, Method], float],
     *,
-    two_passes: bool = False,
+    probing: Callable[[Group, Method], float] | None = None,
 ) -> Plan:
     """Choose the cheapest method of each group.
 
     Args:
         slots: All parameters.
         cost: What to minimise.
-        two_passes: Probe every parameter that has a single site.
+        probing: The same for probes, of every parameter that has a single site; None to
+            probe none, and so do with one backward pass.
     """
     methods: dict[Group, Method] = {}
     probed: dict[Path, Method] = {}
     for slot in slots:
         for group in () if slot.materialised else slot.groups:
-            if two_passes and can_probe(slot):
+            if probing is not None and can_probe(slot):
                 kinds: tuple[Method, ...] = ("gram", "direct")
-                method = min(kinds, key=lambda m, group=group: cost(group, m))
+                method = min(kinds, key=lambda m, group=group: probing(group, m))
                 probed[group.sites[0].path] = method
             else:
                 kinds = ("gram", "direct", "keep")

@@ -98,14 +98,15 @@ def candidates(program: Program, on: Device) -> Iterator[Plan]:
         cost = group_cost(group, method)
         return cost.held + cost.passing / len(slots)
 
-    yield make_plan(slots, lambda group, m: group_cost(group, m).seconds(on))
+    def seconds(group: Group, method: Method) -> float:
+        return group_cost(group, method).seconds(on)
+
+    yield make_plan(slots, seconds)
     yield make_plan(slots, lean)
     yield make_plan(slots, saved_bytes)
     yield make_plan(slots, cut_bytes)
     if any(can_probe(slot) for slot in slots):
-        yield make_plan(
-            slots, lambda group, m: group_cost(group, m).seconds(on), two_passes=True
-        )
+        yield make_plan(slots, seconds, probing=seconds)
 
 
 def estimates(

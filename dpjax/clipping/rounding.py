@@ -54,7 +54,8 @@ class Norms(NamedTuple):
 
 def of_terms(count: float, dtype: Any) -> float:
     """Return how far, relatively, ``count`` roundings in a row may be from the truth."""
-    return 0.55 * float(jnp.finfo(dtype).eps) * count  # 10% for terms of second order
+    roundings = count * float(jnp.finfo(dtype).eps) / 2
+    return roundings / (1 - roundings) if roundings < 0.5 else math.inf
 
 
 def smallest(dtype: Any) -> float:

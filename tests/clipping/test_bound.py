@@ -39,7 +39,9 @@ def by(method, *, two_passes=False):
 
     def planner(program):
         cost = lambda group, m: 0.0 if m == method else 1.0  # noqa: E731
-        return make_plan(find_slots(program), cost, two_passes=two_passes)
+        return make_plan(
+            find_slots(program), cost, probing=cost if two_passes else None
+        )
 
     return lambda *args: execute(*args, planner=planner)
 
