@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from dpjax.checks import ClipStyle
 from dpjax.clipping.factors import clip_factors
+from dpjax.clipping.rounding import row_norms
 from dpjax.sensitive import accumulation_dtype
 from dpjax.typing import Params, Scalar
 
@@ -90,8 +91,11 @@ def _clipped(
     memory: Params, clip_norm: float, *, unit: float, style: ClipStyle
 ) -> Params:
     scaled = jax.tree.map(lambda e: e / unit, memory)
+    leaves, treedef = jax.tree.flatten(scaled)
+    norms = [row_norms(leaf[None]) for leaf in leaves]
     factors = clip_factors(
-        jax.tree.map(lambda e: jnp.sum(jnp.square(e))[None], scaled),
+        treedef.unflatten([norm.squares for norm in norms]),
+        slack=treedef.unflatten([norm.slack for norm in norms]),
         mask=jnp.ones(1, bool),
         clip_norm=clip_norm,
         style=style,

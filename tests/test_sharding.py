@@ -370,7 +370,8 @@ def test_every_mesh_trains_the_same_parameters(mechanism, mesh):
     expected, found = run.params(), run_of(mechanism, mesh)[-1].params()
     moved = norm(jax.tree.map(np.subtract, expected, start))
     assert moved > 0.1
-    assert_close(found, expected, rtol=1e-5, scale=moved)
+    # Sums that are rounded otherwise may be released as neighbours on the noise's grid.
+    assert_close(found, expected, rtol=1e-4, scale=moved)
 
 
 @pytest.mark.parametrize("mesh", SPLIT)

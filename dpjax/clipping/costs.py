@@ -87,17 +87,29 @@ def group_cost(group: Group, method: Method) -> Cost:
     """Return the cost of norms and sum of one group, beyond the backward pass itself."""
     weight, factors = weight_bytes(group), factor_bytes(group)
     h, t, k, n = _group_sizes(group)
-    gram, product = 4 * h * t * t, 2 * h * t * k * n
+    product = 2 * h * t * k * n
     if method == "keep":
         return Cost(product, factors + 3 * weight, weight + _kept_bytes(group), 0)
     total = Cost(product, 3 * factors, _kept_bytes(group), 0)
+    return added([_norm_cost(group, method), total])
+
+
+def probe_cost(group: Group, method: Method) -> Cost:
+    """Return the same where the second pass measures again what it sums."""
+    cost = group_cost(group, method)._replace(held=0.0)
+    # The rows that are formed for a direct norm are those that are summed.
+    return cost if method == "direct" else added([cost, _norm_cost(group, method)])
+
+
+def _norm_cost(group: Group, method: Method) -> Cost:
+    weight, factors = weight_bytes(group), factor_bytes(group)
+    h, t, k, n = _group_sizes(group)
     if method == "direct":
-        norm = Cost(product, factors + 2 * weight, 0, weight)
-    elif t == 1:
-        norm = Cost(2 * h * (k + n), factors, 0, 0)
-    else:
-        norm = Cost(2 * h * t * t * (k + n), factors + 4 * gram, 0, 2 * gram)
-    return added([norm, total])
+        return Cost(2 * h * t * k * n, factors + 2 * weight, 0, weight)
+    if t == 1:
+        return Cost(2 * h * (k + n), factors, 0, 0)
+    gram = 4 * h * t * t
+    return Cost(2 * h * t * t * (k + n), factors + 4 * gram, 0, 2 * gram)
 
 
 def saved_bytes(group: Group, method: Method) -> float:
@@ -152,8 +164,7 @@ def example_cost(program: Program, plan: Plan) -> Cost:
     """Return the cost of one example under a plan, passes included."""
     groups = [group_cost(group, method) for group, method in plan.methods.items()]
     for path, method in plan.probed.items():
-        cost = group_cost(Group((program.sites[path],), (False,)), method)
-        groups.append(cost._replace(held=0.0))
+        groups.append(probe_cost(Group((program.sites[path],), (False,)), method))
     plain = 4 * sum(math.prod(program.shapes[program.slot(i)]) for i in program.plain)
     formed = Cost(0, 2 * plain, plain, 0)
     derived = {

@@ -39,5 +39,5 @@ def _plan(program: Program) -> Plan:
     return make_plan(
         find_slots(program),
         costs.saved_bytes,
-        probing=lambda group, method: costs.group_cost(group, method).bytes,
+        probing=lambda group, method: costs.probe_cost(group, method).bytes,
     )

@@ -5,7 +5,7 @@ from typing import Final, NamedTuple
 
 from dpjax.clipping import costs
 from dpjax.clipping.analysis import Program
-from dpjax.clipping.costs import Device, cut_bytes, group_cost, saved_bytes
+from dpjax.clipping.costs import Device, cut_bytes, group_cost, probe_cost, saved_bytes
 from dpjax.clipping.plan import Method, Plan, can_probe, make_plan
 from dpjax.clipping.slots import Group, find_slots
 
@@ -106,7 +106,9 @@ def candidates(program: Program, on: Device) -> Iterator[Plan]:
     yield make_plan(slots, saved_bytes)
     yield make_plan(slots, cut_bytes)
     if any(can_probe(slot) for slot in slots):
-        yield make_plan(slots, seconds, probing=seconds)
+        yield make_plan(
+            slots, seconds, probing=lambda group, m: probe_cost(group, m).seconds(on)
+        )
 
 
 def estimates(

@@ -83,11 +83,18 @@ def apart(function: Callable[[Tree], Result], operands: Tree) -> Result:
         return function(operands)
 
     def never(operands: Tree) -> Result:
-        shapes = jax.eval_shape(function, operands)
-        return jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), shapes)
+        return jax.tree.map(_unknown, jax.eval_shape(function, operands))
 
     always = ~(first.ravel()[0] > jnp.inf)  # Of NaN, too.
     return jax.lax.cond(always, function, never, operands)
+
+
+def _unknown(shape: jax.ShapeDtypeStruct) -> Array:
+    unknown = jnp.full(shape.shape, jnp.nan, shape.dtype)
+    # Inside shard_map, branches must agree on what differs between devices.
+    kind = shape.manual_axis_type
+    axes = tuple(kind.varying) if kind is not None else ()
+    return jax.lax.pcast(unknown, axes, to="varying") if axes else unknown
 
 
 def row_norms(rows: Float[Array, "B ..."]) -> Norms:

@@ -135,7 +135,7 @@ def test_a_budget_that_nothing_fits_is_refused_with_what_would():
 
 
 def test_without_a_budget_a_plan_near_the_leanest_runs_if_none_fits(monkeypatch):
-    loss, params, examples = transformer(width=32, positions=16)
+    loss, params, examples = transformer(width=32, positions=8)
     query, batch = Query((params,), clip_norm=0.5), batch_of(examples)
     program = analyse(loss, query, batch, KEY)
     for on in DEVICES.values():
