@@ -35,10 +35,13 @@ from dpjax.clipping.values import (
     Loop,
     ParamValue,
     Path,
+    Piece,
     Tag,
+    bind,
     constant,
     derive,
     differentiable,
+    dtype_of,
     own_backward,
     parameter,
     shape_of,
@@ -190,10 +193,16 @@ def _complete(closed: ClosedJaxpr, num_params: int, record: _Record) -> None:
 
 def _drop_sites_of_plain_leaves(record: _Record) -> None:
     while True:
+        # Pieces of one weight stay together.
+        stems = {
+            path[:-1] if site.piece else path
+            for path, site in record.sites.items()
+            if site.value.leaves & record.plain.keys()
+        }
         dropped = {
             path: site
             for path, site in record.sites.items()
-            if site.value.leaves & record.plain.keys()
+            if (path[:-1] if site.piece else path) in stems
         }
         if not dropped:
             return
@@ -271,6 +280,41 @@ def _walk(
     return [read(atom) for atom in jaxpr.outvars]
 
 
+def _pieces(
+    eqn: JaxprEqn, side: int, weight: ParamValue, path: Path, loops: tuple[Loop, ...]
+) -> list[Site]:
+    """Return a site for each piece of a weight that lie side by side on a free axis."""
+    if eqn.primitive.name != "dot_general" or not weight.pieces:
+        return []
+    if free_axis(eqn, side, weight.pieces[0].axis) is None:
+        return []
+
+    def site(number: int, piece: Piece) -> Site:
+        avals = [jax.ShapeDtypeStruct(shape_of(a), dtype_of(a)) for a in eqn.invars]
+        shape = [*avals[side].shape]
+        shape[piece.axis] = piece.size
+        avals[side] = avals[side].update(shape=tuple(shape))
+        (part,) = jax.make_jaxpr(lambda *operands: bind(eqn, operands))(*avals).eqns
+        key = (*path, ~side, number)
+        return Site(key, part, side, piece.value, loops, piece)
+
+    return [site(number, piece) for number, piece in enumerate(weight.pieces)]
+
+
+def free_axis(eqn: JaxprEqn, side: int, axis: int) -> int | None:
+    """Return which axis of a product is this axis of one side; None if it is contracted."""
+    contract, batch = eqn.params["dimension_numbers"]
+    taken = [{*contract[i], *batch[i]} for i in (0, 1)]
+    free = [
+        [a for a in range(len(shape_of(eqn.invars[i]))) if a not in taken[i]]
+        for i in (0, 1)
+    ]
+    if axis not in free[side]:
+        return None
+    before = len(batch[0]) + (len(free[0]) if side == 1 else 0)
+    return before + free[side].index(axis)
+
+
 def _is_part(tag: ParamValue, loops: tuple[Loop, ...]) -> bool:
     """Whether a value is a part of one parameter, another one in each iteration."""
     if tag.view is None or tag.view.base is None or {*tag.loops} != {*loops}:
@@ -319,6 +363,9 @@ def _equation(
         return [*derive(eqn, values)]
     if weights and len(weights) == 1 and _is_site(eqn, operands.index(weights[0])):
         side = operands.index(weights[0])
+        if sites := _pieces(eqn, side, weights[0], path, loops):
+            record.sites |= {site.path: site for site in sites}
+            return [DATA]
         record.sites[path] = Site(path, eqn, side, weights[0], loops)
         return [DATA]
     if weights and name in CALLS:

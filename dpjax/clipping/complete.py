@@ -6,6 +6,7 @@ they give. A site accounts for what flows through its weight, so there, and nowh
 flow of parameters is cut; whatever still arrives at the loss is not accounted for.
 """
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -14,7 +15,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from dpjax.clipping.sites import Site
 from dpjax.clipping.tracing import CALLS, callee, scan_counts
-from dpjax.clipping.values import Loop, Path
+from dpjax.clipping.values import Loop, Path, shape_of
 
 _DATA: Final = "data"
 Mark = int | str | Loop
@@ -51,6 +52,10 @@ def unaccounted(
 class _Flow:
     def __init__(self, sites: Mapping[Path, Site]) -> None:
         self.sites = sites
+        self.pieces: dict[Path, list[Site]] = {}
+        for path, site in sites.items():
+            if site.piece is not None:
+                self.pieces.setdefault(path[:-1], []).append(site)
         self.seen: set[Path] = set()
         self.wrong: set[int] = set()
 
@@ -71,6 +76,8 @@ class _Flow:
     def _out(self, eqn: JaxprEqn, operands: list[Marks], path: Path) -> list[Marks]:
         name = eqn.primitive.name
         for side in range(len(operands)):
+            if (*path, ~side) in self.pieces:
+                operands[side] = self._cut_pieces((*path, ~side), eqn, operands[side])
             if (*path, ~side) in self.sites:
                 operands[side] = self._cut((*path, ~side), eqn, side, operands[side])
         if path in self.sites:
@@ -95,6 +102,21 @@ class _Flow:
         self.wrong |= _leaves(weight) - site.value.leaves
         if site.path != path or not itself or still - {*site.value.loops}:
             self.wrong |= site.value.leaves
+        return still
+
+    def _cut_pieces(self, path: Path, eqn: JaxprEqn, weight: Marks) -> Marks:
+        """Return the same of a weight that is put together from those of several sites."""
+        pieces, still = self.pieces[path], _still(weight)
+        side = ~path[-1]
+        self.seen |= {site.path for site in pieces}
+        claimed = _leaves(*(site.value.leaves for site in pieces))
+        self.wrong |= _leaves(weight) - claimed
+        whole = math.prod(shape_of(eqn.invars[side]))
+        found = [math.prod(shape_of(site.eqn.invars[side])) for site in pieces]
+        alike = all(site.eqn.primitive is eqn.primitive for site in pieces)
+        beyond = any(still - {*site.value.loops} for site in pieces)
+        if sum(found) != whole or not alike or beyond:
+            self.wrong |= claimed
         return still
 
     def _scan(self, eqn: JaxprEqn, operands: list[Marks], path: Path) -> list[Marks]:

@@ -8,7 +8,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jaxtyping import Array
 
 from dpjax.clipping import hooks
-from dpjax.clipping.analysis import Affine, Program, Site
+from dpjax.clipping.analysis import Affine, Program, Site, free_axis
 from dpjax.clipping.tracing import CALLS, callee, scan_counts
 from dpjax.clipping.values import Path, bind
 
@@ -38,6 +38,10 @@ def interpret(
     """
     run = _Interpreter(program.sites, visit, affine)
     return run.jaxpr(program.closed.jaxpr, program.closed.consts, inputs, (), extra)
+
+
+def _is_piece(key: Path, here: Path) -> bool:
+    return len(key) == len(here) + 2 and key[-2] < 0
 
 
 class _Interpreter:
@@ -73,7 +77,11 @@ class _Interpreter:
                 site, more = self._sites[key], below.pop(key)
                 data = site.data_of(values)
                 values[side], saved[key] = self._visit(site, values[side], data, more)
-            if here in self._affine:
+            pieces = next((key[:-1] for key in below if _is_piece(key, here)), None)
+            if pieces:
+                out, kept = self._pieces(eqn, values, pieces, below)
+                saved |= kept
+            elif here in self._affine:
                 out = [hooks.affine(*map(read, self._affine[here]))]
             elif not below:
                 out = bind(eqn, values)
@@ -111,6 +119,31 @@ class _Interpreter:
                 policy=eqn.params["policy"],
             )
         return call(values, extra)
+
+    def _pieces(
+        self,
+        eqn: JaxprEqn,
+        values: list[Any],
+        path: Path,
+        extra: Mapping[Path, Any],
+    ) -> tuple[list[Any], dict[Path, Any]]:
+        """Run a product with a weight that is put together, piece by piece."""
+        side = ~path[-1]
+        keys = [key for key in self._sites if key[:-1] == path]
+        pieces = [piece for key in keys if (piece := self._sites[key].piece)]
+        outs, saved = [], {}
+        for key, piece in zip(keys, pieces, strict=True):
+            ends = piece.start, piece.start + piece.size
+            weight = jax.lax.slice_in_dim(values[side], *ends, axis=piece.axis)
+            site, data = self._sites[key], values[1 - side]
+            if key in extra:
+                out, saved[key] = self._visit(site, weight, data, extra[key])
+            else:
+                out = hooks.apply(site, weight, data)
+            outs.append(out)
+        axis = free_axis(eqn, side, pieces[0].axis)
+        assert axis is not None
+        return [jax.lax.concatenate(outs, axis)], saved
 
     def _scan(
         self,

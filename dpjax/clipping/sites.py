@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
-from dpjax.clipping.values import Loop, ParamValue, Path, dtype_of, shape_of
+from dpjax.clipping.values import Loop, ParamValue, Path, Piece, dtype_of, shape_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -17,6 +17,10 @@ class Site:
     Or a copy of a part of a parameter, just before it meets data in any other equation: its
     path is that of this equation and then ``~`` the place of the operand.
 
+    Or a part of a product with a weight that is put together from several: its equation is
+    the product with one piece, and its path that of the whole product, then ``~`` the side
+    of the weight, then the number of the piece.
+
     Attributes:
         path: Where it stands.
         eqn: dot_general, conv_general_dilated, gather, dynamic_slice or copy.
@@ -24,6 +28,7 @@ class Site:
         value: That operand.
         loops: All loops around it, outermost first. The data and the gradient of the
             output have one leading axis for each.
+        piece: Which part of the weight it is, if the weight is put together.
     """
 
     path: Path
@@ -31,6 +36,7 @@ class Site:
     side: int
     value: ParamValue
     loops: tuple[Loop, ...]
+    piece: Piece | None = None
 
     @property
     def kind(self) -> str:

@@ -51,6 +51,7 @@ class ParamValue:
             own rules for shapes, strides and shared memory then answer what overlaps.
         scale: By what the entries of the view are multiplied.
         known: Whether it depends on no input of the loss at all.
+        pieces: Views that it is put together from, side by side on one axis.
         narrow: Whether it is made from the parameters in less than float32 somewhere.
     """
 
@@ -60,10 +61,20 @@ class ParamValue:
     view: np.ndarray | None = None
     scale: float = 1.0
     known: bool = False
+    pieces: tuple["Piece", ...] = ()
     narrow: bool = False
 
 
 Tag = ParamValue | _Data
+
+
+class Piece(NamedTuple):
+    """A view that stands from ``start`` on along one axis (without loops) of a value."""
+
+    value: ParamValue
+    axis: int
+    start: int
+    size: int
 
 
 class Evaluator:
@@ -151,6 +162,7 @@ def derive(eqn: JaxprEqn, inputs: Sequence[ParamValue]) -> list[ParamValue]:
         return lambda evaluator: evaluator.once(run, lambda: run(evaluator))[index]
 
     below = any(value.narrow for value in inputs) or narrow(eqn)
+    pieces = _pieces(eqn, inputs)
     scale = inputs[0].scale if inputs else 1.0  # A view is made of one value.
     if scaled is not None:
         views, scale = [inputs[scaled.side].view], scaled.scale
@@ -162,10 +174,31 @@ def derive(eqn: JaxprEqn, inputs: Sequence[ParamValue]) -> list[ParamValue]:
             view,
             1.0 if view is None else scale,
             known=known,
+            pieces=pieces,
             narrow=below,
         )
         for i, view in enumerate(views)
     ]
+
+
+def _pieces(eqn: JaxprEqn, inputs: Sequence[ParamValue]) -> tuple[Piece, ...]:
+    if eqn.primitive.name == "convert_element_type":
+        if not jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
+            return ()
+        below = inputs[0].narrow or narrow(eqn)
+        return tuple(
+            piece._replace(value=dataclasses.replace(piece.value, narrow=below))
+            for piece in inputs[0].pieces
+        )
+    alike = all(value.view is not None for value in inputs)
+    if eqn.primitive.name != "concatenate" or not alike:
+        return ()
+    if any(value.loops != inputs[0].loops for value in inputs):
+        return ()
+    axis = eqn.params["dimension"]
+    sizes = [shape_of(atom)[axis] for atom in eqn.invars]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return tuple(map(Piece, inputs, [axis] * len(sizes), starts, sizes))
 
 
 class _Scaled(NamedTuple):

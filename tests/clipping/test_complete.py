@@ -105,6 +105,11 @@ def copies_another_operand(monkeypatch):
     monkeypatch.setattr(analysis, "_copied", lambda eqn, _: copied(eqn, eqn.invars[0]))
 
 
+def forgets_a_piece(monkeypatch):
+    pieces = analysis._pieces
+    monkeypatch.setattr(analysis, "_pieces", lambda *args: pieces(*args)[:-1])
+
+
 MUTANTS = {
     "carry_turns_from_data_into_a_parameter": forgets("is carried"),
     "each_layer_hands_its_weights_to_the_next": forgets("is carried"),
@@ -119,6 +124,7 @@ MUTANTS = {
     "dense_all_equal": names_another_equation,
     "tied_head": names_the_wrong_side,
     "weight_and_bias_in_one_matrix": copies_another_operand,
+    "fused_queries_keys_and_values": forgets_a_piece,
     "network_of_a_flat_vector": forgets("meets data"),
     "jit_that_hands_parameters_through": loses_what_a_call_returns,
 }

@@ -15,6 +15,7 @@ NAMES = [
     "dense_general_two_outputs",
     "embedding_by_pairs_of_ids_out_of_bounds",
     "embedding_ids_repeat",
+    "fused_queries_keys_and_values",
     "gru",
     "lstm_with_concatenated_kernels",
     "network_of_a_flat_vector",

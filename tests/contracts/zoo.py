@@ -580,7 +580,7 @@ def weight_tiled(p, e, key):
     return score(e["x"] @ jnp.tile(p["w"], (2, 3)))
 
 
-@case({"a": derived(3, 2), "b": derived(3, 5)}, {"x": x(5, 3)})
+@case({"a": dense(3, 2), "b": dense(3, 5)}, {"x": x(5, 3)})
 def weights_concatenated(p, e, key):
     return score(e["x"] @ jnp.concatenate([p["a"], p["b"]], axis=1))
 
@@ -2177,7 +2177,7 @@ def gru(p, e, key):
 
 
 @case(
-    {"w": [derived(5, 3), derived(5, 3), derived(5, 3), derived(5, 3)], "b": elementwise(12)},
+    {"w": [dense(5, 3), dense(5, 3), dense(5, 3), dense(5, 3)], "b": elementwise(12)},
     {"x": x(4, 2)},
 )  # fmt: skip
 def lstm_with_concatenated_kernels(p, e, key):
@@ -2563,7 +2563,7 @@ named(
 named(
     "linen_optimized_lstm",
     linen(
-        nn.RNN(nn.OptimizedLSTMCell(3)), {"x": x(4, 2)}, {**NORMS, "kernel": "derived"}
+        nn.RNN(nn.OptimizedLSTMCell(3)), {"x": x(4, 2)}, NORMS
     ),
 )  # fmt: skip
 named("linen_gru", linen(nn.RNN(nn.GRUCell(3)), {"x": x(4, 2)}, NORMS))
@@ -2885,3 +2885,70 @@ def scales_and_shifts_of_one_parameter(p, e, key):
         return h * c[:1] + c[1:]
 
     return score(normed(jnp.tanh(normed(e["x"], p["c"]) @ p["w"]), 0.5 * p["c"]))
+
+
+# --- Weights put together from several -----------------------------------------------------
+
+
+@case({"q": dense(3, 4), "k": dense(3, 4), "v": dense(3, 2)}, {"x": x(5, 3)})
+def fused_queries_keys_and_values(p, e, key):
+    fused = jnp.concatenate([p["q"], p["k"] / 2, p["v"]], axis=1)
+    q, k, v = jnp.split(e["x"] @ fused, [4, 8], axis=-1)
+    return score(jax.nn.softmax(q @ k.T) @ v)
+
+
+@case({"a": dense(2, 3, 4), "b": dense(2, 3, 2)}, {"x": x(5, 3)})
+def scan_over_layers_with_fused_weights(p, e, key):
+    def step(h, layer):
+        out = h @ jnp.concatenate(layer, axis=1)
+        return jnp.tanh(out[:, :3] + out[:, 3:]), None
+
+    return score(jax.lax.scan(step, e["x"], (p["a"], p["b"]))[0])
+
+
+@case({"a": derived(4, 3), "b": derived(2, 3)}, {"x": x(5, 3)})
+def fused_weights_transposed(p, e, key):
+    return score(e["x"] @ jnp.concatenate([p["a"], p["b"]]).T)
+
+
+@case({"a": dense(4, 3), "b": dense(2, 3)}, {"x": x(5, 3)})
+def fused_weights_on_the_left(p, e, key):
+    return score(jnp.concatenate([p["a"], p["b"]]) @ e["x"].T)
+
+
+@case({"a": dense(2, 3, 4), "b": dense(2, 3, 5)}, {"x": x(5, 2, 3)})
+def fused_weights_per_head(p, e, key):
+    fused = jnp.concatenate([p["a"], p["b"]], axis=2)
+    return score(
+        jnp.einsum("thk,hkn->tnh", e["x"], fused) * jnp.arange(18.0).reshape(1, 9, 2)
+    )
+
+
+@case({"a": tied(3, 4), "b": dense(3, 2)}, {"x": x(5, 3)})
+def fused_weights_with_one_twice(p, e, key):
+    out = e["x"] @ jnp.concatenate([p["a"], p["b"], p["a"]], axis=1)
+    return score(out) + score(jnp.tanh(out[:, :4]) @ p["a"].T)
+
+
+@case({"a": fallback(3, 4), "b": fallback(3, 2)}, {"x": x(5, 3)})
+def fused_weights_one_of_which_has_no_rule(p, e, key):
+    out = e["x"] @ jnp.concatenate([p["a"], p["b"]], axis=1)
+    return score(out) + jnp.sum(jnp.square(p["a"]))
+
+
+@case(
+    {"a": dense(3, 4), "b": dense(3, 2)},
+    {"x": x(5, 3)},
+    tolerance=BF16,
+    dtype="bfloat16",
+)
+def fused_weights_in_bfloat16(p, e, key):
+    fused = jnp.concatenate([p["a"], p["b"]], axis=1).astype(jnp.bfloat16)
+    return score(jnp.tanh(e["x"].astype(jnp.bfloat16) @ fused))
+
+
+@case({"a": derived(3, 4), "b": derived(2, 4)}, {"x": x(5, 3), "y": x(5, 2)})
+def fused_weights_of_two_inputs(p, e, key):
+    return score(
+        jnp.concatenate([e["x"], e["y"]], 1) @ jnp.concatenate([p["a"], p["b"]])
+    )
