@@ -289,10 +289,7 @@ def test_every_layer_has_a_fast_rule(build, run):
     explained = dpjax.explain(make_loss(model), *shapes_of(model))
     rows = {row.path: row for row in explained}
     for path, row in rows.items():
-        if path == "class":
-            # Joined to the patches: its gradient is one vector, which costs nothing.
-            assert row.rule == "fallback"
-        elif path.endswith(("kernel", "embedding", "segment")):
+        if path.endswith(("kernel", "embedding", "segment")):
             assert row.rule in ("dense", "embedding", "tied"), row
         else:
             assert row.rule == "elementwise", row
