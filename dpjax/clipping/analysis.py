@@ -18,6 +18,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from dpjax.clipping.complete import unaccounted
+from dpjax.clipping.convolutions import cuts_well
 from dpjax.clipping.lookups import picking
 from dpjax.clipping.query import Query
 from dpjax.clipping.sites import Site
@@ -500,7 +501,8 @@ def _dot_site(eqn: JaxprEqn, side: int) -> bool:
 def _conv_site(eqn: JaxprEqn, side: int) -> bool:
     # Without an output there are no patches to cut.
     some = 0 not in shape_of(eqn.outvars[0])
-    return side == 1 and eqn.params["batch_group_count"] == 1 and some
+    one = side == 1 and eqn.params["batch_group_count"] == 1
+    return one and some and cuts_well(eqn)
 
 
 def _gather_site(eqn: JaxprEqn, side: int) -> bool:

@@ -10,6 +10,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
 from dpjax.clipping import layouts
 from dpjax.clipping.analysis import Program, Site
+from dpjax.clipping.kernels import FEW_POSITIONS, prefers_turns
 from dpjax.clipping.plan import Method, Plan
 from dpjax.clipping.slots import Group
 from dpjax.clipping.tracing import CALLS, callee, scan_counts
@@ -57,12 +58,14 @@ class Cost(NamedTuple):
         traffic: Bytes moved.
         held: Bytes that live until the sum is formed.
         passing: Bytes that live for a while; of several parts, the largest counts.
+        single: Likewise, but of one example at a time, however many there are.
     """
 
     flops: float
     traffic: float
     held: float
     passing: float
+    single: float = 0.0
 
     @property
     def bytes(self) -> float:
@@ -76,11 +79,12 @@ class Cost(NamedTuple):
 
 def added(costs: Iterable[Cost]) -> Cost:
     """Return the cost of all parts together."""
-    flops = traffic = held = passing = 0.0
+    flops = traffic = held = passing = single = 0.0
     for cost in costs:
         flops, traffic = flops + cost.flops, traffic + cost.traffic
         held, passing = held + cost.held, max(passing, cost.passing)
-    return Cost(flops, traffic, held, passing)
+        single = max(single, cost.single)
+    return Cost(flops, traffic, held, passing, single)
 
 
 def group_cost(group: Group, method: Method) -> Cost:
@@ -89,37 +93,55 @@ def group_cost(group: Group, method: Method) -> Cost:
     h, t, k, n = _group_sizes(group)
     product = 2 * h * t * k * n
     if method == "keep":
-        return Cost(product, factors + 3 * weight, weight + _kept_bytes(group), 0)
-    total = Cost(product, 3 * factors, _kept_bytes(group), 0)
+        kept = Cost(product, factors + 3 * weight, weight + _kept_bytes(group), 0)
+        in_turn = prefers_turns() and t > FEW_POSITIONS
+        return kept._replace(**{"single" if in_turn else "passing": _cut(group)})
+    total = Cost(product, 3 * factors, _kept_bytes(group), _cut(group))
     return added([_norm_cost(group, method), total])
 
 
 def probe_cost(group: Group, method: Method) -> Cost:
     """Return the same where the second pass measures again what it sums."""
-    cost = group_cost(group, method)._replace(held=0.0)
+    cost = group_cost(group, method)
+    # The factors live while the site is probed, those of one iteration of a loop.
+    turns = math.prod(loop.length for loop in group.sites[0].loops)
+    live = cost.held / max(turns, 1)
+    cost = cost._replace(held=0.0, passing=cost.passing + live)
     # The rows that are formed for a direct norm are those that are summed.
     return cost if method == "direct" else added([cost, _norm_cost(group, method)])
 
 
 def _norm_cost(group: Group, method: Method) -> Cost:
-    weight, factors = weight_bytes(group), factor_bytes(group)
+    weight, factors, cut = weight_bytes(group), factor_bytes(group), _cut(group)
     h, t, k, n = _group_sizes(group)
     if method == "direct":
-        return Cost(2 * h * t * k * n, factors + 2 * weight, 0, weight)
+        # A lookup has no product, but fills a table.
+        flops = 2 * h * t * k * n + weight // 4
+        return Cost(flops, factors + 2 * weight, 0, cut + weight)
     if t == 1:
-        return Cost(2 * h * (k + n), factors, 0, 0)
+        return Cost(2 * h * (k + n), factors, 0, cut)
     gram = 4 * h * t * t
-    return Cost(2 * h * t * t * (k + n), factors + 4 * gram, 0, 2 * gram)
+    return Cost(2 * h * t * t * (k + n), factors + 4 * gram, 0, cut + 2 * gram)
+
+
+def _cut(group: Group) -> int:
+    """Return the bytes that patches take while they are cut, one axis after the other."""
+    return 3 * factor_bytes(group) if _of_images(group) else 0
 
 
 def saved_bytes(group: Group, method: Method) -> float:
     """Return the bytes of one example that live from the norms to the sum.
 
+    Of lookups what passes counts, too: one gradient of a table may be larger than all else.
+
     FLOPs count for so little that those of a whole program are less than a byte: they
     decide between methods that save as many.
     """
     saved = weight_bytes(group) if method == "keep" else _kept_bytes(group)
-    return saved + 2.0**-48 * group_cost(group, method).flops
+    cost = group_cost(group, method)
+    if all(site.kind == "gather" for site in group.sites):
+        saved += cost.passing
+    return saved + 2.0**-48 * cost.flops
 
 
 def cut_bytes(group: Group, method: Method) -> float:
@@ -142,7 +164,7 @@ def factor_bytes(group: Group) -> int:
 
 def _kept_bytes(group: Group) -> int:
     """Return the bytes of one example's factors as they are kept: of images, whole."""
-    if any(site.kind != "conv_general_dilated" for site in group.sites):
+    if not _of_images(group):
         return factor_bytes(group)
     sizes = [
         math.prod(loop.length for loop in site.loops)
@@ -150,6 +172,10 @@ def _kept_bytes(group: Group) -> int:
         for site in group.sites
     ]
     return 4 * sum(sizes)
+
+
+def _of_images(group: Group) -> bool:
+    return all(site.kind == "conv_general_dilated" for site in group.sites)
 
 
 def _group_sizes(group: Group) -> tuple[int, int, int, int]:
@@ -165,8 +191,9 @@ def example_cost(program: Program, plan: Plan) -> Cost:
     groups = [group_cost(group, method) for group, method in plan.methods.items()]
     for path, method in plan.probed.items():
         groups.append(probe_cost(Group((program.sites[path],), (False,)), method))
-    plain = 4 * sum(math.prod(program.shapes[program.slot(i)]) for i in program.plain)
-    formed = Cost(0, 2 * plain, plain, 0)
+    plain = [4 * math.prod(program.shapes[program.slot(i)]) for i in program.plain]
+    # Differentiated for all examples, a kernel's axes come in another order: one copy.
+    formed = Cost(0, 2 * sum(plain), sum(plain), max(plain, default=0))
     derived = {
         site.path: (site, slot.index in plan.dropped)
         for slot in plan.slots
@@ -174,8 +201,11 @@ def example_cost(program: Program, plan: Plan) -> Cost:
         for site in slot.sites
     }
     for site, dropped in derived.values():
-        method: Method = "direct" if dropped else "keep"
-        formed = added([formed, group_cost(Group((site,), (False,)), method)])
+        group, method = Group((site,), (False,)), "direct" if dropped else "keep"
+        cost = group_cost(group, method)
+        if dropped:  # Before and after the way back to the parameters.
+            cost = cost._replace(passing=cost.passing + weight_bytes(group))
+        formed = added([formed, cost])
     # Forward and backward pass: two products at each site.
     passes = 2 * sum(_product(site) for site in program.sites.values())
     work = Cost(passes * (2 if plan.probed else 1), 0, 0, 0)

@@ -282,6 +282,22 @@ def _conv_factors(site: Site, data: Array, cotangent: Array) -> Patches:
             for start, end in zip(starts, ends, strict=True)
         ]
 
+    def joint(image: Array, axis: int) -> Array:
+        return jnp.concatenate(shifted(image, axis), axis=-1)
+
+    def windows(image: Array, axis: int) -> Array:
+        # Fewer slices than by offsets where the kernel is longer than the output.
+        (dilation, stride), size = steps[axis], kernel[axis]
+        starts = [position * stride for position in range(out[axis])]
+        cut = [
+            jax.lax.slice_in_dim(
+                image, start, start + (size - 1) * dilation + 1, dilation, axis=3 + axis
+            )
+            for start in starts
+        ]
+        moved = [jnp.moveaxis(window, 3 + axis, -2) for window in cut]
+        return jnp.stack([x.reshape(*x.shape[:-2], -1) for x in moved], axis=3 + axis)
+
     def cut(image: Array) -> tuple[Array, ...]:
         few = math.prod(out) <= FEW_POSITIONS or image.shape[1] == 1
         joined = few or image.shape[-1] // groups < _NARROW
@@ -289,9 +305,11 @@ def _conv_factors(site: Site, data: Array, cotangent: Array) -> Patches:
         # Axis by axis: fewer slices to compile than there are offsets.
         blocks = [image]
         for axis in reversed(range(len(steps))):
-            blocks = shifted(blocks[0], axis)
             if axis > 0 or joined:
-                blocks = [jnp.concatenate(blocks, axis=-1)]
+                few = out[axis] < kernel[axis]
+                blocks = [(windows if few else joint)(blocks[0], axis)]
+            else:
+                blocks = shifted(blocks[0], axis)
         return tuple(by_group(block) for block in blocks)
 
     return Patches(x, by_group(grouped(right)), cut)

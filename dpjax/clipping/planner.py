@@ -120,7 +120,7 @@ def estimates(
     # Read anew by the forward and the backward pass of each microbatch.
     reread = 3 * params + 2 * costs.constant_bytes(program)
     for size in sizes:
-        peak = size * cost.bytes + 2 * params
+        peak = size * cost.bytes + cost.single + 2 * params
         looped = size < examples and costs.convolves(program)
         total = examples * cost.seconds(on) * (on.looped_convolution if looped else 1.0)
         total += examples / size * (reread / on.bandwidth + on.round)

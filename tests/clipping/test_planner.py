@@ -246,7 +246,7 @@ def test_a_leaner_plan_must_save_twice_what_it_costs(
 
 @pytest.mark.parametrize("kind", ["cpu", "gpu"])
 def test_a_leaner_plan_is_chosen_where_it_is_about_as_fast(kind):
-    program, on = program_of(width=64, positions=64), DEVICES[kind]
+    program, on = program_of(width=128, positions=48), DEVICES[kind]
     chosen = choose(program, 16, memory_budget=1e12, on=on)
     found = [
         choice
