@@ -103,9 +103,10 @@ def group_cost(group: Group, method: Method) -> Cost:
 def probe_cost(group: Group, method: Method) -> Cost:
     """Return the same where the second pass measures again what it sums."""
     cost = group_cost(group, method)
-    # The factors live while the site is probed, those of one iteration of a loop.
+    # The factors live while the site is probed, those of one iteration of a loop, and a
+    # copy of them that is weighted or in another order (patches are such copies).
     turns = math.prod(loop.length for loop in group.sites[0].loops)
-    live = cost.held / max(turns, 1)
+    live = (1 if _of_images(group) else 2) * cost.held / max(turns, 1)
     cost = cost._replace(held=0.0, passing=cost.passing + live)
     # The rows that are formed for a direct norm are those that are summed.
     return cost if method == "direct" else added([cost, _norm_cost(group, method)])
