@@ -13,9 +13,9 @@ and by ``n eta`` for what underflows. From this follow, for each example,
 
 Norm and sum must be of the same numbers. A compiler may compute a value anew wherever it is
 used, and round it otherwise (a fused multiply-add here, none there): where most of it
-cancels, that is another value. ``pinned`` makes it one. What is computed a second time on
-purpose, to save memory, is measured a second time and scaled to what was measured first
-(``capped``).
+cancels, that is another value. So both are computed ``apart`` from what their operands are
+made of. What is computed a second time on purpose, to save memory, is measured a second
+time and scaled to what was measured first (``capped``).
 
 Theorem. For every float32 input the contribution of an example, as the sum takes it up, has
 an L2 norm of at most ``C (1 + 1e-6)``; an example whose norm is not finite counts as zero.
