@@ -29,11 +29,17 @@ def check_params(params: Params) -> None:
 
 
 def check_key(key: Key) -> None:
-    """Raise TypeError for a key that is no typed one."""
+    """Raise TypeError for a key that is no typed one, or mixes examples."""
     if not jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key):
         raise TypeError(
             f"key has dtype {jnp.result_type(key)}; make it by jax.random.key(seed), not by "
             "jax.random.PRNGKey"
+        )
+    if (kind := str(jax.random.key_impl(key))) in ("rbg", "unsafe_rbg"):
+        raise TypeError(
+            f"key is of the kind {kind!r}, by which jax.vmap draws for all examples from "
+            "the key of the first: without it the others would draw otherwise; make it by "
+            "jax.random.key(seed, impl='threefry2x32')"
         )
 
 

@@ -89,3 +89,10 @@ def test_keys_follow_examples_wherever_they_are_and_change_with_the_step():
     np.testing.assert_array_equal(here[order], there)
     later = example_keys(jax.random.key(1), batch_of({"x": X}))
     assert not np.isin(jax.random.key_data(later), here).any()
+
+
+@pytest.mark.parametrize("kind", ["rbg", "unsafe_rbg"])
+def test_keys_that_vmap_draws_from_for_all_examples_at_once_are_refused(kind):
+    grad = dpjax.clipped_grad(lambda p, x, key: p * x, clip_norm=1.0)
+    with pytest.raises(TypeError, match=f"key is of the kind '{kind}', by which"):
+        grad(jnp.ones(()), jnp.ones(3), jax.random.key(0, impl=kind))
