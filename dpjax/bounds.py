@@ -102,7 +102,8 @@ def _grid(event: Named, delta: float) -> float | None:
         return FINEST_GRID
     if math.isinf(estimate):
         return None
-    count = sum(n for _, n in _parts(event)[1].values())
+    squares, others = _parts(event)  # All Gaussians are one.
+    count = max((squares > 0) + sum(n for _, n in others.values()), 1)
     tail = math.sqrt(-2 * math.log(delta))
     spread = (math.sqrt(tail**2 + 2 * estimate) - tail) / math.sqrt(count)
     finest = max(FINEST_GRID, min(2e-5 * estimate, spread / 10))

@@ -44,14 +44,16 @@ def test_the_page_and_the_json_agree(name):
 
 
 @pytest.mark.parametrize(
-    ("multiplier", "accountant", "claim"),
-    [(1e3, "PLD", "epsilon = 0.00"), (0.1, "RDP", "epsilon = ")],
+    ("changes", "accountant", "claim"),
+    [
+        ({"noise_multiplier": 1e3}, "PLD", "epsilon = 0.00"),
+        ({"delta": 1e-16}, "RDP", "epsilon = "),
+    ],
 )
 def test_the_card_names_its_accountant_and_never_rounds_to_zero(
-    multiplier, accountant, claim
+    changes, accountant, claim
 ):
-    mechanism = MECHANISMS["dp_sgd poisson"]
-    mechanism = dataclasses.replace(mechanism, noise_multiplier=multiplier)
+    mechanism = dataclasses.replace(MECHANISMS["dp_sgd poisson"], **changes)
     card = privacy_card(mechanism, steps=5)
     assert f"| epsilon ({accountant}) | {card.epsilon:.4f} |" in card.to_markdown()
     assert card.headline().startswith(claim)
