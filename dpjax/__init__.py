@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         Mechanism,
         NonPrivate,
         PrivatizedErrorFeedback,
+        ScheduledDpSgd,
         SpiderBoost,
     )
     from dpjax.noise import root_key
@@ -59,6 +60,7 @@ _HOMES = {
     "PrivatizedErrorFeedback": "mechanisms",
     "Query": "clipping",
     "ShuffledFixed": "sampling",
+    "ScheduledDpSgd": "mechanisms",
     "SpiderBoost": "mechanisms",
     "TruncatedPoisson": "sampling",
     "batches": "data.batches",

@@ -14,8 +14,16 @@ ENGINE_NAMES = ("auto", "bookkeeping", "ghost", "vmap")
 WRITER_NAMES = ("tensorboard", "wandb")
 
 
+def _check_number(name: str, value: object) -> None:
+    if callable(value):
+        raise ValueError(
+            f"{name}={value!r} must be a number; ScheduledDpSgd takes functions of the step"
+        )
+
+
 def check_clip(*, clip_norm: float, style: str) -> None:
     """Raise ValueError for a clip norm or a style that bounds nothing."""
+    _check_number("clip_norm", clip_norm)
     if not (clip_norm > 0 and math.isfinite(clip_norm)):
         raise ValueError(
             f"clip_norm={clip_norm} must be positive and finite; "
@@ -34,6 +42,7 @@ def check_clip(*, clip_norm: float, style: str) -> None:
 
 def check_noise(noise_multiplier: float) -> None:
     """Raise ValueError unless ``noise_multiplier`` scales a noise."""
+    _check_number("noise_multiplier", noise_multiplier)
     if not (noise_multiplier >= 0 and math.isfinite(noise_multiplier)):
         raise ValueError(
             f"noise_multiplier={noise_multiplier} must be finite and at least 0 "

@@ -258,8 +258,11 @@ def _check_mechanism(spec: Any, provenance: str) -> None:
         raise ConfigError(f"{path}={spec!r} must be a group with a name")
     facts = {k: v for k, v in spec.items() if k != "epsilon"}
     _check_spec(path, facts, extra=("num_examples", "noise_multiplier"))
-    noisy = "noise_multiplier" in _signature(path, spec["name"]).required
-    if noisy:
+    signature = _signature(path, spec["name"])
+    noisy = "noise_multiplier" in (*signature.required, *signature.optional)
+    # What a class inherits from afar is not read, and left to the call.
+    told = signature.open and spec.keys() & {"epsilon", "noise_multiplier"}
+    if noisy or told:
         chosen = [k for k in ("epsilon", "noise_multiplier") if spec.get(k) is not None]
         if len(chosen) != 1:
             raise ConfigError(

@@ -388,7 +388,13 @@ def facts(mechanism: Any) -> dict[str, Any]:
     found: dict[str, Any] = {"name": type(mechanism).__name__}
     for field in dataclasses.fields(mechanism):
         value = getattr(mechanism, field.name)
-        found[field.name] = facts(value) if dataclasses.is_dataclass(value) else value
+        if callable(value):  # A public function of the step.
+            ends = {"first": 0, "last": mechanism.steps - 1}
+            found[field.name] = {k: float(value(step)) for k, step in ends.items()}
+        else:
+            found[field.name] = (
+                facts(value) if dataclasses.is_dataclass(value) else value
+            )
     return found
 
 

@@ -66,7 +66,7 @@ def find(file: Path, attribute: str) -> Signature | None:
         if isinstance(node, ast.FunctionDef) and node.name == attribute:
             return _of_function(node)
         if isinstance(node, ast.ClassDef) and node.name == attribute:
-            return _of_class(node)
+            return _of_class(node, file)
         if isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 if (alias.asname or alias.name) == attribute:
@@ -95,19 +95,33 @@ def _of_function(node: ast.FunctionDef) -> Signature:
     return Signature(tuple(required), tuple(optional), open=node.args.kwarg is not None)
 
 
-def _of_class(node: ast.ClassDef) -> Signature:
+def _of_class(node: ast.ClassDef, file: Path) -> Signature:
     for part in node.body:
         if isinstance(part, ast.FunctionDef) and part.name == "__init__":
             found = _of_function(part)
             return dataclasses.replace(found, required=found.required[1:])
-    if node.bases:
-        return Signature((), open=True)  # Inherited arguments are left to the call.
-    required, optional = [], []
+    inherited = _inherited(node, file)
+    if inherited.open or not node.decorator_list:
+        return inherited  # A class that is no dataclass has the fields of its base.
+    required, optional = [*inherited.required], [*inherited.optional]
     for field in node.body:
         if not (
             isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
         ):
             continue
-        if "ClassVar" not in ast.unparse(field.annotation):
-            (required if field.value is None else optional).append(field.target.id)
+        if "ClassVar" in ast.unparse(field.annotation):
+            continue
+        name = field.target.id
+        required = [other for other in required if other != name]
+        optional = [other for other in optional if other != name]
+        (required if field.value is None else optional).append(name)
     return Signature(tuple(required), tuple(optional))
+
+
+def _inherited(node: ast.ClassDef, file: Path) -> Signature:
+    """Return the arguments of the only base; open if it cannot be read."""
+    if not node.bases:
+        return Signature(())
+    (base, *others) = node.bases
+    found = None if others or not isinstance(base, ast.Name) else find(file, base.id)
+    return found or Signature((), open=True)

@@ -6,6 +6,8 @@ To audit a new mechanism: register its view (``dpjax.audit.views``) and add it h
 import dataclasses
 from typing import NamedTuple
 
+import optax
+
 from dpjax.audit.referee import Sampled
 from dpjax.mechanisms import (
     AdaptiveDpSgd,
@@ -17,6 +19,7 @@ from dpjax.mechanisms import (
     DpZero,
     Mechanism,
     PrivatizedErrorFeedback,
+    ScheduledDpSgd,
     SpiderBoost,
 )
 from dpjax.sampling import (
@@ -114,6 +117,13 @@ _ADAPTIVE = AdaptiveDpSgd(
     sampling=_POISSON,
     **_PLAN,
 )
+_SCHEDULED = ScheduledDpSgd(
+    clip_schedule=optax.linear_schedule(1.0, 0.5, 10),
+    noise_schedule=optax.linear_schedule(0.8, 1.6, 10),
+    noise_multiplier=1.5,
+    sampling=_POISSON,
+    **_PLAN,
+)
 _LOCAL = Diff2BvrLSgd(
     clip_norm=0.5,
     difference_clip_norm=0.7,
@@ -184,6 +194,7 @@ SETTINGS: dict[str, Mechanism] = {
     ),
     "DpZero": _ZERO,
     "AdaptiveDpSgd": _ADAPTIVE,
+    "ScheduledDpSgd": _SCHEDULED,
 }
 
 _PAPER = dataclasses.replace(

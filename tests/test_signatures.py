@@ -29,6 +29,13 @@ class Facts:
     rate: float = 0.5
 
 class Child(Facts): ...
+
+@dataclass
+class More(Facts):
+    rate: float
+    extra: int = 1
+
+class Foreign(somewhere.Else): ...
 """
 
 
@@ -39,7 +46,9 @@ class Child(Facts): ...
         ("open_ended", Signature(("a",), (), open=True)),
         ("Plain", Signature(("n",), ("scale",))),
         ("Facts", Signature(("size",), ("rate",))),
-        ("Child", Signature((), open=True)),
+        ("Child", Signature(("size",), ("rate",))),
+        ("More", Signature(("size", "rate"), ("extra",))),
+        ("Foreign", Signature((), open=True)),
         ("CONSTANT", Signature((), open=True)),
         ("sibling", Signature((), open=True)),
         ("absent", None),

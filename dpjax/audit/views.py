@@ -27,6 +27,7 @@ from dpjax.mechanisms import (
     DpZero,
     Mechanism,
     PrivatizedErrorFeedback,
+    ScheduledDpSgd,
     SpiderBoost,
 )
 from dpjax.mechanisms.diff2_bvr_l_sgd import LocalState
@@ -216,6 +217,25 @@ def _(mechanism: AdaptiveDpSgd) -> View:
     shifts = np.full(mechanism.steps, shift)
     return View(
         gradient=_huge(mechanism.max_clip_norm),
+        shifts=shifts,
+        read=read,
+        score=memory_score(shifts),
+    )
+
+
+@view.register
+def _(mechanism: ScheduledDpSgd) -> View:
+    batch = mechanism.expected_batch_size
+    multipliers = np.asarray(mechanism.noise_multipliers, np.float32)
+    stddevs = jnp.asarray(multipliers * np.asarray(mechanism.clip_norms, np.float32))
+
+    def read(phase: str, mean: Params, before: Any, after: Any) -> jax.Array:
+        del phase, after
+        return _scalar(mean) * batch / stddevs[before.step]
+
+    shifts = 1 / multipliers
+    return View(
+        gradient=_huge(max(mechanism.clip_norms)),
         shifts=shifts,
         read=read,
         score=memory_score(shifts),

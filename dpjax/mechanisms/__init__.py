@@ -13,6 +13,7 @@ from dpjax.mechanisms.dp_sgd import DpSgd
 from dpjax.mechanisms.dp_zero import DpZero
 from dpjax.mechanisms.non_private import NonPrivate
 from dpjax.mechanisms.privatized_error_feedback import PrivatizedErrorFeedback
+from dpjax.mechanisms.scheduled_dp_sgd import ScheduledDpSgd
 from dpjax.mechanisms.spider_boost import SpiderBoost
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "Mechanism",
     "NonPrivate",
     "PrivatizedErrorFeedback",
+    "ScheduledDpSgd",
     "SpiderBoost",
 ]

@@ -22,6 +22,7 @@ from dpjax.mechanisms import (
     DpZero,
     NonPrivate,
     PrivatizedErrorFeedback,
+    ScheduledDpSgd,
     SpiderBoost,
 )
 from dpjax.noise import root_key
@@ -132,6 +133,21 @@ def band_mf(**changes):
     return BandMf(**(facts | changes))
 
 
+def constant(value, step):
+    return value
+
+
+def scheduled(**changes):
+    facts = {
+        "clip_schedule": functools.partial(constant, 0.5),
+        "noise_schedule": functools.partial(constant, 1.0),
+        "noise_multiplier": 4.0,
+        "sampling": Poisson(rate=0.1),
+        **PLAN,
+    }
+    return ScheduledDpSgd(**(facts | changes))
+
+
 def adaptive(**changes):
     facts = {
         "initial_clip_norm": 0.5,
@@ -154,6 +170,7 @@ MECHANISMS = {
     "dp_sgd full batch": dp_sgd(sampling=FullBatch()),
     "dp_sgd shuffled": dp_sgd(sampling=ShuffledFixed(batch_size=100)),
     "dp_sgd cyclic": dp_sgd(sampling=CyclicPoisson(cycle=5, rate=0.5)),
+    "scheduled": scheduled(),
     "adaptive": adaptive(),
     "band_mf": band_mf(),
     "band_mf fixed order": band_mf(sampling=CyclicPoisson(cycle=5, rate=1.0)),
@@ -208,6 +225,7 @@ def kinds(name):
         return {"slope": Kind(0, 0.5, 2.0, mechanism.expected_batch_size)}
     return {
         "non-private": {"gradient": Kind(0, math.inf, 0.0, 100.0)},
+        "scheduled": {"gradient": Kind(0, 0.5, 4 * 0.5, 100.0)},
         "adaptive": {"gradient": Kind(0, 0.5, 4 * 0.5 / 0.8, 100.0)},
         # The norm of 1, 1/2, 3/8 is 1.179248.
         "band_mf": {"gradient": Kind(0, 0.5, 4 * 0.5 * 1.179248, 100.0)},
