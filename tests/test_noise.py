@@ -138,6 +138,12 @@ def test_large_sums_are_rounded_to_floats_of_the_exact_sum(dtype):
     assert (np.abs(np.asarray(found, np.float64) - expected) <= 0.51 * unit).all()
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int32])
+def test_noise_needs_room_for_its_last_bits(dtype):
+    with pytest.raises(ValueError, match=f"dtype={jnp.dtype(dtype)} .* float32"):
+        add_noise({"a": jnp.zeros(3, dtype)}, key=KEY, step=0, stddev=1.0)
+
+
 def test_grids_are_powers_of_two_next_to_the_noise():
     for stddev in (1.0, 1.999, 2.0, 3e-20, 7e20):
         unit = float(jax.jit(grid)(stddev))
