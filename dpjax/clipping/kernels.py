@@ -592,7 +592,7 @@ def _mass(part: Factors) -> Float[Array, "B"]:
 
 def _dot(spec: str, first: Array, second: Array) -> Array:
     # The default precision of some accelerators would round norms and sums to bfloat16.
-    wide = accumulation_dtype(first.dtype)
+    wide = accumulation_dtype(jnp.promote_types(first.dtype, second.dtype))
     return jnp.einsum(
         spec, first, second, precision=_EXACT, preferred_element_type=wide
     )

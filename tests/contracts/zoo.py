@@ -494,6 +494,12 @@ def weight_of_real_and_imaginary_part(p, e, key):
     return score(jnp.abs(out + 1) ** 2)
 
 
+@case({"re": derived(3, 4), "im": derived(3, 4)}, {"x": x(5, 3)})
+def real_data_times_a_complex_weight(p, e, key):
+    out = e["x"] @ (p["re"] + 1j * p["im"])
+    return score(jnp.abs(out)) + score(jnp.imag(out))
+
+
 @case({"w": dense(3, 12)}, {"x": x(5, 3)})
 def fused_qkv_sliced_by_columns(p, e, key):
     q, k, v = (e["x"] @ p["w"][:, i : i + 4] for i in (0, 4, 8))
