@@ -19,7 +19,7 @@ How close that comes to real Gaussian noise was computed for float32 by adding u
 pairs of words, at one standard deviation, six multiples and six shifts of the sum: up to 3
 standard deviations out a multiple is as probable as it has to be, and stays so under the
 shifts, within 9e-7 of its probability; the shifts themselves change it by at most 4e-8 up to
-2 of them, some 1e-15 nats on a coordinate.
+2 of them: some 1e-15 nats on a coordinate, beside what a Gaussian tells.
 
 Noise is a function of (root key, step, stream, leaf): the same for every sharding, and the
 same again when a step is replayed after a resume. See ``ledger.py`` for the guard that
