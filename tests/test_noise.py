@@ -152,6 +152,14 @@ def test_grids_are_powers_of_two_next_to_the_noise():
         assert np.frexp(unit)[0] == 0.5
 
 
+def test_what_comes_out_is_a_multiple_of_the_grid_whatever_went_in():
+    tree = {"a": jnp.asarray(np.random.default_rng(0).normal(size=4000), jnp.float32)}
+    for stddev in (1.7, 30.0):
+        found = add_noise(tree, key=KEY, step=0, stddev=stddev)["a"]
+        cells = np.asarray(found, np.float64) / float(grid(stddev))
+        np.testing.assert_array_equal(cells, np.round(cells))
+
+
 def test_noise_is_the_same_for_every_sharding():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spread = NamedSharding(mesh, PartitionSpec("data"))

@@ -183,6 +183,13 @@ def test_sums_of_different_outer_norms_do_not_merge():
     assert np.isnan(zeros[0].merge(zeros[1]).seal)
 
 
+def test_sums_of_different_bounds_do_not_merge():
+    near, far = (ClippedSum.zeros(jnp.zeros(3), l2_bound=c) for c in (0.5, 1.0))
+    assert np.isfinite(near.merge(near).seal)
+    assert np.isnan(near.merge(far).seal)
+    assert np.isnan(far.merge(near).seal)
+
+
 @all_engines
 @all_cases
 def test_difference_of_two_points_equals_the_reference(engine, case):

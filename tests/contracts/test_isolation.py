@@ -144,3 +144,29 @@ def test_in_float64_ungrouped_kernels_are_kept_apart():
             return jnp.sum(jnp.sin(convolve(e["x"], p["k"])))
 
         check_isolation(ENGINES["vmap"], Case(loss, params, examples, {}))
+
+
+def whose_target_is_spoilt(p, e, key):
+    del key
+    out = convolve(e["ids"].astype(jnp.float32), p["k"], feature_group_count=2)
+    return jnp.sum(jnp.sin(out) * e["y"]) + jnp.sum(jnp.square(p["k"]))
+
+
+@pytest.mark.parametrize("engine", ["vmap", "bookkeeping"])
+def test_a_gradient_of_outputs_that_is_not_finite_is_kept_apart(engine):
+    """The image is finite: what is not comes from the other side."""
+    rng = np.random.default_rng(0)
+    params = {"k": jnp.float32(rng.normal(size=(3, 3, 2, 4)))}
+    rows = len(MASK)
+    examples = {
+        "ids": jnp.asarray(rng.integers(-2, 3, (rows, 4, 5, 4)), jnp.int32),
+        "y": jnp.float32(rng.normal(size=(rows, 1, 1, 1))),
+    }
+    case = Case(whose_target_is_spoilt, params, examples, {})
+    check_isolation(ENGINES[engine], case)
+    batch = batch_of(spoilt(examples, np.nan), mask=MASK, index=INDEX)
+    query = Query((params,), clip_norm=0.1)
+    _, statistics = ENGINES[engine](case.loss, query, batch, KEY)
+    np.testing.assert_array_equal(
+        reveal(statistics)["nonfinite"], MASK & (np.arange(rows) == BAD)
+    )
