@@ -103,6 +103,13 @@ def test_every_composed_gaussian_reveals_its_noise_to_the_accountant(sampling):
     assert 0 < epsilon(loose) < epsilon(tight)
 
 
+def test_no_step_of_a_long_run_draws_as_an_earlier_one():
+    sampling = Poisson(rate=0.5)
+    steps = [3, *(3 + 2**power for power in range(4, 31))]
+    drawn = {tuple(sorted(sampling.draw(t, num_examples=64, seed=7))) for t in steps}
+    assert len(drawn) == len(steps)
+
+
 @pytest.mark.parametrize("rate", [0.02, 0.3])
 def test_poisson_draws_what_is_accounted(rate):
     check_poisson(Poisson(rate=rate), num_examples=N)
