@@ -122,7 +122,8 @@ def _norm_cost(group: Group, method: Method) -> Cost:
     if t == 1:
         return Cost(2 * h * (k + n), factors, 0, cut)
     gram = 4 * h * t * t
-    return Cost(2 * h * t * t * (k + n), factors + 4 * gram, 0, cut + 2 * gram)
+    # Both matrices, and their product, are written and read, the former for slack too.
+    return Cost(2 * h * t * t * (k + n), factors + 8 * gram, 0, cut + 2 * gram)
 
 
 def _cut(group: Group) -> int:
