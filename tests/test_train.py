@@ -21,7 +21,14 @@ from dpjax.data.batches import batches
 from dpjax.experiment import build_experiment
 from dpjax.ledger import Ledger, NoiseReuseError
 from dpjax.noise import root_key
-from dpjax.train import Interrupted, init_state, make_train_step, sampling_seed, train
+from dpjax.train import (
+    Interrupted,
+    _moving_average,
+    init_state,
+    make_train_step,
+    sampling_seed,
+    train,
+)
 from dpjax.transforms import private
 from experiments.train import main
 from tests.checks import thinned
@@ -605,6 +612,13 @@ def test_the_non_private_twin_trains_and_claims_nothing(tmp_path):
     assert not found["private"]
     assert "NOT PRIVATE" in (tmp_path / "privacy_card.md").read_text()
     json.loads((tmp_path / "privacy_card.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_the_moving_average_remembers_by_its_decay_and_little_at_first():
+    before, now = {"w": np.float32([1.0])}, {"w": np.float32([2.0])}
+    for step, weight in ((0, 0.1), (8, 0.5), (10**6, 0.9)):
+        found = _moving_average(before, now, decay=0.9, step=jax.numpy.int32(step))
+        np.testing.assert_allclose(found["w"], weight * 1.0 + (1 - weight) * 2.0)
 
 
 def test_augmentation_and_moving_average_train(tmp_path):
