@@ -269,6 +269,23 @@ class Favourites(Poisson):
         return np.flatnonzero(rng.random(num_examples) < rates)
 
 
+class SecretFavourites(Poisson):
+    """On average over seeds, all are drawn alike."""
+
+    def draw(self, step, *, num_examples, seed):
+        half = np.random.default_rng(seed).permutation(num_examples) % 2
+        rates = np.where(half, 4 / 3, 2 / 3) * self.rate
+        rng = np.random.default_rng([seed, step])
+        return np.flatnonzero(rng.random(num_examples) < rates)
+
+
+class RarerEvent(dpjax.DpSgd):
+    def event(self, steps=None):
+        rarer = dataclasses.replace(self.sampling, rate=self.sampling.rate / 2)
+        honest = dpjax.DpSgd(**vars(self) | {"sampling": rarer})
+        return honest.event(steps)
+
+
 @dataclasses.dataclass(frozen=True)
 class Own:
     """Half of the examples, always the same: no relative of what ships."""
@@ -395,6 +412,14 @@ BROKEN = {
     "public batches": (
         lambda: sampling_as(PublicBatches(rate=0.1)),
         "of other sizes than|does not draw each example by coins of its own",
+    ),
+    "another half for each seed": (
+        lambda: sampling_as(SecretFavourites(rate=0.1)),
+        "does not draw each example by coins of its own",
+    ),
+    "rate of the event": (
+        lambda: mechanism_as(RarerEvent),
+        "accounts other rates than its sampling draws with",
     ),
     "half twice as often": (
         lambda: sampling_as(Favourites(rate=0.1)),
