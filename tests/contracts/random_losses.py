@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.contracts.zoo import B, Case, score
+from tests.contracts.zoo.cases import B, Case, score
 
 LENGTH = 6  # at most as many tokens, and as many ids in an example
 WIDTH = 8  # at most as many features

@@ -9,7 +9,8 @@ from dpjax.clipping import Query
 from dpjax.sensitive import reveal
 from tests.checks import assert_close, batch_of, norm, thinned
 from tests.contracts.test_zoo import ENGINES, INDEX, KEY, MASK, known
-from tests.contracts.zoo import ZOO, Case, convolve
+from tests.contracts.zoo import ZOO
+from tests.contracts.zoo.cases import Case, convolve
 
 BAD = 1
 """The row that is spoilt."""

@@ -27,7 +27,7 @@ from dpjax.sensitive import reveal
 from dpjax.typing import Batch
 from tests.checks import batch_of, clip, norm, thinned
 from tests.contracts.test_zoo import INDEX, KEY, MASK, check_sum
-from tests.contracts.zoo import BF16, B
+from tests.contracts.zoo.cases import BF16, B
 
 ENGINES = {"bookkeeping": bookkeeping, "ghost": ghost, "auto": auto}
 PLAIN = {"dtype": "float32", "scan": False, "remat": False, "layers": 1}
