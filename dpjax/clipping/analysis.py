@@ -444,7 +444,19 @@ def _iterated(tag: Tag, loop: Loop) -> Tag:
     """Tag what one iteration sees of a stacked input."""
     if not isinstance(tag, ParamValue):
         return DATA
-    return dataclasses.replace(tag, loops=(*tag.loops, loop))
+    return _looped(tag, (*tag.loops, loop), -1)
+
+
+def _looped(value: ParamValue, loops: tuple[Loop, ...], shift: int) -> ParamValue:
+    """Return a value whose first axis has become a loop (``shift`` -1), or was one (1)."""
+    pieces = [
+        piece._replace(
+            value=_looped(piece.value, loops, shift), axis=piece.axis + shift
+        )
+        for piece in value.pieces
+        if piece.axis + shift >= 0
+    ]
+    return dataclasses.replace(value, loops=loops, pieces=tuple(pieces))
 
 
 def _stacked(tag: Tag, loop: Loop) -> Tag:
@@ -453,7 +465,7 @@ def _stacked(tag: Tag, loop: Loop) -> Tag:
         return DATA
     if loop in tag.loops:
         outer = tuple(other for other in tag.loops if other != loop)
-        return dataclasses.replace(tag, loops=outer)
+        return _looped(tag, outer, 1)
 
     def repeated(evaluator: Any) -> Any:
         axis = len(tag.loops)

@@ -215,12 +215,14 @@ def _scaled(eqn: JaxprEqn, inputs: Sequence[ParamValue]) -> _Scaled | None:
     if name not in ("mul", "div"):
         return None
     for side, by in ((0, 1), (1, 0)):
-        number = shape_of(eqn.invars[by]) == () and inputs[by].known
+        # One number: in a loop over constants it is another one in each iteration.
+        number = shape_of(eqn.invars[by]) == () and not inputs[by].loops
+        number = number and inputs[by].known
         if inputs[side].view is None or not number or (name == "div" and by == 0):
             continue
         by_what = float(now(inputs[by]))
         scale = by_what if name == "mul" else np.divide(1.0, by_what)
-        if not inputs[by].loops and np.isfinite(scale):
+        if np.isfinite(scale):
             return _Scaled(side, inputs[side].scale * float(scale))
     return None
 

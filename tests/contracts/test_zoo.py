@@ -35,6 +35,8 @@ ONCE_WRONG = (
     "conv_shared_by_few_and_many_positions",
     "custom_vjp_on_a_weight_in_a_loop",
     "custom_vjp_on_a_weight_in_nested_loops",
+    "scan_over_layers_times_a_number_for_each",
+    "weights_fused_in_a_scan_and_stacked",
 )
 PAIRS = [
     pair

@@ -41,6 +41,15 @@ def scan_over_layers_times_a_number(p, e, key):
     return score(jax.lax.scan(step, e["x"], (p["w"] * 2, p["b"]))[0])
 
 
+@case({"w": derived(2, 3, 3)}, {"x": x(5, 3)})
+def scan_over_layers_times_a_number_for_each(p, e, key):
+    def step(h, layer):
+        w, number = layer
+        return jnp.tanh(h @ (w * number)), None
+
+    return score(jax.lax.scan(step, e["x"], (p["w"], jnp.array([2.0, -0.5])))[0])
+
+
 @case({"w": frozen(3, 4), "v": dense(3, 4)}, {"x": x(5, 3)})
 def weight_times_zero(p, e, key):
     return score(e["x"] @ (0 * p["w"]) + e["x"] @ p["v"])
@@ -114,6 +123,32 @@ def scan_over_layers_with_fused_weights(p, e, key):
         return jnp.tanh(out[:, :3] + out[:, 3:]), None
 
     return score(jax.lax.scan(step, e["x"], (p["a"], p["b"]))[0])
+
+
+@case({"a": dense(2, 3, 4), "b": dense(2, 3, 2)}, {"x": x(5, 3)})
+def scan_over_weights_fused_before_it(p, e, key):
+    def step(h, layer):
+        out = h @ layer
+        return jnp.tanh(out[:, :3] + out[:, 3:]), None
+
+    fused = jnp.concatenate([p["a"], p["b"]], axis=2)
+    return score(jax.lax.scan(step, e["x"], fused)[0])
+
+
+@case({"a": derived(1, 3, 3), "b": derived(2, 3, 3)}, {"x": x(3, 5)})
+def scan_over_layers_of_two_stacks(p, e, key):
+    def step(h, layer):
+        return jnp.tanh(layer @ h), None
+
+    layers = jnp.concatenate([p["a"], p["b"]])
+    return score(jax.lax.scan(step, e["x"], layers)[0])
+
+
+@case({"a": dense(5, 3, 4), "b": dense(5, 2, 4)}, {"x": x(6, 4)})
+def weights_fused_in_a_scan_and_stacked(p, e, key):
+    fuse = lambda h, layer: (jnp.sin(h), jnp.concatenate(layer))  # noqa: E731
+    h, stack = jax.lax.scan(fuse, e["x"], (p["a"], p["b"]))
+    return score(jnp.tensordot(h, stack, ((1,), (2,))))
 
 
 @case({"a": derived(4, 3), "b": derived(2, 3)}, {"x": x(5, 3)})
