@@ -3,8 +3,8 @@
 A checkpoint holds everything a run needs to go on bit for bit: parameters, optimizer
 state, secret noise keys, the sampling seed, error-feedback memory. It is SENSITIVE:
 whoever reads it can subtract the noise, so no privacy guarantee covers it. Its
-directory is made accessible to its owner only (mode 0700); `export` is what to
-publish.
+directory is made accessible to its owner only (mode 0700); what `dpjax.export` writes
+is what to publish.
 
 Orbax makes each save atomic, but does not notice flipped bits in array files. Every
 leaf is therefore saved with a fingerprint of its values, which is compared after
@@ -22,7 +22,6 @@ import logging
 import os
 import re
 import shutil
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,6 @@ from jaxtyping import Array, PyTree
 from orbax.checkpoint import v1
 
 from dpjax.fingerprint import fingerprint
-from dpjax.partition import flatten, named_like, unflatten
 from dpjax.processes import barrier
 
 ocp: Any = v1  # its own annotations reject the paths and arrays it accepts
@@ -286,79 +284,6 @@ class Checkpoints(contextlib.AbstractContextManager):
             )
 
 
-def export(directory: Path, params: PyTree[Array], card: Mapping[str, str]) -> None:
-    """Write what may be published: the parameters and the privacy card.
-
-    The parameters go to ``params.npz``, one array per leaf, named by the keys on its
-    path joined by ``/``: readable by numpy alone. bfloat16, which numpy has not, is
-    written as float32. The directory is complete or absent.
-
-    Args:
-        directory: Where to write; must not exist.
-        params: Any pytree whose leaves have names of their own; see
-            `dpjax.partition.flatten`.
-        card: The text of each further file, by file name.
-
-    Raises:
-        FileExistsError: If `directory` exists.
-        ValueError: If `params` or a file name of `card` cannot be stored as described.
-    """
-    directory = Path(directory).absolute()
-    if directory.exists():
-        raise FileExistsError(
-            f"directory={directory} exists: remove it, or export to a new one"
-        )
-    for name in card:
-        if name == "params.npz" or Path(name).name != name:
-            raise ValueError(f"card file name {name!r}: use a plain, unused file name")
-    arrays = exported_arrays(params)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = directory.with_name(f".{directory.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
-    unfinished.mkdir()
-    try:
-        with zipfile.ZipFile(unfinished / "params.npz", "w") as archive:
-            for name, array in arrays.items():
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                    np.save(file, array, allow_pickle=False)
-        for name, text in card.items():
-            (unfinished / name).write_text(text, encoding="utf-8")
-        unfinished.rename(directory)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def load_export(directory: Path, *, like: PyTree | None = None) -> Any:
-    """Read the parameters that `export` wrote.
-
-    Args:
-        directory: Where they are.
-        like: The parameters of the model or their shapes, as from
-            ``jax.eval_shape(model.init, key, example)``.
-
-    Returns:
-        numpy arrays in the containers, and of the dtypes, of `like`; without it, in nested
-        dicts: one for each ``/`` in a name.
-
-    Raises:
-        ValueError: They are not the parameters of `like`.
-    """
-    with np.load(Path(directory) / "params.npz", allow_pickle=False) as file:
-        arrays = dict(file)
-    if like is None:
-        return unflatten(arrays)
-    try:
-        return jax.tree.map(_shaped_like, like, named_like(like, arrays))
-    except ValueError as error:
-        raise ValueError(f"{directory} does not fit like=: {error}") from error
-
-
-def _shaped_like(like: Any, array: np.ndarray) -> np.ndarray:
-    if array.shape != like.shape:
-        raise ValueError(f"shape {array.shape} in it, and {like.shape} in the model")
-    return array.astype(like.dtype)
-
-
 def _named_leaves(tree: PyTree) -> dict[str, Any]:
     """The leaves by their path, in the order of `jax.tree.leaves`."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
@@ -496,19 +421,6 @@ def _place(loaded: Array | None, like: Any) -> Array:
         data = jnp.array(np.asarray(jax.random.key_data(loaded)))
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(loaded))
     return jnp.array(np.asarray(loaded))
-
-
-def exported_arrays(params: PyTree[Array]) -> dict[str, np.ndarray]:
-    """Return the leaves as `export` writes them; raises ValueError as it does."""
-    arrays = {name: np.asarray(leaf) for name, leaf in flatten(params).items()}
-    return {name: _as_numpy_has(array) for name, array in arrays.items()}
-
-
-def _as_numpy_has(array: np.ndarray) -> np.ndarray:
-    """Return floats of a dtype that is JAX's alone (bfloat16) as float32, exactly."""
-    if array.dtype.kind != "V":
-        return array
-    return array.astype(np.float32)
 
 
 def _first_line(error: BaseException) -> str:

@@ -69,12 +69,13 @@ def _export(plan: Plan) -> int:
 
     from dpjax import report
     from dpjax.about import About, file_digest
-    from dpjax.checkpoint import CheckpointError, Checkpoints, export
+    from dpjax.checkpoint import CheckpointError, Checkpoints
     from dpjax.experiment import build_experiment
+    from dpjax.export import export
     from dpjax.fingerprint import combined_fingerprint
     from dpjax.ledger import Ledger, NoiseReuseError
     from dpjax.noise import root_key
-    from dpjax.train import evaluated_params, frozen_params, init_state
+    from dpjax.state import evaluated_params, frozen_params, init_state
     from dpjax.transforms import private
 
     experiment = build_experiment(config)

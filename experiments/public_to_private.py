@@ -136,7 +136,7 @@ def _compare_sst2(
     import jax
 
     from dpjax import config as configs
-    from dpjax.checkpoint import load_export
+    from dpjax.export import load_export
 
     config = recipes["private"]
     shown, scores, answers = range(0, 1821, 150), {}, {}
@@ -185,8 +185,8 @@ def _compare_e2e(
     import jax.numpy as jnp
 
     from dpjax import config as configs
-    from dpjax.checkpoint import load_export
     from dpjax.data.arrays import ArraySource
+    from dpjax.export import load_export
     from dpjax.losses import causal_lm
     from dpjax.models.peft import merge_lora
     from experiments.text_scores import bleu, rouge_l

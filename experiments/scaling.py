@@ -137,7 +137,8 @@ def programs(name: str, mesh: tuple[int, int], rows: int) -> tuple[Any, Any, Any
     from dpjax.experiment import Experiment
     from dpjax.noise import root_key
     from dpjax.sharding import make_layout
-    from dpjax.train import TrainState, make_train_step
+    from dpjax.state import TrainState
+    from dpjax.step import make_train_step
     from dpjax.transforms import PrivateState, private
     from experiments.workloads import WORKLOADS as RECIPES
 

@@ -58,14 +58,14 @@ def _stopped_early(number: int, frame: FrameType | None) -> None:
 def _run(command: Command) -> int:
     # Compiled programs are kept between runs; secrets are arguments, never constants.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(".cache") / "jax"))
-    from dpjax import processes, train
+    from dpjax import opening, processes, train
     from dpjax.allocator import keep_freed_memory
     from dpjax.checkpoint import CheckpointError
     from dpjax.clipping.planner import MemoryBudgetError
     from dpjax.ledger import NoiseReuseError
 
     if command.config["run"]["dry_run"]:
-        print(train.plan(command.config))
+        print(opening.plan(command.config))
         return 0
     keep_freed_memory()
     peers = command.peers

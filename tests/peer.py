@@ -47,16 +47,16 @@ def wait_until_all_were_told(count):
 
 def told():
     """Make each process print a digest of the state that it starts with."""
-    from dpjax import train
+    from dpjax import opening
 
-    init_state = train.init_state
+    init_state = opening.init_state
 
     def telling(*args):
         state = init_state(*args)
         print("starts with", digest(state), flush=True)
         return state
 
-    train.init_state = telling
+    opening.init_state = telling
 
 
 def digest(state):

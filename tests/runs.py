@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dpjax.checkpoint import load_export
+from dpjax.export import load_export
 from dpjax.ledger import Ledger
 from dpjax.metrics import read_jsonl
 from tests import tiny_config

@@ -19,7 +19,9 @@ from dpjax import train as train_module
 from dpjax.experiment import build_experiment
 from dpjax.mechanisms import DiceSgd
 from dpjax.noise import root_key
-from dpjax.train import init_state, make_train_step, train
+from dpjax.state import init_state
+from dpjax.step import make_train_step
+from dpjax.train import train
 from dpjax.transforms import private
 from tests.runs import card, exported, metrics, tiny
 

@@ -20,12 +20,8 @@ import numpy as np
 import optax
 import pytest
 
-from dpjax.checkpoint import (
-    CheckpointError,
-    Checkpoints,
-    export,
-    load_export,
-)
+from dpjax.checkpoint import CheckpointError, Checkpoints
+from dpjax.export import export, load_export
 from dpjax.fingerprint import fingerprint
 
 # When loading fails, Orbax abandons its other reads: their coroutines complain when

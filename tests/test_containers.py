@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpjax.checkpoint import load_export
 from dpjax.experiment import build_experiment
+from dpjax.export import load_export
 from dpjax.partition import flatten, merge, partition
 from dpjax.startup import check_parts
 from dpjax.train import train

@@ -10,7 +10,9 @@ from dpjax.data.batches import batches
 from dpjax.experiment import build_experiment
 from dpjax.ledger import Ledger
 from dpjax.noise import root_key
-from dpjax.train import init_state, make_train_step, sampling_seed, train
+from dpjax.state import init_state, sampling_seed
+from dpjax.step import make_train_step
+from dpjax.train import train
 from dpjax.transforms import private
 from tests.runs import assert_same_export, tiny
 

@@ -17,7 +17,8 @@ from dpjax.config import ConfigError
 from dpjax.noise import root_key
 from dpjax.sharding import make_layout
 from dpjax.startup import check_optimizer
-from dpjax.train import TrainState, make_train_step
+from dpjax.state import TrainState
+from dpjax.step import make_train_step
 from dpjax.transforms import private
 from tests.checks import thinned
 

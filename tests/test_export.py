@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import dpjax
-from dpjax.checkpoint import load_export
+from dpjax.export import load_export
 from dpjax.train import train
 from experiments import compose, export
 from tests.runs import assert_same_export, card, crash_after, tiny

@@ -11,9 +11,10 @@ from dpjax.experiment import build_experiment
 from dpjax.losses import causal_lm
 from dpjax.models import peft
 from dpjax.models.gpt2 import gpt2
+from dpjax.opening import plan
 from dpjax.partition import flatten, merge, partition, unflatten, with_frozen
 from dpjax.startup import check_parts
-from dpjax.train import plan, train
+from dpjax.train import train
 from dpjax.typing import Batch
 from tests.runs import assert_same_export, card, crash_after, exported, tiny
 

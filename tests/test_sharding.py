@@ -25,7 +25,8 @@ from dpjax.experiment import build_experiment
 from dpjax.noise import root_key
 from dpjax.sensitive import SEAL, ClippedSum, opened, reveal
 from dpjax.sharding import make_layout
-from dpjax.train import init_state, make_train_step, sampling_seed
+from dpjax.state import init_state, sampling_seed
+from dpjax.step import make_train_step
 from dpjax.transforms import private
 from tests.checks import (
     assert_close,

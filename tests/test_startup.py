@@ -17,8 +17,9 @@ from dpjax.experiment import build_experiment
 from dpjax.models import peft
 from dpjax.models.inputs import resized, standardized
 from dpjax.models.linen import array_model
+from dpjax.opening import plan
 from dpjax.startup import check_parts
-from dpjax.train import plan, train
+from dpjax.train import train
 from dpjax.typing import Model
 from tests.containers import dropping
 from tests.runs import tiny

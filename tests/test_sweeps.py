@@ -12,8 +12,8 @@ import pytest
 import scipy.stats
 
 from dpjax import train as loop
-from dpjax.checkpoint import load_export
 from dpjax.config import ConfigError, digest
+from dpjax.export import load_export
 from experiments import ablate, gather, summary, sweep
 from launch import slurm
 from tests.runs import SWEEP, sweep_file, tiny

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from dpjax import terminal, train
+from dpjax import opening, terminal
 from tests.runs import tiny
 
 
@@ -31,6 +31,6 @@ def test_what_is_found_in_private_data_is_told_as_private(monkeypatch):
         terminal, "tell", lambda lines, *, private: told.append((lines, private))
     )
     for variant in ("dpsgd", "nonprivate"):
-        train.plan(tiny(variant))
+        opening.plan(tiny(variant))
     lines = ["no training example is repeated"]
     assert told == [(lines, True), (lines, False)]

@@ -21,14 +21,9 @@ from dpjax.data.batches import batches
 from dpjax.experiment import build_experiment
 from dpjax.ledger import Ledger, NoiseReuseError
 from dpjax.noise import root_key
-from dpjax.train import (
-    Interrupted,
-    _moving_average,
-    init_state,
-    make_train_step,
-    sampling_seed,
-    train,
-)
+from dpjax.state import init_state, sampling_seed
+from dpjax.step import _moving_average, make_train_step
+from dpjax.train import Interrupted, train
 from dpjax.transforms import private
 from experiments.train import main
 from tests.checks import thinned

@@ -27,7 +27,8 @@ from dpjax.noise import root_key
 from dpjax.partition import with_frozen
 from dpjax.sampling import FullBatch, Poisson, secret_seed
 from dpjax.sensitive import ClippedSum
-from dpjax.train import frozen_params, init_state, make_train_step
+from dpjax.state import frozen_params, init_state
+from dpjax.step import make_train_step
 from dpjax.transforms import private
 from dpjax.typing import Batch, Example, Key, Loss, Params
 

@@ -12,7 +12,7 @@ import pytest
 
 import dpjax
 import dpjax.noise
-from dpjax import accounting, report, train
+from dpjax import accounting, opening, report, train
 from dpjax.audit import noises
 from dpjax.audit import self_check as checks
 from dpjax.audit.draws import check_accounting, check_draws
@@ -41,7 +41,7 @@ def mechanism_as(mutant):
 
 def test_a_plan_says_which_checks_were_passed():
     config = tiny(**{"run.self_check": True, "run.dry_run": True})
-    printed = train.plan(config)
+    printed = opening.plan(config)
     assert printed.startswith("self-check, all passed\n")
     assert "one example moves the clipped sum by at most its bound" in printed
     assert "noises are as accounted" in printed
