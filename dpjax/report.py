@@ -104,7 +104,7 @@ class PrivacyCard:
 
     def to_json(self) -> str:
         """Return the card as strict JSON; an infinite epsilon is the string "inf"."""
-        return json.dumps(_strict(dataclasses.asdict(self)), indent=2) + "\n"
+        return json.dumps(strict(dataclasses.asdict(self)), indent=2) + "\n"
 
     def to_markdown(self) -> str:
         """Return the card as a page for people."""
@@ -335,7 +335,7 @@ def identity(
 def config_text(config: Mapping[str, Any], mechanism: Mechanism) -> str:
     """Return the resolved config as JSON, for people and scripts."""
     resolved = {"mechanism": facts(mechanism)}
-    return json.dumps(_strict({**config, "resolved": resolved}), indent=2) + "\n"
+    return json.dumps(strict({**config, "resolved": resolved}), indent=2) + "\n"
 
 
 def metric_name(config: Mapping[str, Any]) -> str:
@@ -398,11 +398,12 @@ def facts(mechanism: Any) -> dict[str, Any]:
     return found
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
+    """Return a value for strict JSON: tuples are lists, "inf" and "nan" are strings."""
     if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
+        return {key: strict(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
+        return [strict(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

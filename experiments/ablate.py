@@ -52,15 +52,16 @@ class Plan(NamedTuple):
 
 def main(argv: list[str]) -> int:
     """Run the command; return its exit status."""
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return 0
-    try:
-        plan = _plan(argv)
-        sweep.begin(plan.sweep, plan.out, partly=plan.only is not None)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return options.command(argv, __doc__, _begun, lambda plan: _run(plan, argv))
+
+
+def _begun(argv: list[str]) -> Plan:
+    plan = _plan(argv)
+    sweep.begin(plan.sweep, plan.out, partly=plan.only is not None)
+    return plan
+
+
+def _run(plan: Plan, argv: list[str]) -> int:
     chosen = range(len(plan.sweep.runs)) if plan.only is None else plan.only
     pending = [
         plan.sweep.runs[i]
@@ -197,16 +198,15 @@ def _share(plan: Plan, pending: Sequence[Run], workers: int) -> int:
 
 def _cache_programs() -> None:
     """Keep compiled programs, small ones too: runs that differ in seeds share them."""
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(".cache") / "jax"))
+    options.keep_programs()
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
 
 def _plan(argv: list[str]) -> Plan:
-    sources = [argument for argument in argv if not argument.startswith("--")]
+    sources, given = options.split(argv, _OPTIONS)
     if len(sources) != 1:
         raise ConfigError("name one sweep, FILE[:VARIANT]; see --help")
-    given = options.read([a for a in argv if a not in sources], _OPTIONS)
     if "out" not in given:
         raise ConfigError("--out=DIR is missing; see --help")
     workers = None

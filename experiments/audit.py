@@ -27,7 +27,6 @@ not refute the claim.
 Exit status: 0 consistent, 1 VIOLATED, 2 wrong config or input.
 """
 
-import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,15 +55,7 @@ class Plan(NamedTuple):
 
 def main(argv: list[str]) -> int:
     """Run the command; return its exit status."""
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return 0
-    try:
-        plan = _plan(argv)
-        return _run(plan)
-    except (OSError, ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return options.command(argv, __doc__, lambda argv: _run(_plan(argv)))
 
 
 def _plan(argv: list[str]) -> Plan:
@@ -110,7 +101,7 @@ def _config(argv: list[str]) -> dict[str, Any]:
 
 
 def _run(plan: Plan) -> int:
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(".cache") / "jax"))
+    options.keep_programs()
     from dpjax import report
     from dpjax.audit import verdict
     from dpjax.experiment import build_experiment

@@ -2,16 +2,13 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dpjax.audit.verdict import CREDIBILITY, Finding, worst
-from dpjax.report import PrivacyCard
-
-# Okabe and Ito's palette, which the colour-blind can tell apart, without yellow.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+from dpjax.report import PrivacyCard, strict
+from experiments.report import COLOURS, tidy
 
 
 def write(card: PrivacyCard, findings: Sequence[Finding], directory: Path) -> None:
@@ -30,7 +27,7 @@ def to_json(card: PrivacyCard, findings: Sequence[Finding]) -> str:
         "findings": [_plain(f) for f in findings],
         "card": json.loads(card.to_json()),
     }
-    return json.dumps(_strict(content), indent=1) + "\n"
+    return json.dumps(strict(content), indent=1) + "\n"
 
 
 def to_markdown(card: PrivacyCard, findings: Sequence[Finding]) -> str:
@@ -77,7 +74,7 @@ def draw(card: PrivacyCard, findings: Sequence[Finding]) -> Any:
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     for i, f in enumerate(findings):
-        colour = _COLOURS[i % len(_COLOURS)]
+        colour = COLOURS[i % len(COLOURS)]
         left.plot(*zip(*f.roc, strict=True), color=colour, linewidth=2, label=f.attack)
         low, median, high = (min(e, 2 * card.epsilon) for e in f.posterior)
         error = [[median - low], [high - median]]
@@ -95,9 +92,7 @@ def draw(card: PrivacyCard, findings: Sequence[Finding]) -> Any:
     )
     right.set_xlim(left=0)
     for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="0.9")
-        axes.set_axisbelow(True)
+        tidy(axes)
     left.legend(frameon=False, loc="lower right")
     return figure
 
@@ -108,13 +103,3 @@ def _plain(finding: Finding) -> dict[str, Any]:
     for name in ("counts", "posterior", "excess"):
         values[name] = values[name]._asdict()
     return values
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value

@@ -11,38 +11,33 @@ Exit status: 0 done, 2 wrong arguments or input.
 """
 
 import itertools
-import json
 import math
 import sys
 from pathlib import Path
 from typing import Any
 
-from experiments import options
+from experiments import options, report, sweep
 from experiments.audit_suites import SUITES, Rows, Sources
-
-# Okabe and Ito's palette, which the colour-blind can tell apart, without yellow.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 
 
 def main(argv: list[str]) -> int:
     """Run the command; return its exit status."""
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return 0
-    try:
-        given = options.read(argv, ("out", "suite", "mnist"))
-        if "out" not in given:
-            raise ValueError("--out=DIR is missing; see --help")
-        suites = options.choices("suite", given.get("suite"), SUITES)
-        sources = _sources(given.get("mnist"))
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    out = Path(given["out"])
+    return options.command(argv, __doc__, _asked, lambda asked: _run(*asked))
+
+
+def _asked(argv: list[str]) -> tuple[Path, list[str], Sources]:
+    given = options.read(argv, ("out", "suite", "mnist"))
+    if "out" not in given:
+        raise ValueError("--out=DIR is missing; see --help")
+    suites = options.choices("suite", given.get("suite"), SUITES)
+    return Path(given["out"]), suites, _sources(given.get("mnist"))
+
+
+def _run(out: Path, suites: list[str], sources: Sources) -> int:
     out.mkdir(parents=True, exist_ok=True)
     for name in suites:
         rows = SUITES[name](sources)
-        (out / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
+        sweep.write_json(out / f"{name}.json", rows)
         (out / f"{name}.md").write_text(markdown(rows))
         if name in _PLOTS:
             _draw(rows, **_PLOTS[name]).savefig(out / f"{name}.png", dpi=150)
@@ -53,9 +48,8 @@ def main(argv: list[str]) -> int:
 def markdown(rows: Rows) -> str:
     """Return rows as a table."""
     columns = list(rows[0])
-    lines = [columns, ["---"] * len(columns)]
-    lines += [[_text(row[column]) for column in columns] for row in rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    lines = [[_text(row[column]) for column in columns] for row in rows]
+    return report.markdown(columns, lines)
 
 
 _PLOTS: dict[str, dict[str, Any]] = {
@@ -94,14 +88,13 @@ def _draw(rows: Rows, *, x: str, ys: tuple[str, ...], by: tuple[str, ...]) -> An
                 [row[y] for row in of_group],
                 ("-", "--")[j],
                 marker="o",
-                color=_COLOURS[i if by else j],
+                color=report.COLOURS[i if by else j],
                 label=", ".join([*group, y]),
             )
         axes.set_xticks(range(len(ticks)), [_text(tick) for tick in ticks])
         axes.set_xlabel(x)
         axes.set_title(panel, loc="left")
-        axes.grid(color="0.9")
-        axes.spines[["top", "right"]].set_visible(False)
+        report.tidy(axes)
     lines, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(
         lines, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=7

@@ -50,23 +50,14 @@ class Plan(NamedTuple):
 
 def main(argv: list[str]) -> int:
     """Run the command; return its exit status."""
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return 0
-    try:
-        plan = _plan(argv)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    _run(plan, argv)
-    return 0
+    return options.command(argv, __doc__, _plan, lambda plan: _run(plan, argv))
 
 
-def _run(plan: Plan, argv: list[str]) -> None:
+def _run(plan: Plan, argv: list[str]) -> int:
     import jax
 
     from dpjax.allocator import keep_freed_memory
-    from experiments import report, steps, suite, throughput, timing
+    from experiments import report, steps, suite, sweep, throughput, timing
 
     keep_freed_memory()
     results: dict[str, Any] = timing.provenance(
@@ -87,12 +78,13 @@ def _run(plan: Plan, argv: list[str]) -> None:
         results["rows"] += rows
         results["baselines"][name] = baseline
         # After each, for a later one may run out of memory or patience.
-        report.write(results, plan.out)
+        sweep.write_json(plan.out, results)
         report.print_table(rows)
     if plan.plot is not None:
         report.draw(results["rows"]).savefig(plan.plot, dpi=150)
         print(plan.plot)
     print(plan.out)
+    return 0
 
 
 def _plan(argv: list[str]) -> Plan:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from dpjax.config import PRIVATE_START, WEIGHTS, ConfigError, flatten
 from dpjax.ledger import Ledger
-from experiments import options, summary, sweep
+from experiments import options, report, summary, sweep
 
 
 class Run(NamedTuple):
@@ -33,15 +33,12 @@ class Run(NamedTuple):
 
 def main(argv: list[str]) -> int:
     """Run the command; return its exit status."""
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return 0
-    try:
-        workdirs, out = _parse(argv)
-        text = composed([_read(workdir) for workdir in workdirs])
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return options.command(argv, __doc__, _composed)
+
+
+def _composed(argv: list[str]) -> int:
+    workdirs, out = _parse(argv)
+    text = composed([_read(workdir) for workdir in workdirs])
     out.write_text(text)
     print(text.partition("\n")[0].removeprefix("# "))
     print(out)
@@ -67,11 +64,17 @@ def composed(runs: Sequence[Run]) -> str:
     elif cost.claimed:
         claim += " (claimed, assumption-based)"
     flags = [f"{r.workdir}: {flag}" for r in runs for flag in _flags(r, runs)]
-    rows = [
-        f"| {r.workdir} | {r.card['mechanism']['name']} | {r.steps} / "
-        f"{r.card['steps_planned']} |"
-        for r in runs
-    ]
+    table = report.markdown(
+        ("run", "mechanism", "steps accounted / planned"),
+        [
+            (
+                str(r.workdir),
+                r.card["mechanism"]["name"],
+                f"{r.steps} / {r.card['steps_planned']}",
+            )
+            for r in runs
+        ],
+    )
     assumed = dict.fromkeys(a for r in runs for a in r.card["assumptions"])
     assumptions = [
         a.replace("covers this run only", "covers these only") for a in assumed
@@ -82,10 +85,7 @@ def composed(runs: Sequence[Run]) -> str:
             "",
             "All that these runs released, for one example that is in the data of all.",
             "",
-            "| run | mechanism | steps accounted / planned |",
-            "| --- | --- | --- |",
-            *rows,
-            "",
+            table,
             "## Flags",
             "",
             *(f"- {flag}" for flag in flags or ["none"]),
@@ -135,10 +135,9 @@ def _read(workdir: Path) -> Run:
 
 
 def _parse(argv: list[str]) -> tuple[list[Path], Path]:
-    workdirs = [argument for argument in argv if not argument.startswith("--")]
+    workdirs, given = options.split(argv, ("out",))
     if len({Path(w).resolve() for w in workdirs}) < max(2, len(workdirs)):
         raise ConfigError("name the workdirs of two runs or more; see --help")
-    given = options.read([a for a in argv if a not in workdirs], ("out",))
     out = options.file("out", given.get("out"), ".md")
     return [Path(workdir) for workdir in workdirs], out
 

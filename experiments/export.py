@@ -15,7 +15,6 @@ together by `python -m experiments.compose`.
 Exit status: 0 done, 2 wrong arguments or input, 1 the checkpoint or the ledger is unusable.
 """
 
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -35,14 +34,7 @@ class Plan(NamedTuple):
 
 def main(argv: list[str]) -> int:
     """Run the command; return its exit status."""
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return 0
-    try:
-        return _export(_plan(argv))
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return options.command(argv, __doc__, lambda argv: _export(_plan(argv)))
 
 
 def resolved_config(workdir: Path) -> dict[str, Any]:
@@ -64,7 +56,7 @@ def _export(plan: Plan) -> int:
     config = resolved_config(plan.workdir)
     if not (plan.workdir / "checkpoints").is_dir():
         raise ConfigError(f"{plan.workdir} has no checkpoints")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(".cache") / "jax"))
+    options.keep_programs()
     import jax
 
     from dpjax import report
@@ -125,10 +117,9 @@ def _export(plan: Plan) -> int:
 
 
 def _plan(argv: list[str]) -> Plan:
-    workdirs = [argument for argument in argv if not argument.startswith("--")]
+    workdirs, given = options.split(argv, ("out", "step"))
     if len(workdirs) != 1:
         raise ConfigError("name one workdir; see --help")
-    given = options.read([a for a in argv if a not in workdirs], ("out", "step"))
     workdir = Path(workdirs[0])
     if "out" not in given:
         raise ConfigError("--out=DIR is missing; see --help")

@@ -22,7 +22,6 @@ such as written seeds, is said below it.
 Exit status: 0 all runs are finished, 1 some failed or are missing, 2 wrong arguments.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,17 +54,14 @@ class Plan(NamedTuple):
 
 def main(argv: list[str]) -> int:
     """Run the command; return its exit status."""
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return 0
-    try:
-        plan = _plan(argv)
-        if plan.resubmit:
-            _resubmit(plan)
-        return _report(plan, argv)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return options.command(argv, __doc__, _gather)
+
+
+def _gather(argv: list[str]) -> int:
+    plan = _plan(argv)
+    if plan.resubmit:
+        _resubmit(plan)
+    return _report(plan, argv)
 
 
 def _report(plan: Plan, argv: list[str]) -> int:
@@ -125,11 +121,10 @@ def _resubmit(plan: Plan) -> None:
 
 
 def _plan(argv: list[str]) -> Plan:
-    directories = [argument for argument in argv if not argument.startswith("--")]
-    flags = [a for a in argv if a not in directories and a != "--resubmit"]
+    flags = [a for a in argv if a != "--resubmit"]
+    directories, given = options.split(flags, _OPTIONS)
     if len(directories) != 1:
         raise ConfigError("name one folder of a sweep; see --help")
-    given = options.read(flags, _OPTIONS)
     others = tuple(Path(name) for name in given.get("with", "").split(",") if name)
     for directory in (Path(directories[0]), *others):
         if not (directory / sweep.MANIFEST).is_file():
@@ -142,12 +137,7 @@ def _plan(argv: list[str]) -> Plan:
     if "--resubmit" not in argv and (stray := set(_RUNNING) & set(given)):
         raise ConfigError(f"--{stray.pop()} is for --resubmit")
     _check_labels(Path(directories[0]), given)
-    return Plan(
-        Path(directories[0]),
-        others,
-        "--resubmit" in argv,
-        given,
-    )
+    return Plan(Path(directories[0]), others, "--resubmit" in argv, given)
 
 
 def _check_labels(directory: Path, given: dict[str, str]) -> None:
@@ -155,7 +145,7 @@ def _check_labels(directory: Path, given: dict[str, str]) -> None:
         raise ConfigError("--chosen needs --choose=LABEL")
     if "plot" in given and not {"x", "lines"} <= given.keys():
         raise ConfigError("--plot needs --x=LABEL and --lines=LABEL")
-    cells = json.loads((directory / sweep.MANIFEST).read_text())["cells"]
+    cells = sweep.read_json(directory / sweep.MANIFEST)["cells"]
     labels = list(dict.fromkeys(name for cell in cells for name in cell["labels"]))
     for option in ("choose", "x", "lines", "panels"):
         if option in given:

@@ -1,9 +1,54 @@
-"""Options ``--name=value`` of the benchmarks. Imports no framework."""
+"""What every command begins with: help, options ``--name=value``, errors of one line.
 
-from collections.abc import Iterable
+Imports no framework.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from dpjax.config import nearest
+
+
+def command(
+    argv: list[str],
+    usage: str | None,
+    parse: Callable[[list[str]], Any],
+    run: Callable[[Any], int] = int,
+) -> int:
+    """Run a command; return its exit status: 2 where its input is wrong.
+
+    Args:
+        argv: Its arguments.
+        usage: What ``--help`` prints.
+        parse: Whose ValueError, OSError or ImportError is told in one line.
+        run: Takes what ``parse`` returned; its errors are not the user's.
+    """
+    if {"-h", "--help"} & set(argv):
+        print(usage)
+        return 0
+    try:
+        asked = parse(argv)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return run(asked)
+
+
+def keep_programs() -> None:
+    """Keep compiled programs between runs; call it before JAX is imported.
+
+    No secret is in them: secrets are arguments, never constants.
+    """
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(".cache") / "jax"))
+
+
+def split(argv: list[str], known: Iterable[str]) -> tuple[list[str], dict[str, str]]:
+    """Return what is no option, and the options that were given (see ``read``)."""
+    names = [argument for argument in argv if not argument.startswith("-")]
+    return names, read([a for a in argv if a.startswith("-")], known)
 
 
 def read(argv: list[str], known: Iterable[str]) -> dict[str, str]:

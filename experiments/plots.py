@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpjax.metrics import read_jsonl
+from experiments import options
+from experiments.report import COLOURS, tidy
 
-# Okabe and Ito's palette, which the colour-blind can tell apart, without yellow.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("-", "--", ":", "-.")
 
 
@@ -39,18 +39,20 @@ class Run(NamedTuple):
 
 def main(argv: list[str]) -> int:
     """Run the command; return its exit status."""
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return 0
-    try:
-        directories, out, metric = _parse(argv)
-        names = _short_names(directories)
-        runs = [
-            _load(d, name, metric) for d, name in zip(directories, names, strict=True)
-        ]
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return options.command(argv, __doc__, _loaded, lambda asked: _plot(*asked))
+
+
+def _loaded(argv: list[str]) -> tuple[list[Run], Path, str]:
+    found, given = options.split(argv, ("out", "metric"))
+    if not found:
+        raise ValueError("no run directory given: see --help")
+    out = options.file("out", given.get("out", "plots.png"), ".png")
+    metric, directories = given.get("metric", "test/accuracy"), [*map(Path, found)]
+    named = zip(directories, _short_names(directories), strict=True)
+    return [_load(folder, name, metric) for folder, name in named], out, metric
+
+
+def _plot(runs: Sequence[Run], out: Path, metric: str) -> int:
     draw(runs, metric=metric).savefig(out, dpi=150)
     print(out)
     return 0
@@ -64,8 +66,8 @@ def draw(runs: Sequence[Run], *, metric: str) -> Any:
     left, right = figure.subplots(1, 2, sharex=True)
     for i, run in enumerate(runs):
         style = {
-            "color": _COLOURS[i % len(_COLOURS)],
-            "linestyle": _DASHES[i // len(_COLOURS) % len(_DASHES)],
+            "color": COLOURS[i % len(COLOURS)],
+            "linestyle": _DASHES[i // len(COLOURS) % len(_DASHES)],
             "linewidth": 2,
         }
         left.plot(*run.metric, label=_label(run), marker="o", markersize=4, **style)
@@ -81,31 +83,9 @@ def draw(runs: Sequence[Run], *, metric: str) -> Any:
     for axes in (left, right):
         axes.set_xlabel("step")
         axes.set_xlim(left=0)
-        axes.grid(color="0.9")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
     figure.legend(loc="outside lower center", ncols=min(2, len(runs)), frameon=False)
     return figure
-
-
-def _parse(argv: list[str]) -> tuple[list[Path], Path, str]:
-    options = {"--out": "plots.png", "--metric": "test/accuracy"}
-    directories = []
-    for argument in argv:
-        name, _, value = argument.partition("=")
-        if not argument.startswith("-"):
-            directories.append(Path(argument))
-        elif name in options and value:
-            options[name] = value
-        else:
-            raise ValueError(f"{argument}: use --out=FILE.png, --metric=NAME or --help")
-    if not directories:
-        raise ValueError("no run directory given: see --help")
-    if not options["--out"].endswith(".png"):
-        raise ValueError(f"--out={options['--out']} must end with .png")
-    if not Path(options["--out"]).absolute().parent.is_dir():
-        raise ValueError(f"--out={options['--out']} is in a directory that is absent")
-    return directories, Path(options["--out"]), options["--metric"]
 
 
 def _short_names(directories: Sequence[Path]) -> list[str]:

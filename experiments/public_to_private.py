@@ -19,15 +19,13 @@ Exit status: 0 done, 2 wrong arguments or input.
 """
 
 import csv
-import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpjax.config import ConfigError
-from experiments import options, sweep, timing
+from experiments import options, report, sweep, timing
 
 _OPTIONS = ("task", "text", "data", "workdir")
 _VOCABULARY = {"e2e": 1024, "sst2": 4096}
@@ -53,24 +51,21 @@ class Task(NamedTuple):
 
 def main(argv: list[str]) -> int:
     """Run the command; return its exit status."""
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return 0
-    try:
-        given = options.read(argv, _OPTIONS)
-        missing = [name for name in _OPTIONS if name not in given]
-        if missing:
-            raise ValueError(f"--{missing[0]} is missing; see --help")
-        options.choices("task", given["task"], _FILES)
-        _run(given["task"], *(Path(given[name]) for name in _OPTIONS[1:]))
-    except (ConfigError, OSError, ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return options.command(argv, __doc__, _compare)
+
+
+def _compare(argv: list[str]) -> int:
+    given = options.read(argv, _OPTIONS)
+    missing = [name for name in _OPTIONS if name not in given]
+    if missing:
+        raise ValueError(f"--{missing[0]} is missing; see --help")
+    options.choices("task", given["task"], _FILES)
+    _run(given["task"], *(Path(given[name]) for name in _OPTIONS[1:]))
     return 0
 
 
 def _run(name: str, text: Path, data: Path, workdir: Path) -> None:
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(".cache") / "jax"))
+    options.keep_programs()
     from configs import e2e_tiny_gpt, sst2_tiny_encoder
     from dpjax.train import train
 
@@ -277,11 +272,11 @@ def _write(model: Any, params: Any, prompts: list[str], tokenizer: Any) -> list[
 
 def _table(scores: Mapping[str, Mapping[str, float]]) -> str:
     columns = [*next(iter(scores.values()))]
-    lines = [f"| | {' | '.join(columns)} |", f"| --- |{' --- |' * len(columns)}"]
-    for label, row in scores.items():
-        cells = " | ".join(f"{row[column]:.3f}" for column in columns)
-        lines.append(f"| {label} | {cells} |")
-    return "\n".join(lines) + "\n"
+    rows = [
+        [label, *(f"{row[column]:.3f}" for column in columns)]
+        for label, row in scores.items()
+    ]
+    return report.markdown(["", *columns], rows)
 
 
 def _samples(prompts: Mapping[str, list[str]], texts: Mapping[str, list[str]]) -> str:

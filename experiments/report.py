@@ -1,19 +1,25 @@
-"""Rows of the benchmark as JSON, as a table and as a picture."""
+"""Tables and pictures that the commands share, and those of the benchmark."""
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 Rows = Sequence[dict[str, Any]]
 
 # Okabe and Ito's palette, which the colour-blind can tell apart, without yellow.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
-def write(results: dict[str, Any], path: Path) -> None:
-    """Write the results as JSON."""
-    path.write_text(json.dumps(results, indent=1) + "\n")
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown, with a line break at its end."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def tidy(axes: Any) -> None:
+    """Give matplotlib axes a pale grid, and no frame above and to the right."""
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def print_table(rows: Rows) -> None:

@@ -15,6 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from experiments import options
@@ -58,19 +59,19 @@ PLANS: Final = {"gpt": Plan(4096, 16), "wrn16_4": Plan(4096, 16)}
 
 def main(argv: list[str]) -> int:
     """Run the command; return its exit status."""
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return 0
-    try:
-        given = options.read(argv, ("out", "workloads"))
-        out = options.file("out", given.get("out"), ".json")
-        names = options.choices("workloads", given.get("workloads"), WORKLOADS)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return options.command(argv, __doc__, _asked, lambda asked: _run(argv, *asked))
+
+
+def _asked(argv: list[str]) -> tuple[list[str], Path]:
+    given = options.read(argv, ("out", "workloads"))
+    out = options.file("out", given.get("out"), ".json")
+    return options.choices("workloads", given.get("workloads"), WORKLOADS), out
+
+
+def _run(argv: list[str], names: list[str], out: Path) -> int:
     os.environ["JAX_NUM_CPU_DEVICES"] = "8"
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from experiments import report, timing
+    from experiments import sweep, timing
 
     results: dict[str, Any] = timing.provenance(
         module="experiments.scaling",
@@ -87,7 +88,7 @@ def main(argv: list[str]) -> int:
         for name in names
         for row in modelled([c for c in results["counts"] if c["workload"] == name])
     ]
-    report.write(results, out)
+    sweep.write_json(out, results)
     out.with_suffix(".md").write_text(page(results))
     print(out.with_suffix(".md"))
     return 0

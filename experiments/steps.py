@@ -82,7 +82,9 @@ def measure(name: str, *, engines: list[str], rounds: int) -> tuple[Rows, None]:
                 arguments = (start, batch, jax.random.key(4), jnp.float32(_CLIP_NORM))
                 made = compiled(program, arguments)
                 ready[engine, kind, extent] = made
-                calls[engine, kind, extent] = functools.partial(wait, made, arguments)
+                calls[engine, kind, extent] = functools.partial(
+                    wait, made.run, arguments
+                )
     times = alternate({"/".join(k): call for k, call in calls.items()}, rounds=rounds)
     rows = []
     for (engine, kind, extent), made in ready.items():

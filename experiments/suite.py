@@ -63,7 +63,7 @@ def measure_compiling(
     private = functools.partial(programs.private, workload.loss)
     candidates = {"grad": programs.mean_gradient(workload.loss)}
     candidates |= {engine: private(engine) for engine in engines}
-    arguments = _arguments(workload, jnp.float32(1.0))
+    arguments = arguments_of(workload, jnp.float32(1.0))
     ready: dict[str, Compiled] = {}
 
     def make(name: str) -> None:
@@ -134,7 +134,7 @@ def _nonprivate(workload: Workload) -> dict[str, Program]:
 
 
 def _compile(candidates: dict[str, Program], workload: Workload) -> dict[str, Compiled]:
-    arguments = _arguments(workload, jnp.float32(1.0))
+    arguments = arguments_of(workload, jnp.float32(1.0))
     # The first to be compiled would pay for what all of them use.
     programs.compiled(next(iter(candidates.values())), arguments)
     return {name: programs.compiled(p, arguments) for name, p in candidates.items()}
@@ -143,15 +143,16 @@ def _compile(candidates: dict[str, Program], workload: Workload) -> dict[str, Co
 def _call(
     compiled: Compiled, workload: Workload, clip_norm: jax.Array
 ) -> Callable[[], Any]:
-    return functools.partial(wait, compiled, _arguments(workload, clip_norm))
+    return functools.partial(wait, compiled.run, arguments_of(workload, clip_norm))
 
 
-def wait(compiled: Compiled, arguments: tuple[Any, ...]) -> Any:
+def wait(run: Program, arguments: tuple[Any, ...]) -> Any:
     """Run a program until its results are there."""
-    return jax.block_until_ready(compiled.run(*arguments))
+    return jax.block_until_ready(run(*arguments))
 
 
-def _arguments(workload: Workload, clip_norm: jax.Array) -> tuple[Any, ...]:
+def arguments_of(workload: Workload, clip_norm: jax.Array) -> tuple[Any, ...]:
+    """Return what a program takes."""
     return workload.params, workload.batch, jax.random.key(4), clip_norm
 
 

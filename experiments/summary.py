@@ -1,5 +1,6 @@
 """What a sweep found: rows over seeds, choices, the cost of the search, a plot."""
 
+import dataclasses
 import json
 import math
 import statistics
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments import sweep
-from experiments.report import COLOURS
+from experiments.report import COLOURS, markdown, tidy
 
 if TYPE_CHECKING:
     from dpjax.accounting import TuningCost
@@ -97,7 +98,7 @@ def table(found: Rows) -> str:
     labels = list(dict.fromkeys(name for row in found for name in row["labels"]))
     metrics = [row["metric"] for row in found if row["metric"]]
     head = [*labels, metrics[0] if metrics else "score", "n", "epsilon"]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for row in found:
         shown = [_number(row["labels"].get(name)) for name in labels]
         counted = str(row["n"])
@@ -105,7 +106,7 @@ def table(found: Rows) -> str:
             counted += f" of {row['runs']}"
         claimed = "" if row["proven"] else " claimed"
         lines.append([*shown, _score(row), counted, _number(row["epsilon"]) + claimed])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown(head, lines).rstrip("\n")
 
 
 def cost(directories: Sequence[Path]) -> "TuningCost | None":
@@ -170,8 +171,6 @@ def cost_text(found: "TuningCost | None", caveats: Sequence[str]) -> str:
 
 def cost_facts(found: "TuningCost | None") -> dict[str, Any] | None:
     """Return the cost as JSON-able facts."""
-    import dataclasses
-
     return None if found is None else dataclasses.asdict(found)
 
 
@@ -223,9 +222,7 @@ def draw(found: Rows, *, x: str, lines: str, panels: str | None) -> Any:
                 handles[name] = _line(axes, chosen, x, i)
         axes.set_title(title)
         axes.set_xlabel(x)
-        axes.grid(color="0.9")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
     grid[0].set_ylabel(next(row["metric"] for row in found if row["metric"]))
     figure.legend(
         handles.values(),

@@ -15,12 +15,13 @@ import os
 import runpy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from dpjax.config import ConfigError, check, digest, nearest
 
 Labels = Mapping[str, str | float | None]
 BESTS = ("highest", "lowest")
+Task = TypeVar("Task")
 MANIFEST, RESULT = "sweep.json", "result.json"
 
 
@@ -118,6 +119,19 @@ def seeded(cells: Iterable[Cell], seeds: Sequence[int]) -> Iterator[Cell]:
     for cell in cells:
         for seed in seeds:
             yield cell._replace(overrides={**cell.overrides, "run.seed": seed})
+
+
+def task_of(tasks: Mapping[str, Task], variant: str) -> Task:
+    """Return the task of ``NAME`` or ``NAME_tuning``.
+
+    Raises:
+        ValueError: There is none.
+    """
+    name = variant.removesuffix("_tuning")
+    if name not in tasks:
+        known = ", ".join(tasks)
+        raise ValueError(f"variant={variant!r} is unknown; {known}, or _tuning")
+    return tasks[name]
 
 
 def load(source: str) -> Sweep:
@@ -241,7 +255,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Write a file that is either whole or absent, whoever else writes it."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.write_text(json.dumps(value, indent=1) + "\n")

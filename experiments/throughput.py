@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import programs
+from experiments import programs, suite
 from experiments.programs import Program
 from experiments.timing import alternate, ratio
 from experiments.workloads import Workload, build
@@ -83,10 +83,10 @@ def measure(
             for n, found in sizes.items()
         }
 
-    clip_norm = jnp.median(ready[REFERENCE](*_arguments(workload, 1.0))[1])
-    arguments = _arguments(workload, clip_norm)
+    norms = ready[REFERENCE](*suite.arguments_of(workload, jnp.float32(1.0)))[1]
+    arguments = suite.arguments_of(workload, jnp.median(norms))
     calls = {
-        n: functools.partial(_wait, program, arguments) for n, program in ready.items()
+        n: functools.partial(suite.wait, run, arguments) for n, run in ready.items()
     }
     times = alternate(calls, rounds=rounds)
     truth = calls[REFERENCE]()
@@ -139,14 +139,8 @@ def _compiled(
     def resized(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype)
 
-    params, batch, *rest = jax.eval_shape(lambda: _arguments(workload, 1.0))
+    params, batch, *rest = jax.eval_shape(
+        lambda: suite.arguments_of(workload, jnp.float32(1.0))
+    )
     arguments = params, jax.tree.map(resized, batch), *rest
     return jax.jit(program).lower(*arguments).compile(options)
-
-
-def _wait(program: Program, arguments: tuple[Any, ...]) -> Any:
-    return jax.block_until_ready(program(*arguments))
-
-
-def _arguments(workload: Workload, clip_norm: float | jax.Array) -> tuple[Any, ...]:
-    return workload.params, workload.batch, jax.random.key(4), jnp.float32(clip_norm)

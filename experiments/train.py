@@ -23,10 +23,10 @@ import os
 import signal
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 from types import FrameType
 
 from dpjax.config import ConfigError
+from experiments import options
 from experiments.config_flags import Command, command_from
 
 
@@ -56,8 +56,7 @@ def _stopped_early(number: int, frame: FrameType | None) -> None:
 
 
 def _run(command: Command) -> int:
-    # Compiled programs are kept between runs; secrets are arguments, never constants.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(".cache") / "jax"))
+    options.keep_programs()
     from dpjax import opening, processes, train
     from dpjax.allocator import keep_freed_memory
     from dpjax.checkpoint import CheckpointError

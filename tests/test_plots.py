@@ -113,8 +113,8 @@ def test_another_metric(tmp_path, monkeypatch):
             "run/metrics.jsonl has no test/acc; --metric can be any of: epsilon, "
             "test/accuracy",
         ),
-        (["run", "--colour=red"], "--colour=red: use --out=FILE.png"),
-        (["run", "--out="], "--out=: use --out=FILE.png"),
+        (["run", "--colour=red"], "--colour=red is unknown; "),
+        (["run", "--out="], "--out has no value; use --out=..."),
         (["run", "--out=plot.pdf"], "--out=plot.pdf must end with .png"),
         (["run", "--out=absent/plot.png"], "is in a directory that is absent"),
         (["torn"], "torn/metrics.jsonl, line 1 is not a record"),

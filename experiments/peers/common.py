@@ -1,12 +1,11 @@
 """Command line and results of the peers' scripts. Imports no framework."""
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpjax.allocator import keep_freed_memory
-from experiments import options, report, timing
+from experiments import options, sweep, timing
 
 WORKLOADS = ("mlp", "convnet", "gpt")
 
@@ -31,14 +30,21 @@ def main(
     packages: Sequence[str],
 ) -> int:
     """Run the command of a peer on the CPU; return its exit status."""
-    if {"-h", "--help"} & set(argv):
-        print(usage)
-        return 0
-    try:
-        plan = _plan(argv)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+    def run(plan: Plan) -> int:
+        return _run(plan, argv, measure, module=module, packages=packages)
+
+    return options.command(argv, usage, _plan, run)
+
+
+def _run(
+    plan: Plan,
+    argv: list[str],
+    measure: Measure,
+    *,
+    module: str,
+    packages: Sequence[str],
+) -> int:
     keep_freed_memory()
     results: dict[str, Any] = timing.provenance(
         module=module, argv=argv, packages=packages, device="cpu"
@@ -48,7 +54,7 @@ def main(
         rows, baseline = measure(name, rounds=plan.rounds)
         results["rows"] += rows
         results["baselines"][name] = baseline
-        report.write(results, plan.out)
+        sweep.write_json(plan.out, results)
         for row in rows:
             print({key: value for key, value in row.items() if value is not None})
     return 0

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from configs import digits_mlp_dpsgd
-from experiments.sweep import Cell, chosen, grid, seeded
+from experiments.sweep import Cell, chosen, grid, seeded, task_of
 
 BEST = "lowest"
 RESULTS = Path("experiments/results/diff2")
@@ -73,7 +73,7 @@ TASKS = {
 
 def config(variant: str) -> ConfigDict:
     """Return the recipe of digits, or a regression task."""
-    task = _task(variant)
+    task = task_of(TASKS, variant)
     base = digits_mlp_dpsgd.get_config()
     base.data.source = ConfigDict({**task.source, "split": "train"})
     base.evaluation.source = ConfigDict({**task.source, "split": "test"})
@@ -97,7 +97,7 @@ def config(variant: str) -> ConfigDict:
 
 def cells(variant: str) -> Iterator[Cell]:
     """Yield the runs of a variant."""
-    task = _task(variant)
+    task = task_of(TASKS, variant)
     if variant.endswith("_tuning"):
         # Friedman's grid reaches to where training diverges, by chance of the seed.
         seeds = TUNING_SEEDS[: 2 if variant.startswith("friedman") else 1]
@@ -116,15 +116,6 @@ def cells(variant: str) -> Iterator[Cell]:
         labels, seeds = chosen(RESULTS / f"{variant}_tuned.json"), SEEDS
     for label in labels:
         yield from seeded([Cell(label, _overrides(**label))], seeds)
-
-
-def _task(variant: str) -> Task:
-    name = variant.removesuffix("_tuning")
-    if name not in TASKS:
-        raise ValueError(
-            f"variant={variant!r} is unknown; {', '.join(TASKS)}, or _tuning"
-        )
-    return TASKS[name]
 
 
 def _overrides(

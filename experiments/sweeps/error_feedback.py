@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from configs import digits_mlp_dpsgd
-from experiments.sweep import Cell, chosen, grid, seeded
+from experiments.sweep import Cell, chosen, grid, seeded, task_of
 
 BEST = "highest"
 RESULTS = Path("experiments/results/error_feedback")
@@ -86,7 +86,7 @@ TASKS = {
 
 def config(variant: str) -> ConfigDict:
     """Return the recipe of digits, or the same for MNIST."""
-    task = _task(variant)
+    task = task_of(TASKS, variant)
     base = digits_mlp_dpsgd.get_config()
     if variant.startswith("mnist"):
         mnist = {"name": "dpjax.data.arrays:npz", "path": "mnist.npz"}
@@ -101,7 +101,7 @@ def config(variant: str) -> ConfigDict:
 
 def cells(variant: str) -> Iterator[Cell]:
     """Yield the runs of a variant."""
-    task = _task(variant)
+    task = task_of(TASKS, variant)
     if variant.endswith("_tuning"):
         labels: list[dict[str, Any]] = [
             {"method": method, **values}
@@ -114,15 +114,6 @@ def cells(variant: str) -> Iterator[Cell]:
         labels, seeds = chosen(RESULTS / f"{variant}_tuned.json"), SEEDS
     for label in labels:
         yield from seeded([Cell(label, _overrides(task, **label))], seeds)
-
-
-def _task(variant: str) -> Task:
-    name = variant.removesuffix("_tuning")
-    if name not in TASKS:
-        raise ValueError(
-            f"variant={variant!r} is unknown; {', '.join(TASKS)}, or _tuning"
-        )
-    return TASKS[name]
 
 
 def _overrides(task: Task, *, method: str, clip: float, step: float) -> dict[str, Any]:
