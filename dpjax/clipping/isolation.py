@@ -138,9 +138,9 @@ def _by_feature_groups(eqn: JaxprEqn) -> Callable[[Array, Array], Array]:
 
     def convolved(image: Array, kernel: Array) -> Array:
         shape = list(image.shape)
-        split = image.reshape(*shape[:batch], groups, -1, *shape[batch + 1 :])
-        moved = jnp.moveaxis(split, batch, features)  # Just before the features.
         shape[batch] //= groups
+        split = image.reshape(*shape[:batch], groups, *shape[batch:])
+        moved = jnp.moveaxis(split, batch, features)  # Just before the features.
         shape[features] *= groups
         return bind(regrouped, [moved.reshape(shape), kernel])[0]
 

@@ -162,14 +162,24 @@ def differenced(first: Factors, second: Factors) -> Factors:
         first = dataclasses.replace(first, right=both)
         (joined,) = concatenated([first, dataclasses.replace(second, right=alone)])
         return joined
-    first, second = _cut(first), _cut(second)
-    assert isinstance(first, Dense)
-    assert isinstance(second, Dense)
+    first, second = _floating(_cut(first)), _floating(_cut(second))
     change = tuple(a - b for a, b in zip(first.left, second.left, strict=True))
     (joined,) = concatenated(
         [Dense(change, first.right), Dense(second.left, first.right + second.right)]
     )
     return joined
+
+
+def _floating(part: Factors) -> Dense:
+    """Return dense factors without whole numbers: bytes wrap around in sums."""
+    assert isinstance(part, Dense)
+    wide = accumulation_dtype(jnp.result_type(*part.left, part.right))
+
+    def floating(array: Array) -> Array:
+        inexact = jnp.issubdtype(array.dtype, jnp.inexact)
+        return array if inexact else array.astype(wide)
+
+    return jax.tree.map(floating, part)
 
 
 def gram_norms(parts: Sequence[Factors]) -> Norms:
@@ -487,7 +497,7 @@ def prefers_turns() -> bool:
 
 def _scattered(size: int, rows: Array, values: Array) -> Float[Array, "K N"]:
     width = values.shape[-1]
-    flat = values.reshape(-1, width)
+    flat = values.reshape(rows.size, width)
     return jnp.zeros((size, width), flat.dtype).at[rows.ravel()].add(flat)
 
 

@@ -40,8 +40,9 @@ def microbatched(engine: Engine, *, size: int) -> Engine:
 
         # Slices take every n-th example: with the batch sharded on its leading axis, a
         # contiguous reshape would gather it.
+        lead = (size, examples // size)
         slices = jax.tree.map(
-            lambda x: jnp.swapaxes(x.reshape(size, -1, *x.shape[1:]), 0, 1), batch
+            lambda x: jnp.swapaxes(x.reshape(*lead, *x.shape[1:]), 0, 1), batch
         )
         total, statistics = jax.lax.scan(body, query.empty(), slices)
         restored = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).ravel(), statistics)

@@ -13,6 +13,7 @@ from dpjax.clipping.kernels import (
     direct_norms,
     gradients,
     gram_norms,
+    oriented,
     weighted_sum,
 )
 from tests.checks import batch_of, norm
@@ -103,6 +104,22 @@ def test_slack_is_small_where_nothing_cancels():
     assert (found.slack < 1e-2 * found.squares).all()
     one = gram_norms([dense(rng, t=1, k=256, n=256)])
     assert (one.slack < 1e-4 * one.squares).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8, jnp.bool_])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_difference_of_whole_numbers_does_not_wrap_around(dtype, swapped):
+    """Data may be bytes or bits, and are the right factors of a transposed weight."""
+    rng = np.random.default_rng(0)
+    pair = []
+    for _ in range(2):
+        part = dense(rng, t=3)
+        data = rng.integers(0, 120, part.left[0].shape) - 60
+        part = Dense((jnp.asarray(data).astype(dtype),), part.right)
+        pair.append(oriented(part, swapped=swapped))
+    np.testing.assert_allclose(
+        gradients([differenced(*pair)]), sum(map(in_full, pair)), rtol=1e-5, atol=1e-3
+    )
 
 
 def test_difference_of_close_points_keeps_its_digits():
