@@ -114,7 +114,7 @@ def test_difference_of_whole_numbers_does_not_wrap_around(dtype, swapped):
     pair = []
     for _ in range(2):
         part = dense(rng, t=3)
-        data = rng.integers(0, 120, part.left[0].shape) - 60
+        data = rng.integers(0, 250, part.left[0].shape) - 125
         part = Dense((jnp.asarray(data).astype(dtype),), part.right)
         pair.append(oriented(part, swapped=swapped))
     np.testing.assert_allclose(
