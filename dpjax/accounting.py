@@ -7,10 +7,11 @@ import collections
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dpjax.bounds import Accountant, Named, deltas, named, spent
-from dpjax.checks import check_epsilon
+from dpjax.checks import check_epsilon, check_mechanism
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
@@ -37,11 +38,7 @@ def epsilon(
     Raises:
         ValueError: More steps than planned, or an unknown accountant.
     """
-    steps = mechanism.steps if steps is None else steps
-    if not 0 <= steps <= mechanism.steps:
-        raise ValueError(
-            f"steps={steps} is outside the plan of mechanism.steps={mechanism.steps}"
-        )
+    steps = _steps(mechanism, steps)
     if accountant not in ("pld", "rdp"):
         raise ValueError(f"accountant={accountant!r} is unknown; use 'pld' or 'rdp'")
     if not steps:
@@ -57,13 +54,18 @@ def calibrate(make: Callable[[float], MechanismT], *, epsilon: float) -> Mechani
         epsilon: Target, positive and finite.
 
     Raises:
-        ValueError: The target is not positive and finite, or out of reach; or no
-            accountant knows the event of the mechanism.
+        ValueError: The target is not positive and finite, or out of reach; ``make`` makes
+            no mechanism; or no accountant knows the event of the mechanism.
     """
     check_epsilon(epsilon)
+    if not callable(make):
+        raise ValueError(
+            f"make={make!r} must be a function from the noise multiplier to a mechanism"
+        )
     from dp_accounting import mechanism_calibration as calibration
 
     plan: Any = make(1.0)
+    check_mechanism(plan)
     accountant: Any = _Remembering
     if math.isnan(spent(named(_event(plan)), plan.delta, "pld")):
         raise ValueError(
@@ -134,6 +136,14 @@ def tuning_cost(
     """
     import dp_accounting as dp
 
+    if not isinstance(mechanisms, Sequence) or not mechanisms:
+        raise ValueError(f"mechanisms={mechanisms!r} must be those of one run or more")
+    taken: Sequence[int | None] = [None] * len(mechanisms) if steps is None else steps
+    if len(taken) != len(mechanisms):
+        raise ValueError(
+            f"steps={[*taken]} must be one number for each of {len(mechanisms)} mechanisms"
+        )
+    taken = [_steps(m, number) for m, number in zip(mechanisms, taken, strict=True)]
     adjacencies = {mechanism.sampling.adjacency for mechanism in mechanisms}
     if len(adjacencies) > 1:
         raise ValueError(
@@ -145,7 +155,6 @@ def tuning_cost(
     if len(deltas) != 1:
         raise ValueError(f"delta={sorted(deltas)} must be the same for all runs")
     (delta,) = deltas
-    taken = [m.steps for m in mechanisms] if steps is None else steps
     runs = collections.Counter(zip(mechanisms, taken, strict=True))
     counts = collections.Counter(
         named(m.event(number)) for m, number in runs.elements()
@@ -202,6 +211,22 @@ class _Remembering:
         return spent(named(self.ledger), delta, "pld")
 
 
+def _steps(mechanism: Any, steps: int | None) -> int:
+    """Return the steps that are asked about, all of the plan for None.
+
+    Raises:
+        ValueError: They are not of the plan, or there is no mechanism.
+    """
+    check_mechanism(mechanism)
+    if steps is None:
+        return mechanism.steps
+    if not isinstance(steps, Integral) or not 0 <= steps <= mechanism.steps:
+        raise ValueError(
+            f"steps={steps!r} is outside the plan of mechanism.steps={mechanism.steps}"
+        )
+    return int(steps)
+
+
 def _event(mechanism: Any) -> "DpEvent":
     return mechanism.event(mechanism.steps)
 
@@ -212,7 +237,9 @@ def privacy_profile(
     """Return the delta claimed at each of ``epsilons``, by PLD (pessimistic rounding).
 
     The whole curve is what an accountant claims; ``epsilon`` is one point of it.
+
+    Raises:
+        ValueError: More steps than planned.
     """
-    steps = mechanism.steps if steps is None else steps
-    event = named(mechanism.event(steps))
+    event = named(mechanism.event(_steps(mechanism, steps)))
     return deltas(event, epsilons, delta=mechanism.delta)

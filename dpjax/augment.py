@@ -29,8 +29,8 @@ def flip_and_crop(*, padding: int) -> Callable[[Key, Example], Example]:
     Raises:
         ValueError: If the padding is negative.
     """
-    if padding < 0:
-        raise ValueError(f"{padding=} must not be negative")
+    if not isinstance(padding, int) or padding < 0:
+        raise ValueError(f"{padding=} must be an integer, and must not be negative")
 
     def augment(key: Key, example: Example) -> Example:
         crop_key, flip_key = jax.random.split(key)

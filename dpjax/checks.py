@@ -3,27 +3,97 @@
 This module may not import jax: config errors are answered without it.
 """
 
+import dataclasses
 import math
+import os
 import re
+from numbers import Real
 from typing import Any, Literal, get_args
 
 ClipStyle = Literal["flat", "automatic", "per_layer"]
 ErrorScale = Literal["sum", "mean"]
-MIN_CLIP_NORM = 1e-12
+MIN_CLIP_NORM, MAX_CLIP_NORM = 1e-12, 1e36
 ENGINE_NAMES = ("auto", "bookkeeping", "ghost", "vmap")
 WRITER_NAMES = ("tensorboard", "wandb")
 
 
-def _check_number(name: str, value: object) -> None:
-    if callable(value):
+def check_number(name: str, value: object) -> None:
+    """Raise ValueError unless ``value`` is a real number, and no bool."""
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return
+    schedules = "; public schedules: ScheduledDpSgd" if callable(value) else ""
+    raise ValueError(f"{name}={value!r}: a number is wanted{schedules}")
+
+
+def check_sampling(sampling: Any) -> None:
+    """Raise ValueError for what is no sampling, or the class of one."""
+    if isinstance(sampling, type) or not hasattr(sampling, "expected_batch_size"):
         raise ValueError(
-            f"{name}={value!r} must be a number; ScheduledDpSgd takes functions of the step"
+            f"sampling={sampling!r} must be a sampling, such as dpjax.Poisson(rate=0.01)"
+        )
+
+
+def check_model(model: Any) -> None:
+    """Raise ValueError for what is no model."""
+    if not (hasattr(model, "init") and hasattr(model, "apply")):
+        raise ValueError(f"model={model!r} must be a dpjax.Model(init, apply)")
+
+
+def check_path(name: str, value: object) -> None:
+    """Raise ValueError unless ``value`` can name a file."""
+    if not (isinstance(value, str | os.PathLike) and os.fspath(value)):
+        raise ValueError(f"{name}={value!r} must be the name of a file or folder")
+
+
+def check_patterns(name: str, patterns: Any) -> None:
+    """Raise ValueError unless these are regular expressions; one string is no tuple."""
+    wrong = f"{name}={patterns!r} must be a tuple of regular expressions"
+    if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
+        raise ValueError(wrong)
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"{wrong}; {pattern!r} is no regular expression: {error}"
+            ) from None
+
+
+def check_names(name: str, names: Any) -> None:
+    """Raise ValueError unless these are different strings; one string is no tuple."""
+    listed = [] if isinstance(names, str) else [*names]
+    strings = all(isinstance(n, str) for n in listed)
+    if isinstance(names, str) or not strings or len({*listed}) < len(listed):
+        raise ValueError(f"{name}={names!r} must be a tuple of different names")
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raise ValueError unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be True or False")
+
+
+def check_numbers(facts: Any) -> None:
+    """Raise ValueError unless all fields of a dataclass that are numbers hold some."""
+    for field in dataclasses.fields(facts):
+        value, kinds = getattr(facts, field.name), (field.type, *get_args(field.type))
+        # What is no integer is told where integers are checked, with their limits.
+        wrong = float in kinds or (int in kinds and callable(value))
+        if wrong and not (value is None and type(None) in kinds):
+            check_number(field.name, value)
+
+
+def check_mechanism(mechanism: Any) -> None:
+    """Raise ValueError for what is no mechanism, or the class of one."""
+    if isinstance(mechanism, type) or not hasattr(mechanism, "steps"):
+        raise ValueError(
+            f"mechanism={mechanism!r} must be a mechanism, such as dpjax.DpSgd(...)"
         )
 
 
 def check_clip(*, clip_norm: float, style: str) -> None:
     """Raise ValueError for a clip norm or a style that bounds nothing."""
-    _check_number("clip_norm", clip_norm)
+    check_number("clip_norm", clip_norm)
     if not (clip_norm > 0 and math.isfinite(clip_norm)):
         raise ValueError(
             f"clip_norm={clip_norm} must be positive and finite; "
@@ -34,15 +104,25 @@ def check_clip(*, clip_norm: float, style: str) -> None:
             f"clip_norm={clip_norm} is below {MIN_CLIP_NORM}, where squares underflow in "
             "float32; rescale the loss"
         )
+    if clip_norm > MAX_CLIP_NORM:
+        raise ValueError(
+            f"clip_norm={clip_norm} is above {MAX_CLIP_NORM}, where sums overflow in "
+            "float32; rescale the loss"
+        )
+    check_style("clip_style", style)
+
+
+def check_style(name: str, style: str) -> None:
+    """Raise ValueError unless ``style`` is one of clipping."""
     if style not in get_args(ClipStyle):
         raise ValueError(
-            f"clip_style={style!r} is unknown; use one of {', '.join(get_args(ClipStyle))}"
+            f"{name}={style!r} is unknown; use one of {', '.join(get_args(ClipStyle))}"
         )
 
 
 def check_noise(noise_multiplier: float) -> None:
     """Raise ValueError unless ``noise_multiplier`` scales a noise."""
-    _check_number("noise_multiplier", noise_multiplier)
+    check_number("noise_multiplier", noise_multiplier)
     if not (noise_multiplier >= 0 and math.isfinite(noise_multiplier)):
         raise ValueError(
             f"noise_multiplier={noise_multiplier} must be finite and at least 0 "
@@ -52,6 +132,7 @@ def check_noise(noise_multiplier: float) -> None:
 
 def check_outer_norm(outer_norm: float, *, clip_norm: float) -> None:
     """Raise ValueError unless ``outer_norm`` leaves room for a residual."""
+    check_number("outer_norm", outer_norm)
     if not outer_norm >= clip_norm:
         raise ValueError(
             f"outer_norm={outer_norm} must be at least clip_norm={clip_norm}: it bounds the "
@@ -61,6 +142,8 @@ def check_outer_norm(outer_norm: float, *, clip_norm: float) -> None:
 
 def check_error_clip(*, error_clip_norm: float | None, error_scale: str) -> None:
     """Raise ValueError unless these say how far an error memory is clipped."""
+    if error_clip_norm is not None:
+        check_number("error_clip_norm", error_clip_norm)
     if error_clip_norm is not None and not 0 < error_clip_norm < math.inf:
         raise ValueError(
             f"error_clip_norm={error_clip_norm} must be positive and finite; it bounds "
@@ -76,7 +159,7 @@ def check_error_clip(*, error_clip_norm: float | None, error_scale: str) -> None
 def check_positive_int(name: str, value: int) -> None:
     """Raise ValueError unless ``value`` is an integer of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value} must be an integer of at least 1")
+        raise ValueError(f"{name}={value!r} must be an integer of at least 1")
 
 
 def check_rows(
@@ -120,6 +203,7 @@ def check_mesh(*, data: int | None, fsdp: int, rules: Any) -> None:
 
 def check_epsilon(epsilon: float) -> None:
     """Raise ValueError unless ``epsilon`` is a possible target."""
+    check_number("epsilon", epsilon)
     if not (epsilon > 0 and math.isfinite(epsilon)):
         raise ValueError(
             f"epsilon={epsilon} must be positive and finite; "
@@ -129,5 +213,6 @@ def check_epsilon(epsilon: float) -> None:
 
 def check_probability(name: str, value: float) -> None:
     """Raise ValueError unless ``value`` is strictly between 0 and 1."""
+    check_number(name, value)
     if not 0 < value < 1:
         raise ValueError(f"{name}={value} must be strictly between 0 and 1")

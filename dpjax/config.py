@@ -117,7 +117,7 @@ def build(spec: Mapping[str, Any], *args: Any, **extra: Any) -> Any:
         return target(*args, **kwargs, **extra)
     except (TypeError, ValueError, OSError) as error:
         raise ConfigError(f"{spec['name']}: {error}{place_of(error)}") from error
-    except (AttributeError, LookupError) as error:  # from the user's own code
+    except Exception as error:  # what is named may be the user's own code
         raise ConfigError(f"{spec['name']}: {told(error)}") from error
 
 
@@ -276,6 +276,7 @@ def _check_mechanism(spec: Any, provenance: str) -> None:
         raise ConfigError(f"{path}.epsilon is unknown; {spec['name']} adds no noise")
     _check_spec(f"{path}.sampling", facts["sampling"])
     sampling = _located(f"{path}.sampling", build, facts["sampling"])
+    _located(path, checks.check_sampling, sampling)
     size = _some_size(sampling)
     mechanism = _located(path, build, facts, num_examples=size)
     private = mechanism.private and spec.get("noise_multiplier") != 0
@@ -362,6 +363,10 @@ def _check_values(config: Mapping[str, Any]) -> None:
     )
     _check_choice("config.compute.engine", compute["engine"], checks.ENGINE_NAMES)
     budget = compute["memory_budget"]
+    if budget is not None:
+        _located(
+            "config.compute", checks.check_number, "memory_budget", budget, join="."
+        )
     if budget is not None and not (compute["engine"] == "auto" and budget > 0):
         raise ConfigError(
             f"config.compute.memory_budget={budget!r} must be a positive number of bytes "
@@ -370,7 +375,8 @@ def _check_values(config: Mapping[str, Any]) -> None:
     for key in ("log_sensitive", "verify", "self_check", "dry_run"):
         if not isinstance(run[key], bool):
             raise ConfigError(f"config.run.{key}={run[key]!r} must be True or False")
-    if not (run["seed"] is None or isinstance(run["seed"], int)):
+    seed = run["seed"]
+    if not (seed is None or (isinstance(seed, int) and not isinstance(seed, bool))):
         raise ConfigError(f"config.run.seed={run['seed']!r} must be an integer or None")
     if not isinstance(run["writers"], list | tuple):
         raise ConfigError(
@@ -378,6 +384,18 @@ def _check_values(config: Mapping[str, Any]) -> None:
         )
     for writer in run["writers"]:
         _check_choice("config.run.writers", writer, checks.WRITER_NAMES)
+    _located("config.run", checks.check_names, "writers", run["writers"], join=".")
+    for keyword in ("num_classes", "vocab_size"):
+        if (number := number_of(config["model"], keyword)) is not None:
+            _located(
+                "config.model", checks.check_positive_int, keyword, number, join="."
+            )
+    rate = config["optimizer"].get("learning_rate")
+    if isinstance(rate, bool) or (isinstance(rate, int | float) and rate < 0):
+        raise ConfigError(
+            f"config.optimizer.learning_rate={rate!r} must be a number of at least 0, or "
+            "the spec of a schedule"
+        )
 
 
 def _check_choice(path: str, value: Any, choices: Iterable[str]) -> None:

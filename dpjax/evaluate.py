@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from dpjax.checks import check_positive_int
 from dpjax.data.batches import read_steps
 from dpjax.sharding import Layout
 from dpjax.typing import Batch, Example, Params, Source
@@ -27,7 +28,11 @@ def evaluator(metric: Metric, *, batch_size: int, layout: Layout) -> Evaluate:
         metric: ``(params, example) -> scalar`` of one example.
         batch_size: Examples at once; memory only, the mean does not depend on it.
         layout: The devices that share the work. All processes of a run must evaluate.
+
+    Raises:
+        ValueError: ``batch_size`` is no positive integer.
     """
+    check_positive_int("batch_size", batch_size)
     padded_size = math.ceil(batch_size / layout.devices) * layout.devices
 
     def part(params: Params, batch: Batch) -> Array:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dpjax.checks import check_number, check_positive_int
 from dpjax.typing import Key, Model, Params, Scalar
 
 Sample = Callable[[Params, Int[Array, "B T"], Int[Array, "B"], Key], Int[Array, "B N"]]
@@ -47,7 +48,7 @@ def generator(
         Fan et al. (top k), https://arxiv.org/abs/1805.04833
         Holtzman et al. (top p), https://arxiv.org/abs/1904.09751
     """
-    _check_options(max_new_tokens, temperature, top_k, top_p)
+    _check_options(max_new_tokens, stop_token, temperature, top_k, top_p)
     decode = model.decode
     if decode is None:
         raise ValueError(
@@ -71,6 +72,7 @@ def generator(
 
     @jax.jit
     def sample(params: Params, prompts: Array, lengths: Array, key: Key) -> Array:
+        _check_prompts(prompts, lengths, key)
         keys = jax.random.split(key, len(prompts))
         return jax.vmap(one, (None, 0, 0, 0))(params, prompts, lengths, keys)
 
@@ -97,12 +99,39 @@ def keep_likely(
     return logits
 
 
-def _check_options(
-    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float
-) -> None:
-    if max_new_tokens < 1 or not temperature >= 0:
+def _check_prompts(prompts: Array, lengths: Array, key: Key) -> None:
+    shapes = (jnp.shape(prompts)[:1], jnp.shape(lengths))
+    if jnp.ndim(prompts) != 2 or shapes[0] != shapes[1]:
         raise ValueError(
-            f"{max_new_tokens=} must be at least 1, {temperature=} at least 0"
+            f"prompts of shape {jnp.shape(prompts)} and lengths of shape {shapes[1]} must be "
+            "[B, T] and [B]"
         )
+    for name, array in (("prompts", prompts), ("lengths", lengths)):
+        if not jnp.issubdtype(jnp.result_type(array), jnp.integer):
+            raise ValueError(
+                f"{name} are {jnp.result_type(array)}; they must be integers"
+            )
+    if not jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key):
+        raise ValueError(
+            f"key is {jnp.result_type(key)}; make it by jax.random.key(seed)"
+        )
+
+
+def _check_options(
+    max_new_tokens: int,
+    stop_token: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+) -> None:
+    check_positive_int("max_new_tokens", max_new_tokens)
+    if not isinstance(stop_token, int):
+        raise ValueError(f"{stop_token=} must be the number of a token")
+    check_number("temperature", temperature)
+    check_number("top_p", top_p)
+    if not temperature >= 0:
+        raise ValueError(f"{temperature=} must be at least 0")
+    if top_k is not None and not isinstance(top_k, int):
+        raise ValueError(f"{top_k=} must be an integer or None")
     if not (top_k is None or top_k >= 1) or not 0 < top_p <= 1:
         raise ValueError(f"{top_k=} must be at least 1 or None, {top_p=} in (0, 1]")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from dpjax.checks import check_model, check_number, check_positive_int
 from dpjax.typing import Example, Key, Loss, Model, Params, Scalar
 
 
@@ -32,12 +33,18 @@ def classification(model: Model, *, label_smoothing: float = 0.0) -> Loss:
     Raises:
         ValueError: If the label smoothing is out of range.
     """
+    check_model(model)
+    check_number("label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"{label_smoothing=} must be in [0, 1)")
 
     def loss(params: Params, example: Example, key: Key) -> Scalar:
         logits = model.apply(params, example, key).astype(jnp.float32)
         label = _one_number(example, "label")
+        if not jnp.issubdtype(label.dtype, jnp.integer):
+            raise ValueError(
+                f"'label' is {label.dtype}; the number of a class is wanted"
+            )
         to_label = optax.softmax_cross_entropy_with_integer_labels(logits, label)
         to_uniform = -jnp.mean(jax.nn.log_softmax(logits))
         return (1.0 - label_smoothing) * to_label + label_smoothing * to_uniform
@@ -54,6 +61,7 @@ def regression(model: Model) -> Loss:
     Returns:
         A loss that reads ``example["y"]``, ``float32[]``, and computes in float32.
     """
+    check_model(model)
 
     def loss(params: Params, example: Example, key: Key) -> Scalar:
         prediction = model.apply(params, example, key).astype(jnp.float32)
@@ -82,6 +90,7 @@ def causal_lm(model: Model) -> Loss:
         ``mask``, ``bool[T]``; if that is not there either, 1. It computes in float32
         whatever the dtype of the logits.
     """
+    check_model(model)
 
     def loss(params: Params, example: Example, key: Key) -> Scalar:
         tokens = example["tokens"]
@@ -115,6 +124,10 @@ def masked_lm(model: Model, *, mask_token: int, rate: float) -> Loss:
     References:
         Devlin et al., BERT, https://arxiv.org/abs/1810.04805
     """
+    check_model(model)
+    check_number("rate", rate)
+    if not isinstance(mask_token, int):
+        raise ValueError(f"{mask_token=} must be the number of a token")
     if not 0.0 < rate <= 1.0:
         raise ValueError(f"{rate=} must be in (0, 1]")
 
@@ -187,8 +200,7 @@ def augmented(
         De et al., Unlocking High-Accuracy Differentially Private Image Classification
         through Scale, https://arxiv.org/abs/2204.13650
     """
-    if views < 1:
-        raise ValueError(f"{views=} must be at least 1")
+    check_positive_int("views", views)
 
     def augmented_loss(params: Params, example: Example, key: Key) -> Scalar:
         def view_loss(view_key: Key) -> Scalar:
@@ -227,6 +239,7 @@ def accuracy(model: Model) -> Callable[[Params, Example], Array]:
         A function of ``(params, example)``, 1.0 where the largest output is at
         ``example["label"]`` and 0.0 elsewhere, ``float32[]``.
     """
+    check_model(model)
     model = model.evaluating()
 
     def correct(params: Params, example: Example) -> Array:

@@ -97,7 +97,8 @@ def add_noise(
         stream: Tells releases of the same step apart.
 
     Raises:
-        ValueError: ``key`` is no root key, or a leaf is of another dtype.
+        ValueError: ``key`` is no root key, a leaf is of another dtype, or ``stddev`` is a
+            negative number.
     """
     for leaf in jax.tree.leaves(tree):
         if leaf.dtype not in (jnp.float32, jnp.float64):
@@ -105,6 +106,8 @@ def add_noise(
                 f"dtype={leaf.dtype} of what gets noise must be float32 or float64: others "
                 "have no room for its last bits"
             )
+    if isinstance(stddev, int | float) and not stddev >= 0:
+        raise ValueError(f"stddev={stddev} must be at least 0")
     # By its bits: a denormal also equals 0 where such are flushed, and has no grid.
     silent = _bits(stddev) == 0
     unit = grid(jnp.where(silent, 1, stddev))

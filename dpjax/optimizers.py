@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, PyTree
 from optax.contrib import ScheduleFreeState, schedule_free_eval_params
 
+from dpjax.checks import check_number
 from dpjax.typing import Params
 
 
@@ -31,7 +32,16 @@ def sgdw(
     References:
         Loshchilov and Hutter, Decoupled Weight Decay Regularization (SGDW),
         https://arxiv.org/abs/1711.05101
+
+    Raises:
+        ValueError: A number out of its range.
     """
+    if not callable(learning_rate):
+        check_number("learning_rate", learning_rate)
+    for name, value in (("momentum", momentum), ("weight_decay", weight_decay)):
+        check_number(name, value)
+    if not (0 <= momentum < 1 and weight_decay >= 0):
+        raise ValueError(f"{momentum=} must be in [0, 1), {weight_decay=} at least 0")
     return optax.chain(
         optax.trace(momentum),
         optax.add_decayed_weights(weight_decay),

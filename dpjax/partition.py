@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from dpjax.checks import check_patterns
 from dpjax.typing import Example, Key, Loss, Params, Scalar
 
 
@@ -79,12 +80,10 @@ def select(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
         ValueError: A pattern is no regular expression, or matches none of the names.
     """
     names = list(names)
+    check_patterns("patterns", patterns)
     found = set()
     for pattern in patterns:
-        try:
-            matched = {name for name in names if re.fullmatch(pattern, name)}
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        matched = {name for name in names if re.fullmatch(pattern, name)}
         if not matched:
             raise ValueError(
                 f"{pattern!r} matches none of {', '.join(names)}. It must match a whole "

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import numpy as np
 
-from dpjax.checks import check_positive_int
+from dpjax.checks import check_number, check_positive_int
 from dpjax.entropy import entropy
 
 if TYPE_CHECKING:
@@ -400,6 +400,7 @@ def _parts(seed: int, count: int, num_examples: int) -> tuple[np.ndarray, ...]:
 
 
 def _check_rate(rate: float, *, name: str = "rate") -> None:
+    check_number(name, rate)
     if not 0 < rate <= 1:
         raise ValueError(
             f"{name}={rate} must be in (0, 1]; "

@@ -27,7 +27,7 @@ class Signature:
 
 
 def module_file(module: str) -> Path | None:
-    """Return the source file of a module, or None if there is none."""
+    """Return the source file of a module, or None if there is none in Python."""
     # Only the top package is looked up by the import system: that imports nothing.
     top, *rest = module.split(".")
     try:
@@ -37,6 +37,8 @@ def module_file(module: str) -> Path | None:
     if spec is None or spec.origin is None:
         return None
     base = Path(spec.origin)
+    if base.suffix != ".py":  # built in, or an extension
+        return None
     if not rest:
         return base
     stem = base.parent.joinpath(*rest)

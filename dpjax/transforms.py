@@ -6,7 +6,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpjax.checks import ClipStyle, ErrorScale, check_error_clip
+from dpjax.checks import (
+    ClipStyle,
+    ErrorScale,
+    check_error_clip,
+    check_mechanism,
+    check_number,
+    check_positive_int,
+    check_style,
+)
 from dpjax.differences import Diff2State, advance, distance, start
 from dpjax.feedback import ErrorFeedbackState, feed_back, init_memory
 from dpjax.fingerprint import combined_fingerprint
@@ -54,9 +62,11 @@ def private(
             that it reaches no compilation cache; ``init`` refuses to be traced.
 
     Raises:
-        ValueError: ``noise_key`` is another key, or none; ``optimizer`` is no transform.
+        ValueError: ``mechanism`` is none, ``noise_key`` another key, or none, or
+            ``optimizer`` no transform.
     """
     check_root_key("noise_key", noise_key)
+    check_mechanism(mechanism)
     inner = owning(optimizer)
 
     def init(params: Params) -> PrivateState:
@@ -149,6 +159,8 @@ def error_feedback(
         (1.5, 7.0)
     """
     check_error_clip(error_clip_norm=error_clip_norm, error_scale=error_scale)
+    check_number("divisor", divisor)
+    check_style("style", style)
     if not 0 < divisor < float("inf"):
         raise ValueError(f"divisor={divisor} must be positive and finite")
 
@@ -217,8 +229,7 @@ def diff2(*, restart_every: int) -> optax.GradientTransformationExtraArgs:
     Raises:
         ValueError: ``restart_every`` is less than 1; at the update, no ``params``.
     """
-    if restart_every < 1:
-        raise ValueError(f"restart_every={restart_every} must be at least 1")
+    check_positive_int("restart_every", restart_every)
 
     def update(
         updates: Params,

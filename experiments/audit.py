@@ -126,9 +126,7 @@ def _findings(plan: Plan, experiment: Any) -> list[Any]:
 
     mechanism = experiment.mechanism
     if plan.scores:
-        import numpy as np
-
-        inside, outside = (np.loadtxt(file, ndmin=1) for file in plan.scores)
+        inside, outside = map(_numbers, plan.scores)
         claim = verdict.claim_of(mechanism)
         judged = verdict.judge(
             inside, outside, claim, attack="scores", confidence=plan.confidence
@@ -161,6 +159,16 @@ def _findings(plan: Plan, experiment: Any) -> list[Any]:
                 verdict.judge_one_run(*scores, claim, attack=kind, confidence=1 - error)
             )
     return findings
+
+
+def _numbers(file: Path) -> list[float]:
+    """Return the numbers of a file, one a line."""
+    try:
+        return [float(line) for line in file.read_text().splitlines() if line.strip()]
+    except ValueError as error:
+        raise ValueError(
+            f"--scores: {file} must have one number a line: {error}"
+        ) from error
 
 
 if __name__ == "__main__":

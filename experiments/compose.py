@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpjax.config import PRIVATE_START, WEIGHTS, ConfigError, flatten
-from dpjax.ledger import Ledger
+from dpjax.ledger import Ledger, NoiseReuseError
 from experiments import options, report, summary, sweep
 
 
@@ -130,7 +130,10 @@ def _read(workdir: Path) -> Run:
                 "a step"
             )
     config, card = map(sweep.read_json, files[:2])
-    released = Ledger(workdir / "ledger.txt", layout="", writes=False).releases
+    try:
+        released = Ledger(workdir / "ledger.txt", layout="", writes=False).releases
+    except NoiseReuseError as error:
+        raise ConfigError(str(error)) from error
     return Run(workdir, config, card, max(card["steps_taken"], released))
 
 

@@ -45,6 +45,8 @@ def command_from(argv: list[str], *, directory: str = "workdir") -> Command:
         raise ConfigError("--config FILE is written --config=FILE")
     if file is None:
         raise ConfigError("--config=FILE is missing; see --help")
+    if len([a for a in argv if a.startswith("--config=")]) > 1:
+        raise ConfigError("--config=FILE is given twice; a run has one config")
     path = Path(file.removeprefix("--config=").partition(":")[0])
     if not path.is_file():
         raise ConfigError(f"--config={path} is not a file")
@@ -64,7 +66,10 @@ def command_from(argv: list[str], *, directory: str = "workdir") -> Command:
     check(config)
     if not given[directory] and not config["run"]["dry_run"]:
         raise ConfigError(f"--{directory}=DIR is missing; see --help")
-    return Command(config, Path(given[directory] or "."), _peers(given))
+    workdir = Path(given[directory] or ".")
+    if taken := next((p for p in (workdir, *workdir.parents) if p.is_file()), None):
+        raise ConfigError(f"--{directory}={workdir}: {taken} is a file, and no folder")
+    return Command(config, workdir, _peers(given))
 
 
 def _parse(argv: list[str], directory: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -78,7 +83,8 @@ def _parse(argv: list[str], directory: str) -> tuple[dict[str, Any], dict[str, A
     caller, sys.argv = sys.argv, ["train", *argv]
     try:
         unexpected = values(sys.argv)[1:]
-    except Exception as error:  # A config file is the user's code: anything may come.
+    # A config file is the user's code: anything may come.
+    except (Exception, SystemExit) as error:
         raise ConfigError(_told(error)) from error
     finally:
         sys.argv = caller

@@ -65,7 +65,7 @@ def _gather(argv: list[str]) -> int:
 
 
 def _report(plan: Plan, argv: list[str]) -> int:
-    manifest = sweep.read_json(plan.directory / sweep.MANIFEST)
+    manifest = sweep.read_manifest(plan.directory)
     results = summary.results(manifest, plan.directory)
     rows = summary.rows(results)
     choices: list[dict[str, Any]] = []
@@ -114,7 +114,7 @@ def _report(plan: Plan, argv: list[str]) -> int:
 
 
 def _resubmit(plan: Plan) -> None:
-    manifest = sweep.read_json(plan.directory / sweep.MANIFEST)
+    manifest = sweep.read_manifest(plan.directory)
     how = [f"--{name}={plan.given[name]}" for name in _RUNNING if name in plan.given]
     if ablate.main([manifest["sweep"], f"--out={plan.directory}", *how]) == 2:
         raise ConfigError(f"{manifest['sweep']} could not be run again")
@@ -145,7 +145,7 @@ def _check_labels(directory: Path, given: dict[str, str]) -> None:
         raise ConfigError("--chosen needs --choose=LABEL")
     if "plot" in given and not {"x", "lines"} <= given.keys():
         raise ConfigError("--plot needs --x=LABEL and --lines=LABEL")
-    cells = sweep.read_json(directory / sweep.MANIFEST)["cells"]
+    cells = sweep.read_manifest(directory)["cells"]
     labels = list(dict.fromkeys(name for cell in cells for name in cell["labels"]))
     for option in ("choose", "x", "lines", "panels"):
         if option in given:

@@ -93,6 +93,8 @@ def file(option: str, value: str | None, suffix: str) -> Path:
     path = Path(value)
     if path.suffix != suffix:
         raise ValueError(f"--{option}={value} must end with {suffix}")
+    if path.is_dir():
+        raise ValueError(f"--{option}={value} is a folder; name a file")
     if not path.absolute().parent.is_dir():
         raise ValueError(f"--{option}={value} is in a directory that is absent")
     return path

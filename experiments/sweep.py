@@ -7,6 +7,7 @@ sweep: ``sweep.json`` lists its cells, and each run has a folder of its own, nam
 hash of its resolved config, with ``result.json`` once it has ended. Does not import jax.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import itertools
@@ -17,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from dpjax.config import ConfigError, check, digest, nearest
+from dpjax.config import ConfigError, check, digest, nearest, place_of, told
 
 Labels = Mapping[str, str | float | None]
 BESTS = ("highest", "lowest")
@@ -145,7 +146,8 @@ def load(source: str) -> Sweep:
         raise ConfigError(
             f"{path} is not a file; name a sweep such as those of sweeps/"
         )
-    module = runpy.run_path(path)
+    with _of_the_file(source):
+        module = runpy.run_path(path)
     missing = [name for name in ("config", "cells", "BEST") if name not in module]
     if missing:
         raise ConfigError(
@@ -160,16 +162,28 @@ def load(source: str) -> Sweep:
         )
         raise ConfigError(f"{path} {fault}")
     arguments = [variant] if named else []
-    try:
+    with _of_the_file(source):
         base = module["config"](*arguments).to_dict()
         cells = list(module["cells"](*arguments))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{source}: {error}") from error
+        json.dumps([base, cells])  # they are written down
+    if strange := next((c for c in cells if not isinstance(c, Cell)), None):
+        raise ConfigError(f"{source}: cells() yields {strange!r}; it must yield Cells")
     if not cells:
         raise ConfigError(f"{source} yields no cells")
     runs = tuple(_resolved(base, cell, index) for index, cell in enumerate(cells))
     _check_distinct(runs)
     return Sweep(source=source, best=module["BEST"], runs=runs)
+
+
+@contextlib.contextmanager
+def _of_the_file(source: str) -> Iterator[None]:
+    """Tell of an error of a sweep file, which is the user's code, in one line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{source}: {error}{place_of(error)}") from error
+    except Exception as error:
+        raise ConfigError(f"{source}: {told(error)}") from error
 
 
 def changed(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,8 +265,34 @@ def is_finished(directory: Path, name: str) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return what a JSON file holds."""
-    return json.loads(path.read_text())
+    """Return what a JSON file holds: the facts of a run or of a sweep.
+
+    Raises:
+        ConfigError: It is damaged, or of another kind.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(
+            f"{path} holds a {type(found).__name__}: it is of something else"
+        )
+    return found
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Return the manifest of the sweep in a folder.
+
+    Raises:
+        ConfigError: It is damaged, or of another kind.
+    """
+    manifest = read_json(directory / MANIFEST)
+    if missing := {"sweep", "best", "cells"} - manifest.keys():
+        raise ConfigError(
+            f"{directory / MANIFEST} has no {missing.pop()!r}: it lists no sweep"
+        )
+    return manifest
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -89,8 +89,12 @@ def parse(options: type, argv: list[str]) -> tuple[Job, Any, bool]:
             )
         if not equals:
             raise LaunchError(f"--{name} has no value; use --{name}=...")
+        if "\n" in value:
+            raise LaunchError(f"--{name}={value!r} must be one line")
         if name == "env":
-            key, _, content = value.partition("=")
+            key, equals, content = value.partition("=")
+            if not equals:
+                raise LaunchError(f"--env={value} has no value; use --env=NAME=VALUE")
             values[Job]["environment"][key] = content
         else:
             values[known[name]][name] = _converted(known[name], name, value)

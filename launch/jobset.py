@@ -47,6 +47,11 @@ def render(job: Job, options: Options) -> Call:
         LaunchError: The job does not fit.
     """
     job.refuse("jobset", model=("",))
+    for name in ("image", "volume_claim"):
+        if not getattr(options, name):
+            raise LaunchError(f"{name}='' is empty; see --help")
+    if options.max_restarts < 0:
+        raise LaunchError(f"max_restarts={options.max_restarts} must be at least 0")
     if not job.directory.startswith("/"):
         raise LaunchError(f"directory={job.directory!r} must be absolute in the image")
     metadata = {"name": job.name, "namespace": options.namespace}

@@ -47,6 +47,8 @@ def render(job: Job, options: Options) -> Call:
         LaunchError: The job does not fit.
     """
     job.refuse("sky", processes_per_host=1, kind=("cpu", "gpu"))
+    if options.idle_minutes < 0:
+        raise LaunchError(f"idle_minutes={options.idle_minutes} must be at least 0")
     if job.kind == "gpu" and not job.model:
         raise LaunchError("accelerator='gpu': sky needs a model, as in gpu:H100")
     resources: dict[str, Any] = {}

@@ -143,6 +143,12 @@ def _check(job: Job, options: Options) -> None:
             f"{job.devices_per_process}: under slurm take one process per host, or one "
             "device per process"
         )
+    if options.after is not None and not options.after.isdecimal():
+        raise LaunchError(f"after={options.after!r} must be the number of a job")
+    try:
+        shlex.split(options.sbatch)
+    except ValueError as error:
+        raise LaunchError(f"sbatch={options.sbatch!r}: {error}") from None
     if not Path(job.directory).is_absolute():
         raise LaunchError(f"directory={job.directory!r} must be absolute under slurm")
     wants_index = any(INDEX in word for word in job.command)

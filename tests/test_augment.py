@@ -44,5 +44,7 @@ def test_only_the_image_changes_and_keeps_its_shape_and_dtype(dtype):
 
 
 def test_negative_padding_raises():
-    with pytest.raises(ValueError, match="padding=-1 must not be negative"):
+    with pytest.raises(
+        ValueError, match="padding=-1 must be an integer, and must not be negative"
+    ):
         flip_and_crop(padding=-1)

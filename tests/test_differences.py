@@ -85,7 +85,9 @@ def test_distance_is_exact_at_zero_and_float32():
 
 
 def test_wrong_use_is_one_clear_line():
-    with pytest.raises(ValueError, match="restart_every=0 must be at least 1"):
+    with pytest.raises(
+        ValueError, match="restart_every=0 must be an integer of at least 1"
+    ):
         dpjax.diff2(restart_every=0)
     transform = dpjax.diff2(restart_every=2)
     with pytest.raises(ValueError, match="diff2 needs params"):

@@ -72,6 +72,11 @@ WRONG_FLAGS = {
         [TINY, "--workdir=x", "--distributed=auto", "--num_processes=2"],
         "--distributed=auto must be 'auto', and alone",
     ),
+    "two configs": ([TINY, TINY], "--config=FILE is given twice; a run has one config"),
+    "a file as workdir": (
+        [TINY, "--workdir=README.md/run"],
+        "--workdir=README.md/run: README.md is a file, and no folder",
+    ),
     "not an int": (
         [TINY, "--config.mechanism.steps=1e3"],
         "config.mechanism.steps=1e3",
@@ -452,6 +457,54 @@ WRONG_VALUES = {
         {"data.source": {"name": "tests.leaky:holed", "split": "train"}},
         "config.data.source: a value of 'image' is NaN or infinite (which one is not told",
     ),
+    "classes in letters": (
+        {"model.num_classes": "10"},
+        "config.model.num_classes='10' must be an integer of at least 1",
+    ),
+    "clip norm that is true": (
+        {"mechanism.clip_norm": True},
+        "clip_norm=True: a number is wanted",
+    ),
+    "schedule for a number": (
+        {"mechanism.clip_norm": {"name": "optax:constant_schedule", "value": 1.0}},
+        "a number is wanted; public schedules: ScheduledDpSgd",
+    ),
+    "rate in letters": (
+        {"mechanism.sampling.rate": "0.1"},
+        "rate='0.1': a number is wanted",
+    ),
+    "no sampling": (
+        {"mechanism.sampling": {"name": "dpjax.sampling:secret_seed", "seed": 1}},
+        "must be a sampling, such as dpjax.Poisson(rate=0.01)",
+    ),
+    "steps beyond the counter": (
+        {"mechanism.steps": 2**31},
+        "steps=2147483648 must be below 2**31",
+    ),
+    "budget in letters": (
+        {"compute.memory_budget": "1e9"},
+        "config.compute.memory_budget='1e9': a number is wanted",
+    ),
+    "seed that is true": (
+        {"run.seed": True},
+        "config.run.seed=True must be an integer",
+    ),
+    "a writer twice": (
+        {"run.writers": ("tensorboard", "tensorboard")},
+        "must be a tuple of different names",
+    ),
+    "learning rate negative": (
+        {"optimizer.learning_rate": -1.0},
+        "config.optimizer.learning_rate=-1.0 must be a number of at least 0",
+    ),
+    "a module without source": (
+        {"data.source": {"name": "math:pi"}},
+        "there is no module 'math'",
+    ),
+    "a type that cannot be called": (
+        {"data.source": {"name": "dpjax.typing:Scalar"}},
+        "dpjax.typing:Scalar: RuntimeError",
+    ),
     "verify no bool": ({"run.verify": None}, "verify=None must be True or False"),
     "learning rate nan": (
         {"optimizer.learning_rate": float("nan")},
@@ -527,6 +580,10 @@ CONFIG_FILES = {
     "it raises": (
         "def get_config():\n    return undefined\n",
         "name 'undefined' is not defined (wrong.py, line 2)",
+    ),
+    "it exits": (
+        "def get_config():\n    raise SystemExit(3)\n",
+        "3 (wrong.py, line 2)",
     ),
     "no function": ("x = 1\n", "the config file defines no get_config()"),
     "a plain dict": (

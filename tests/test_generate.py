@@ -122,8 +122,11 @@ def test_which_tokens_are_sampled(options, kept):
 
 
 WRONG = {
-    "no tokens": ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
-    "temperature": ({"temperature": -1.0}, "temperature=-1.0 at least 0"),
+    "no tokens": (
+        {"max_new_tokens": 0},
+        "max_new_tokens=0 must be an integer of at least 1",
+    ),
+    "temperature": ({"temperature": -1.0}, "temperature=-1.0 must be at least 0"),
     "top k": ({"top_k": 0}, "top_k=0 must be at least 1 or None"),
     "top p": ({"top_p": 0.0}, r"top_p=0.0 in \(0, 1\]"),
 }

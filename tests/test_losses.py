@@ -103,7 +103,7 @@ def test_one_view_without_augmentation_is_the_plain_loss():
 
 
 def test_views_below_one_raise():
-    with pytest.raises(ValueError, match="views=0 must be at least 1"):
+    with pytest.raises(ValueError, match="views=0 must be an integer of at least 1"):
         augmented(noisy_loss, augment=flip_and_crop(padding=1), views=0)
 
 

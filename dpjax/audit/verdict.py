@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from dpjax.accounting import epsilon, privacy_profile
 from dpjax.audit import bayes, distinguish, estimators, one_run
 from dpjax.audit.estimators import Counts
+from dpjax.checks import check_probability
 from dpjax.clipping import Engine, vmap
 from dpjax.mechanisms import Mechanism
 
@@ -234,6 +235,11 @@ def audit_mechanism(
     """
     claim = claim_of(mechanism)
     chosen = distinguish.attacks_on(mechanism) if attacks is None else tuple(attacks)
+    check_probability("confidence", confidence)
+    if not chosen:
+        raise ValueError(
+            f"attacks={attacks!r} names none; leave it out for all that apply"
+        )
     each = 1 - (1 - confidence) / len(chosen)
     findings = []
     for attack in chosen:

@@ -7,8 +7,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from dpjax.checks import ENGINE_NAMES, ClipStyle, check_clip, check_outer_norm
+from dpjax.checks import (
+    ENGINE_NAMES,
+    ClipStyle,
+    check_bool,
+    check_clip,
+    check_number,
+    check_outer_norm,
+)
 from dpjax.clipping.auto import auto, planned
 from dpjax.clipping.bookkeeping import bookkeeping
 from dpjax.clipping.ghost import ghost
@@ -55,6 +63,9 @@ class ClippedGrad:
         """
         batch = _as_batch(batch)
         check_key(key)
+        leaves = jax.tree.leaves(params)
+        if not leaves or any(isinstance(leaf, str) for leaf in leaves):
+            raise ValueError("params must be a tree of arrays, and have one at least")
         query = Query(
             (jax.tree.map(jnp.asarray, params),),
             clip_norm=self.clip_norm,
@@ -108,10 +119,11 @@ def clipped_grad(
             whenever the result is called, outside of ``jit``, before it answers.
 
     Raises:
-        ValueError: A clip norm that is not positive and finite, an outer norm below it,
-            an unknown style or engine, a microbatch size below 1, a budget for another
-            engine than "auto"; at the call, norms that ``verify`` finds wrong, a batch
-            without arrays or with one that has no axis of examples.
+        ValueError: A loss that is no function, a clip norm that is not positive and finite,
+            an outer norm below it, an unknown style or engine, a microbatch size below 1,
+            a budget for another engine than "auto"; at the call, norms that ``verify``
+            finds wrong, or params or a batch without arrays of numbers, or with arrays
+            that are not of as many examples.
         TypeError: At trace time: the loss is not a pure function to one floating-point
             scalar, a parameter is not floating point, a mask is not bool, a key is not a
             typed one, or ``verify`` is asked under ``jit``.
@@ -126,8 +138,12 @@ def clipped_grad(
         >>> float(jnp.linalg.norm(total.total)) <= 4 * grad.sensitivity()
         True
     """
+    if not callable(loss):
+        raise ValueError(f"loss={loss!r} must be a function (params, example, key)")
     check_clip(clip_norm=clip_norm, style=style)
     check_outer_norm(outer_norm, clip_norm=clip_norm)
+    check_bool("residual", residual)
+    check_bool("verify", verify)
     return ClippedGrad(
         loss=loss,
         clip_norm=float(clip_norm),
@@ -148,6 +164,13 @@ def resolve_engine(
     memory_budget: float | None = None,
 ) -> Engine:
     """Return the engine of this name, in microbatches or within a budget if asked."""
+    if not (isinstance(engine, str) or callable(engine)):
+        raise ValueError(
+            f"engine={engine!r} must be an engine, or the name of one: "
+            f"{', '.join(ENGINES)}"
+        )
+    if memory_budget is not None:
+        check_number("memory_budget", memory_budget)
     if memory_budget is not None and engine != "auto":
         raise ValueError(
             f"memory_budget={memory_budget} is for engine='auto', which plans; "
@@ -169,21 +192,39 @@ def resolve_engine(
 
 
 def _as_batch(batch: Batch | Any) -> Batch:
-    if isinstance(batch, Batch):
-        if batch.mask.dtype != bool:
-            raise TypeError(
-                f"batch.mask has dtype {batch.mask.dtype}; it must be bool, True for rows "
-                "that count: an example cannot be weighted outside of its loss"
+    if not isinstance(batch, Batch):
+        size = _size_of(batch)
+        return Batch(batch, jnp.ones(size, bool), jnp.arange(size))
+    if batch.mask.dtype != bool:
+        raise TypeError(
+            f"batch.mask has dtype {batch.mask.dtype}; it must be bool, True for rows "
+            "that count: an example cannot be weighted outside of its loss"
+        )
+    size = _size_of(batch.examples)
+    for name in ("mask", "index"):
+        if (shape := jnp.shape(getattr(batch, name))) != (size,):
+            raise ValueError(
+                f"batch.{name} has shape {shape}; it must be ({size},), one for each row"
             )
-        return batch
-    shapes = {jnp.shape(leaf) for leaf in jax.tree.leaves(batch)}
-    if not shapes or () in shapes:
+    return batch
+
+
+def _size_of(examples: Any) -> int:
+    """Return how many examples there are."""
+    leaves = jax.tree.leaves(examples)
+    for leaf in leaves:
+        dtype = getattr(leaf, "dtype", None)
+        if isinstance(dtype, np.dtype) and dtype.kind in "OSUM":
+            raise ValueError(
+                f"the batch has an array of dtype {dtype}; leave it out, or make it numbers"
+            )
+    shapes = {jnp.shape(leaf) for leaf in leaves}
+    if len({shape[:1] for shape in shapes} | {()}) != 2 or () in shapes:
         raise ValueError(
             f"the batch has arrays of shapes {sorted(shapes)}; each must begin with the axis "
-            "of the examples, and there must be one"
+            "of the examples, of one size, and there must be one"
         )
-    size = max(shapes)[0]
-    return Batch(batch, jnp.ones(size, bool), jnp.arange(size))
+    return max(shapes)[0]
 
 
 def _verify(engine: Engine, loss: Loss, query: Query, batch: Batch, key: Key) -> None:

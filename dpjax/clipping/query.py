@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpjax.checks import ClipStyle
+from dpjax.checks import ClipStyle, check_style
 from dpjax.sensitive import ClippedSum
 from dpjax.typing import Params, Scalar
 
@@ -48,6 +48,10 @@ class Query:
             no residual is longer than G. May be traced; inf (no such limit) by default.
         phase: Static; the kind of query, which the mechanism's release must know.
         slope: None for gradients; else the slope of losses at the only point.
+
+    Raises:
+        ValueError: An unknown style, a negative clip norm, or more or fewer signs than
+            points.
     """
 
     points: tuple[Params, ...]
@@ -61,6 +65,16 @@ class Query:
     outer_norm: float | Scalar = math.inf
     phase: str = dataclasses.field(default="gradient", metadata={"static": True})
     slope: Slope | None = None
+
+    def __post_init__(self) -> None:
+        check_style("style", self.style)
+        # JAX rebuilds it with whatever stands for numbers and trees.
+        if isinstance(self.clip_norm, int | float) and not self.clip_norm >= 0:
+            raise ValueError(f"clip_norm={self.clip_norm} must be at least 0")
+        if isinstance(self.points, tuple) and len(self.points) != len(self.signs):
+            raise ValueError(
+                f"signs={self.signs} must be one for each of {len(self.points)} points"
+            )
 
     def empty(self) -> ClippedSum:
         """Return the answer over no examples."""

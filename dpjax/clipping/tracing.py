@@ -35,6 +35,11 @@ def check_key(key: Key) -> None:
             f"key has dtype {jnp.result_type(key)}; make it by jax.random.key(seed), not by "
             "jax.random.PRNGKey"
         )
+    if jnp.shape(key):
+        raise TypeError(
+            f"key has shape {jnp.shape(key)}; one key is wanted, from which each example "
+            "gets its own"
+        )
     if (kind := str(jax.random.key_impl(key))) in ("rbg", "unsafe_rbg"):
         raise TypeError(
             f"key is of the kind {kind!r}, by which jax.vmap draws for all examples from "

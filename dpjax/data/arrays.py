@@ -4,10 +4,15 @@
 # modules) is imported inside the functions that use it, so that a run pays only for
 # the source it reads.
 import dataclasses
+import math
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from dpjax.checks import check_number, check_path, check_positive_int
 
 if TYPE_CHECKING:
     from dpjax.typing import Source
@@ -31,6 +36,12 @@ class ArraySource:
     pixels: tuple[str, ...] = ()
 
     def __post_init__(self):
+        if not isinstance(self.arrays, Mapping) or not all(
+            map(np.ndim, self.arrays.values())
+        ):
+            raise ValueError(
+                'arrays must be a dict of arrays, {"image": [N, ...], "label": [N]}'
+            )
         lengths = {key: len(array) for key, array in self.arrays.items()}
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
             raise ValueError(f"arrays must have one equal length >= 1, got {lengths}")
@@ -162,13 +173,19 @@ def friedman(
         A source of ``x`` float32 [10] and ``y`` float32 [].
 
     Raises:
-        ValueError: If ``split`` or ``test_fraction`` is not one of the above.
+        ValueError: If an argument is not one of the above.
 
     References:
         Friedman, Multivariate Adaptive Regression Splines, Annals of Statistics 19, 1991
     """
     from sklearn.datasets import make_friedman1
 
+    check_positive_int("num_examples", num_examples)
+    check_number("noise", noise)
+    if noise < 0:
+        raise ValueError(f"noise={noise} must be at least 0")
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed!r} must be an integer from 0 to below 2**32")
     x, y = make_friedman1(num_examples, noise=noise, random_state=seed)
     x = (x - 0.5) * np.sqrt(12)
     return _regression(x, (y - 14.4) / 5, split=split, test_fraction=test_fraction)
@@ -190,11 +207,8 @@ def npz(*, path: str, split: str) -> ArraySource:
         ValueError: If ``split`` is unknown, or the file has another layout.
     """
     check_split(split)
-    with np.load(path) as archive:
-        missing = sorted({f"x_{split}", f"y_{split}"} - set(archive))
-        if missing:
-            raise ValueError(f"path={path!r} has no {missing}, only {sorted(archive)}")
-        images, labels = archive[f"x_{split}"], archive[f"y_{split}"]
+    check_path("path", path)
+    images, labels = _arrays_of(path, (f"x_{split}", f"y_{split}"))
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise ValueError(
             f"path={path!r}: x_{split} must be uint8 [N, H, W] or [N, H, W, C], "
@@ -225,8 +239,9 @@ def few_shots(*, source: "Source", per_class: int) -> ArraySource:
     Raises:
         ValueError: If a class has fewer.
     """
-    if per_class < 1:
-        raise ValueError(f"{per_class=} must be at least 1")
+    check_positive_int("per_class", per_class)
+    if "label" not in (fields := source[[0]]):
+        raise ValueError(f"source has no 'label', only {sorted(fields)}")
     pieces = [source[rows]["label"] for rows in slices(len(source))]
     labels = np.concatenate(pieces)
     chosen: list[int] = []
@@ -247,7 +262,24 @@ def check_split(split: str) -> None:
         raise ValueError(f"split={split!r} must be 'train' or 'test'")
 
 
+def _arrays_of(path: str, names: Sequence[str]) -> list[np.ndarray]:
+    """Return the arrays of these names of an npz file."""
+    try:
+        archive = np.load(path)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("it holds a single array")
+        with archive:
+            found = {name: archive[name] for name in names if name in archive}
+            others = sorted(archive)
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"path={path!r} is no npz file of arrays: {error}") from error
+    if missing := sorted({*names} - found.keys()):
+        raise ValueError(f"path={path!r} has no {missing}, only {others}")
+    return [found[name] for name in names]
+
+
 def _check_fraction(test_fraction: float) -> None:
+    check_number("test_fraction", test_fraction)
     if not 0 < test_fraction < 1:
         raise ValueError(f"test_fraction={test_fraction} must be in (0, 1)")
 
@@ -259,6 +291,10 @@ def _regression(
 
     check_split(split)
     _check_fraction(test_fraction)
+    if math.ceil(test_fraction * len(y)) >= len(y):
+        raise ValueError(
+            f"test_fraction={test_fraction} of {len(y)} examples leaves none for training"
+        )
     rows = train_test_split(np.arange(len(y)), test_size=test_fraction, random_state=0)[
         split == "test"
     ]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dpjax.checks import check_mechanism, check_positive_int
 from dpjax.data.arrays import slices
 from dpjax.mechanisms import Mechanism
 from dpjax.typing import Batch, Source
@@ -52,9 +53,11 @@ def batches(
         rows: See ``read_steps``.
 
     Raises:
-        ValueError: ``source`` is none, ``len(source)`` is not ``mechanism.num_examples``,
-            ``seed`` is not of 128 bits, or see ``read_steps``.
+        ValueError: ``source`` or ``mechanism`` is none, ``len(source)`` is not
+            ``mechanism.num_examples``, ``seed`` is not of 128 bits, ``start`` is not of the
+            plan, or see ``read_steps``.
     """
+    check_mechanism(mechanism)
     check_records(source)
     if len(source) != mechanism.num_examples:
         raise ValueError(
@@ -66,6 +69,11 @@ def batches(
             f"seed of type {type(seed).__name__} must be dpjax.secret_seed(), an integer of "
             "128 secret bits: whoever can guess which examples are drawn voids the "
             "amplification by sampling"
+        )
+    if not isinstance(start, int) or not 0 <= start <= mechanism.steps:
+        raise ValueError(
+            f"start={start!r} must be a step of the plan, 0 to mechanism.steps="
+            f"{mechanism.steps}"
         )
     draw = functools.partial(
         mechanism.sampling.draw, num_examples=len(source), seed=seed
@@ -110,8 +118,7 @@ def read_steps(
             gives other keys, dtypes or shapes than of its first record, or not as many
             rows as asked for.
     """
-    if physical_batch_size < 1:
-        raise ValueError(f"physical_batch_size={physical_batch_size} must be >= 1")
+    check_positive_int("physical_batch_size", physical_batch_size)
     if prefetch < 0:
         raise ValueError(f"prefetch={prefetch} must be >= 0")
     if len(source) > np.iinfo(np.int32).max:

@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from dpjax.checks import check_path
 from dpjax.data.arrays import ArraySource
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -36,6 +37,7 @@ def image_folder(*, path: str, split: str, cache: str | None) -> ArraySource:
         ValueError: If a class folder has no images, or if a file cannot be read or
             differs in size from the others: names up to 5 of them.
     """
+    check_path("path", path)
     root = pathlib.Path(path)
     folders = sorted(p for p in root.glob(f"{split}/*") if p.is_dir())
     if not folders:
@@ -111,4 +113,7 @@ def _cached(files: Sequence[pathlib.Path], cache: pathlib.Path) -> np.ndarray:
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             np.save(f"{folder}/images.npy", images)
             os.replace(f"{folder}/images.npy", path)
-    return np.load(path)
+    try:
+        return np.load(path)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it") from error

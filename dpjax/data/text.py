@@ -9,10 +9,11 @@ import io
 import itertools
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from dpjax.checks import check_number, check_path, check_positive_int
 from dpjax.data.arrays import ArraySource
 from dpjax.data.tokenizers import Tokenizer
 
@@ -33,6 +34,7 @@ def text_lines(*, path: str, length: int, tokenizer: Tokenizer) -> ArraySource:
         ValueError: If ``length`` is not positive, or the file is not UTF-8 or empty.
     """
     _check_length(length)
+    _check_tokenizer(tokenizer)
     # Not str.splitlines, which also splits at characters within a line.
     lines = [line for line in re.split(r"\r\n|\r|\n", _read(path)) if line]
     if not lines:
@@ -65,6 +67,9 @@ def text_blocks(
             no block, or the file is not UTF-8.
     """
     _check_length(length)
+    _check_tokenizer(tokenizer)
+    check_number("start", start)
+    check_number("stop", stop)
     if not 0.0 <= start < stop <= 1.0:
         raise ValueError(f"{start=} and {stop=} must be ordered fractions in [0, 1]")
     tokens = tokenizer.encode(_read(path))
@@ -117,11 +122,13 @@ def labelled_texts(
     pieces = [_pieces(row, template, length, tokenizer) for row in rows]
     labels = []
     for number, row in enumerate(rows, start=1):
-        if not row[label].strip().lstrip("-").isdecimal():
+        value = row[label].strip()
+        if not re.fullmatch(r"-?\d{1,9}", value):
             raise ValueError(
-                f"path={path!r}: column {label} of row {number} is no integer"
+                f"path={path!r}: column {label} of row {number} is no integer of at most 9 "
+                "digits"
             )
-        labels.append(int(row[label]))
+        labels.append(int(value))
     return ArraySource(
         _padded([_joined(p) for p in pieces], length)
         | {"label": np.array(labels, np.int32)}
@@ -159,11 +166,11 @@ def text_pairs(
         ValueError: If a row or the template does not fit the columns, the template alone
             is longer than ``length``, or there is no piece ``target``.
     """
-    if not 0 <= target < len(template):
+    _check_template(template, tokenizer)
+    if not isinstance(target, int) or not 0 <= target < len(template):
         raise ValueError(
             f"{target=} must be the number of a piece of template={tuple(template)}"
         )
-    _check_template(template, tokenizer)
     rows = _table(path, delimiter, columns, needed=_fields(template))
     pieces = [_pieces(row, template, length, tokenizer) for row in rows]
     arrays = _padded([_joined(p) for p in pieces], length)
@@ -173,6 +180,7 @@ def text_pairs(
 
 
 def _read(path: str) -> str:
+    check_path("path", path)
     text = pathlib.Path(path).read_bytes()
     try:
         return text.decode("utf-8-sig")  # a byte order mark is no text
@@ -186,9 +194,11 @@ def _read(path: str) -> str:
 def _table(
     path: str, delimiter: str, columns: Sequence[str], *, needed: Sequence[str]
 ) -> list[dict[str, str]]:
+    if not isinstance(delimiter, str) or len(delimiter) != 1:
+        raise ValueError(f"{delimiter=} must be one character")
     lines = io.StringIO(_read(path), newline="")  # csv's own reading of line ends
     quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    rows = csv.reader(lines, delimiter=delimiter, quoting=quoting)
+    rows = _rows(csv.reader(lines, delimiter=delimiter, quoting=quoting), path)
     names = [*columns] or next(rows, [])
     missing = sorted(set(needed) - set(names))
     if missing:
@@ -198,6 +208,9 @@ def _table(
             f"path={path!r} has no column {missing} among the {found}; if the file has no "
             "header, name its columns in columns=(...)"
         )
+    if len({*names}) < len(names):
+        found = f"{columns=}" if columns else "its first line"
+        raise ValueError(f"path={path!r}: {found} has a name twice; rename one")
     table = []
     for number, row in enumerate((row for row in rows if row), start=1):
         if len(row) != len(names):
@@ -211,6 +224,15 @@ def _table(
     return table
 
 
+def _rows(reader: Iterator[list[str]], path: str) -> Iterator[list[str]]:
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise ValueError(
+            f"path={path!r}: {error}; check delimiter and quotes"
+        ) from error
+
+
 def _fields(template: Sequence[str]) -> list[str]:
     return [piece[1:-1] for piece in template if _is_field(piece)]
 
@@ -221,6 +243,12 @@ def _is_field(piece: str) -> bool:
 
 def _check_template(template: Sequence[str], tokenizer: Tokenizer) -> None:
     """Refuse the name of a special token of another tokenizer: it would be mere text."""
+    _check_tokenizer(tokenizer)
+    strings = not isinstance(template, str) and all(
+        isinstance(p, str) for p in template
+    )
+    if not strings or not template:
+        raise ValueError(f"{template=} must be a tuple of pieces, each a string")
     for piece in template:
         if re.fullmatch(r"<[^<>\s]+>|\[[A-Z]+\]", piece) and (
             piece not in tokenizer.specials
@@ -271,5 +299,11 @@ def _padded(records: Sequence[list[int]], length: int) -> dict[str, np.ndarray]:
 
 
 def _check_length(length: int) -> None:
-    if length < 1:
-        raise ValueError(f"length={length} must be at least 1")
+    check_positive_int("length", length)
+
+
+def _check_tokenizer(tokenizer: Tokenizer) -> None:
+    if not hasattr(tokenizer, "specials"):
+        raise ValueError(
+            f"{tokenizer=} must be a tokenizer, such as dpjax.data.tokenizers.byte_level(...)"
+        )

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from dpjax.checks import check_names, check_path
+
 
 class Tokenizer(Protocol):
     """What the sources of text need of a tokenizer.
@@ -49,6 +51,9 @@ class ByteLevel:
 
     names: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        check_names("specials", self.names)
+
     @property
     def vocab_size(self) -> int:
         """256 and the special tokens."""
@@ -74,6 +79,7 @@ class ByteLevel:
 
 def byte_level(*, specials: Sequence[str]) -> ByteLevel:
     """Build the byte-level tokenizer with these special tokens."""
+    check_names("specials", specials)
     return ByteLevel(tuple(specials))
 
 
@@ -108,6 +114,7 @@ def from_file(*, path: str) -> Tokenizer:
         FileNotFoundError: If there is no such file.
         ValueError: If the library is not installed or cannot read the file.
     """
+    check_path("path", path)
     if not Path(path).is_file():
         raise FileNotFoundError(f"path={path!r} is no file")
     library = _library(f"path={path!r}")
@@ -142,8 +149,8 @@ def train_bpe(
         provenance: "public", said in so many words.
 
     Raises:
-        ValueError: If the texts are not public, the vocabulary is too small, or the
-            library (the extra ``tokenizers``) is not installed.
+        ValueError: If the texts are not public or not there, the vocabulary is too small,
+            or the library (the extra ``tokenizers``) is not installed.
 
     References:
         Sennrich et al., Neural Machine Translation of Rare Words with Subword Units,
@@ -154,11 +161,17 @@ def train_bpe(
             f"{provenance=}: a tokenizer learnt from private texts is not private; learn it "
             "from public ones (provenance='public'), or use byte_level, which learns nothing"
         )
+    check_names("specials", specials)
     if vocab_size < 256 + len(specials):
         raise ValueError(
             f"{vocab_size=} must be at least {256 + len(specials)}: every byte, and "
             f"{len(specials)} special tokens"
         )
+    check_names("paths", paths)
+    if not paths or not all(Path(path).is_file() for path in paths):
+        raise ValueError(f"paths={paths!r} must be text files that are there")
+    if not Path(out).absolute().parent.is_dir():
+        raise ValueError(f"{out=} is in a folder that does not exist")
     library = _library("train_bpe")
     tokenizer = library.Tokenizer(library.models.BPE())
     level = library.pre_tokenizers.ByteLevel

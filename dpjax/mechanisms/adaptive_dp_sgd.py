@@ -11,7 +11,7 @@ import math
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from dpjax.checks import check_clip, check_noise
-from dpjax.mechanisms.base import check_plan
+from dpjax.mechanisms.base import check_kinds, check_plan
 from dpjax.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ class AdaptiveDpSgd:
     delta: float
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         low, high = self.min_clip_norm, self.max_clip_norm
         for bound in (low, high, self.initial_clip_norm):
             check_clip(clip_norm=bound, style="flat")

@@ -9,7 +9,7 @@ import math
 from typing import TYPE_CHECKING, ClassVar
 
 from dpjax.checks import ClipStyle, check_clip, check_noise, check_positive_int
-from dpjax.mechanisms.base import check_plan
+from dpjax.mechanisms.base import check_kinds, check_plan
 from dpjax.sampling import CyclicPoisson, Sampling
 from dpjax.toeplitz import Strategy, check_strategy, prefix_errors, strategy_column
 
@@ -71,6 +71,7 @@ class BandMf:
     delta: float
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         check_clip(clip_norm=self.clip_norm, style=self.clip_style)
         check_noise(self.noise_multiplier)
         check_positive_int("bands", self.bands)

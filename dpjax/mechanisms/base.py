@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from dpjax.checks import check_positive_int
+from dpjax.checks import check_numbers, check_positive_int, check_sampling
 from dpjax.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -106,10 +106,20 @@ class Mechanism(Protocol):
         ...
 
 
+def check_kinds(mechanism: Mechanism) -> None:
+    """Raise ValueError unless numbers are numbers, and the sampling is one."""
+    check_numbers(mechanism)
+    check_sampling(mechanism.sampling)
+
+
 def check_plan(mechanism: Mechanism) -> None:
     """Raise ValueError unless the facts shared by all mechanisms make sense."""
     for name in ("steps", "num_examples"):
         check_positive_int(name, getattr(mechanism, name))
+    if mechanism.steps >= 2**31:
+        raise ValueError(
+            f"steps={mechanism.steps} must be below 2**31: int32 counts them"
+        )
     if not 0 < mechanism.delta < 1:
         raise ValueError(
             f"delta={mechanism.delta} must be in (0, 1), and well below 1/num_examples"

@@ -13,7 +13,7 @@ from dpjax.checks import (
     check_noise,
     check_outer_norm,
 )
-from dpjax.mechanisms.base import check_plan
+from dpjax.mechanisms.base import check_kinds, check_plan
 from dpjax.mechanisms.dp_sgd import DpSgd
 from dpjax.sampling import Poisson, Sampling
 
@@ -100,6 +100,7 @@ class DiceSgd:
     accept_unproven_epsilon: bool = False
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         check_clip(clip_norm=self.clip_norm, style=self.clip_style)
         check_error_clip(
             error_clip_norm=self.error_clip_norm, error_scale=self.error_scale

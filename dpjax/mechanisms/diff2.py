@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from dpjax.checks import check_positive_int
 from dpjax.mechanisms import recursion
-from dpjax.mechanisms.base import check_plan
+from dpjax.mechanisms.base import check_kinds, check_plan
 from dpjax.sampling import FullBatch, Sampling
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ class Diff2:
     delta: float
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         recursion.check(self)
         check_positive_int("restart_every", self.restart_every)
         check_positive_int("noisy_workers", self.noisy_workers)

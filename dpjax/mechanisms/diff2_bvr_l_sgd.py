@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from dpjax.checks import check_positive_int
 from dpjax.mechanisms import recursion
-from dpjax.mechanisms.base import check_plan
+from dpjax.mechanisms.base import check_kinds, check_plan
 from dpjax.sampling import PeriodicPoisson, Sampling
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ class Diff2BvrLSgd:
     delta: float
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         recursion.check(self)
         recursion.check_radius("local_clip_norm", self.local_clip_norm)
         recursion.check_ratio("local_noise_ratio", self.local_noise_ratio)

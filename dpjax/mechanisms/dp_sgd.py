@@ -4,7 +4,7 @@ import dataclasses
 from typing import TYPE_CHECKING, ClassVar
 
 from dpjax.checks import ClipStyle, check_clip, check_noise
-from dpjax.mechanisms.base import check_plan
+from dpjax.mechanisms.base import check_kinds, check_plan
 from dpjax.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class DpSgd:
     delta: float
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         check_clip(clip_norm=self.clip_norm, style=self.clip_style)
         check_noise(self.noise_multiplier)
         check_plan(self)

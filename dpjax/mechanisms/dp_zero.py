@@ -14,7 +14,7 @@ import math
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from dpjax.checks import check_clip, check_noise
-from dpjax.mechanisms.base import check_plan
+from dpjax.mechanisms.base import check_kinds, check_plan
 from dpjax.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ class DpZero:
     delta: float
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         check_clip(clip_norm=self.clip_norm, style="flat")
         check_noise(self.noise_multiplier)
         if not 0 < self.smoothing < math.inf:
@@ -84,9 +85,10 @@ class DpZero:
                 f"smoothing={self.smoothing} must be positive and finite; it is the length "
                 "of the step, in units of the direction, over which slopes are measured"
             )
-        if not isinstance(self.direction_seed, int):
+        seed = self.direction_seed
+        if not isinstance(seed, int) or isinstance(seed, bool):
             raise ValueError(
-                f"direction_seed={self.direction_seed} must be an integer; it is public"
+                f"direction_seed={seed!r} must be an integer; it is public"
             )
         check_plan(self)
 

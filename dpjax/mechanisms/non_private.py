@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, ClassVar
 
-from dpjax.mechanisms.base import check_plan
+from dpjax.mechanisms.base import check_kinds, check_plan
 from dpjax.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class NonPrivate:
     delta: float
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         check_plan(self)
 
     @property

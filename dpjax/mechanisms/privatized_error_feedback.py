@@ -5,7 +5,7 @@ import math
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from dpjax.checks import check_clip, check_noise, check_outer_norm
-from dpjax.mechanisms.base import check_plan
+from dpjax.mechanisms.base import check_kinds, check_plan
 from dpjax.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ class PrivatizedErrorFeedback:
     delta: float
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         check_clip(clip_norm=self.clip_norm, style="flat")
         check_outer_norm(self.outer_norm, clip_norm=self.clip_norm)
         if not _LEAST_ROOM * self.clip_norm <= self.outer_norm < math.inf:

@@ -7,8 +7,8 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from dpjax.checks import check_clip, check_noise
-from dpjax.mechanisms.base import check_plan
+from dpjax.checks import check_clip, check_noise, check_number
+from dpjax.mechanisms.base import check_kinds, check_plan
 from dpjax.sampling import FullBatch, Poisson, TruncatedPoisson
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class ScheduledDpSgd:
     delta: float
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if not isinstance(self.sampling, Poisson | TruncatedPoisson | FullBatch):
             raise ValueError(
                 f"sampling={self.sampling} does not treat all steps alike: which multiplier "
@@ -172,7 +173,15 @@ class ScheduledDpSgd:
 @functools.lru_cache(maxsize=64)
 def _values(schedule: Callable[[int], Any], steps: int) -> tuple[float, ...]:
     """Evaluate a schedule once: the plan is made anew for each noise that is tried."""
-    return tuple(float(schedule(step)) for step in range(steps))
+    return tuple(_value(schedule, step) for step in range(steps))
+
+
+def _value(schedule: Callable[[int], Any], step: int) -> float:
+    value = schedule(step)
+    # A scalar of JAX is a number, too.
+    if getattr(value, "shape", None) != ():
+        check_number(f"schedule({step})", value)
+    return float(value)
 
 
 def _at(values: tuple[float, ...], step: "int | Scalar") -> "Scalar":

@@ -9,7 +9,7 @@ import dataclasses
 from typing import TYPE_CHECKING, ClassVar
 
 from dpjax.mechanisms import recursion
-from dpjax.mechanisms.base import check_plan
+from dpjax.mechanisms.base import check_kinds, check_plan
 from dpjax.sampling import PeriodicPoisson, Sampling
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class SpiderBoost:
     delta: float
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         recursion.check(self)
         if not isinstance(self.sampling, PeriodicPoisson):
             raise ValueError(

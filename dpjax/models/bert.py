@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from dpjax.checks import check_positive_int
 from dpjax.models.linen import token_model
 from dpjax.models.transformer import (
     STD,
@@ -259,6 +260,7 @@ def classifier(*, encoder: Encoder, num_classes: int) -> Model:
         ValueError: If the sizes do not fit, here; or, when it is traced, if an example has
             too many tokens.
     """
+    check_positive_int("num_classes", num_classes)
     head = _ClassHead(encoder.spec(), num_classes)
     return _model(encoder, head)
 
@@ -280,6 +282,7 @@ def mean_classifier(*, encoder: Encoder, num_classes: int) -> Model:
     Raises:
         ValueError: As ``classifier``.
     """
+    check_positive_int("num_classes", num_classes)
     head = _MeanHead(encoder.spec(), num_classes)
     return _model(encoder, head)
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array
 
+from dpjax.checks import check_positive_int
 from dpjax.models.linen import image_model
 from dpjax.typing import Model
 
@@ -49,6 +50,7 @@ def tanh_cnn(*, num_classes: int) -> Model:
         Papernot et al., Tempered Sigmoid Activations for Deep Learning with
         Differential Privacy, https://arxiv.org/abs/2007.14191
     """
+    check_positive_int("num_classes", num_classes)
     return image_model(_TanhCnn(num_classes))
 
 
@@ -77,4 +79,5 @@ def groupnorm_cnn(*, num_classes: int) -> Model:
         A model from ``example["image"]``, ``float32[H, W, C]``, to logits
         ``float32[num_classes]``.
     """
+    check_positive_int("num_classes", num_classes)
     return image_model(_GroupnormCnn(num_classes))

@@ -40,8 +40,14 @@ def standardized(model: Model, *, mean: Sequence[float], std: Sequence[float]) -
         std: One positive value for each channel, likewise.
 
     Raises:
-        ValueError: If a standard deviation is not positive.
+        ValueError: If a standard deviation is not positive, or there are more of one kind.
     """
+    if not (isinstance(mean, Sequence) and isinstance(std, Sequence)):
+        raise ValueError(
+            f"{mean=} and {std=} must be tuples of a number for each channel"
+        )
+    if len(mean) != len(std) or not std:
+        raise ValueError(f"{mean=} and {std=} must have one number for each channel")
     if min(std) <= 0:
         raise ValueError(f"std={tuple(std)} must be positive")
 

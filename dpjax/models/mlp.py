@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array
 
+from dpjax.checks import check_positive_int
 from dpjax.models.linen import array_model, image_model
 from dpjax.typing import Model
 
@@ -41,7 +42,7 @@ def mlp(*, features: tuple[int, ...], num_classes: int, activation: str) -> Mode
         ``float32[num_classes]``.
 
     Raises:
-        ValueError: If the activation is unknown.
+        ValueError: If the activation is unknown, or a width is no positive integer.
     """
     return image_model(_module(features, num_classes, activation))
 
@@ -57,7 +58,7 @@ def regression_mlp(*, features: tuple[int, ...], activation: str) -> Model:
         A model from ``example["x"]``, ``float32[D]``, to a prediction ``float32[]``.
 
     Raises:
-        ValueError: If the activation is unknown.
+        ValueError: If the activation is unknown, or a width is no positive integer.
     """
     vector = array_model(_module(features, 1, activation), field="x")
 
@@ -67,4 +68,9 @@ def regression_mlp(*, features: tuple[int, ...], activation: str) -> Model:
 def _module(features: tuple[int, ...], outputs: int, activation: str) -> _Mlp:
     if activation not in _ACTIVATIONS:
         raise ValueError(f"{activation=} is unknown; choose from {[*_ACTIVATIONS]}")
+    if isinstance(features, str | int):
+        raise ValueError(f"{features=} must be a tuple of widths")
+    for width in features:
+        check_positive_int("features", width)
+    check_positive_int("num_classes", outputs)
     return _Mlp(tuple(features), outputs, activation)

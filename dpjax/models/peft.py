@@ -7,6 +7,7 @@ know of them: it is any model made of linen modules; prefixes need the attention
 ``dpjax.models.transformer``.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array
 
+from dpjax.checks import check_number, check_positive_int
 from dpjax.models.transformer import STD
 from dpjax.partition import flatten, select, unflatten
 from dpjax.typing import Example, Key, Model, Params
@@ -39,14 +41,19 @@ def lora(model: Model, *, rank: int, scale: float, targets: Sequence[str]) -> Mo
         A model with the parameters of ``model`` and the adapters.
 
     Raises:
-        ValueError: If ``rank`` is below 1; from ``init``, if a pattern matches no layer or
+        ValueError: If ``rank`` is below 1, ``scale`` is no finite number, or there are no
+            targets; from ``init``, if a pattern matches no layer or
             one without adapters (an embedding, a norm, a convolution).
 
     References:
         Hu et al., LoRA, https://arxiv.org/abs/2106.09685
     """
-    if rank < 1:
-        raise ValueError(f"{rank=} must be at least 1")
+    check_positive_int("rank", rank)
+    check_number("scale", scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"{scale=} must be finite")
+    if not targets:
+        raise ValueError(f"{targets=} adapts nothing: name layers, as in ('.*query',)")
 
     def adapt(module: nn.Module, x: Array, y: Array) -> Array:
         a, b = (_leaf(module, name).astype(y.dtype) for name in ("lora_a", "lora_b"))
@@ -118,8 +125,9 @@ def prompt(model: Model, *, length: int, position: int) -> Model:
         Lester et al., The Power of Scale for Parameter-Efficient Prompt Tuning,
         https://arxiv.org/abs/2104.08691
     """
-    if length < 1 or position < 0:
-        raise ValueError(f"{length=} must be at least 1 and {position=} at least 0")
+    check_positive_int("length", length)
+    if not isinstance(position, int) or position < 0:
+        raise ValueError(f"{position=} must be an integer of at least 0")
     end = position + length
 
     def replace(module: nn.Module, tokens: Array, vectors: Array) -> Array:
@@ -130,6 +138,14 @@ def prompt(model: Model, *, length: int, position: int) -> Model:
     adapted = _intercepted(model, nn.Embed, "prompt", replace)
 
     def longer(example: Example) -> Example:
+        if "tokens" not in example:
+            raise ValueError(
+                f"prompt tuning needs examples with 'tokens', not {sorted(example)}"
+            )
+        if position > len(example["tokens"]):
+            raise ValueError(
+                f"{position=} is behind the {len(example['tokens'])} tokens of an example"
+            )
         # The vector of token 0 is replaced, and never seen.
         fill = {"tokens": 0, "mask": True, "segments": 0}
         return example | {
@@ -193,8 +209,7 @@ def prefix(model: Model, *, length: int) -> Model:
     References:
         Li and Liang, Prefix-Tuning, https://arxiv.org/abs/2101.00190
     """
-    if length < 1:
-        raise ValueError(f"{length=} must be at least 1")
+    check_positive_int("length", length)
 
     def init(key: Key, example: Example) -> Params:
         base_key, key = jax.random.split(key)

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from dpjax.checks import check_bool, check_positive_int
+
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -71,8 +73,9 @@ class Spec:
 
     def __post_init__(self):
         for name in ("layers", "width", "heads", "kv_heads", "hidden"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+            check_positive_int(name, getattr(self, name))
+        for name in ("scan", "remat"):
+            check_bool(name, getattr(self, name))
         if self.width % self.heads:
             raise ValueError(f"heads={self.heads} must divide width={self.width}")
         if self.heads % self.kv_heads:

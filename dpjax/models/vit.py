@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from dpjax.checks import check_positive_int
 from dpjax.models.linen import image_model
 from dpjax.models.transformer import STD, Spec, dense, norm, run_blocks
 from dpjax.typing import Model
@@ -102,6 +103,7 @@ def vit(
         Dosovitskiy et al., An Image is Worth 16x16 Words,
         https://arxiv.org/abs/2010.11929
     """
+    check_positive_int("num_classes", num_classes)
     if patch < 1 or image_size % patch:
         raise ValueError(f"{patch=} must divide {image_size=}")
     spec = Spec(

@@ -6,6 +6,7 @@ out as float32). Nothing is fetched unless a path names a model of the Hugging F
 
 import json
 import re
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from dpjax.checks import check_model, check_path, check_patterns
 from dpjax.models.layouts import LAYOUTS, NOT_PARAMETERS, Layout, Rule, differences
 from dpjax.partition import flatten, named_like
 from dpjax.typing import Example, Key, Model, Params
@@ -61,6 +63,9 @@ def pretrained(
             other shapes (another vocabulary), or are tied here and not there.
     """
     layout = _layout(family)
+    check_model(model)
+    check_patterns("fresh", fresh)
+    check_patterns("skip", skip)
     files = _resolve(path)
     if not Path(path).is_file():
         _check_config(files[0].parent / "config.json", model, family=family)
@@ -99,6 +104,9 @@ def exported(model: Model, *, path: str, fresh: Sequence[str]) -> Model:
         ValueError: From ``init``, if parameters are missing or left over (adapters, which
             ``peft.merge_lora`` merges), or have other shapes.
     """
+    check_path("path", path)
+    check_model(model)
+    check_patterns("fresh", fresh)
     file = Path(path) / "params.npz"
     if not file.is_file():
         raise FileNotFoundError(
@@ -106,7 +114,7 @@ def exported(model: Model, *, path: str, fresh: Sequence[str]) -> Model:
         )
 
     def read(given: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        with np.load(file, allow_pickle=False) as arrays:
+        with _opened(file) as arrays:
             missing = sorted(set(given) - set(arrays))
             if missing:
                 raise ValueError(
@@ -160,6 +168,8 @@ def from_hf(
             here and not there.
     """
     layout = _layout(family)
+    check_patterns("fresh", fresh)
+    check_patterns("skip", skip)
     given = _without(like, fresh)
     parts = _parts(layout, _named(layout, tensors, skip=skip), given)
     return named_like(like, flatten(like) | _gather(parts, given))
@@ -195,9 +205,25 @@ def write(path: str, params: Params, *, family: str) -> None:
     It holds no settings. To load it by ``from_pretrained``, put it as
     ``model.safetensors`` beside the ``config.json`` that the training started from, or
     one that transformers makes (``GPT2Config(n_head=...).save_pretrained``).
+
+    Raises:
+        ValueError: If a parameter is not of the family, or no file can be at ``path``.
     """
+    check_path("path", path)
+    if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
+        raise ValueError(
+            f"path={path!r} must be a file to write, such as model.safetensors, in a folder "
+            "that is there"
+        )
     # Without this entry transformers refuses the file.
     save_file(to_hf(params, family=family), path, metadata={"format": "pt"})
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return np.load(file, allow_pickle=False)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{str(file)!r} is damaged: {error}") from error
 
 
 def _layout(family: str) -> Layout:
@@ -389,14 +415,20 @@ def _read(files: Sequence[Path], *, data: bool) -> Tensors:
 
 def _resolve(path: str) -> list[Path]:
     """Return the safetensors files of a path or of a model of the hub."""
+    check_path("path", path)
     local = Path(path)
     if local.is_file():
         return [local]
     folder = local if local.is_dir() else _fetch(path)
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        parts = json.loads(index.read_text())["weight_map"].values()
-        return [folder / part for part in sorted(set(parts))]
+        try:
+            parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{str(index)!r} does not name the parts of the weights: {error!r}"
+            ) from error
+        return [folder / part for part in parts]
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     found = sorted(file.name for file in folder.iterdir())

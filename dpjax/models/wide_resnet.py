@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from dpjax.checks import check_positive_int
 from dpjax.models.linen import image_model
 from dpjax.typing import Model
 
@@ -166,6 +167,7 @@ def wide_resnet(
         Qiao et al., Micro-Batch Training with Batch-Channel Normalization and Weight
         Standardization, https://arxiv.org/abs/1903.10520
     """
+    check_positive_int("num_classes", num_classes)
     if depth < 10 or (depth - 4) % 6 != 0:
         raise ValueError(f"{depth=} must be 6n + 4 with n >= 1, such as 16, 28 or 40")
     if width < 1:

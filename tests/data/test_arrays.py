@@ -155,5 +155,7 @@ def test_few_shots_are_the_first_of_each_class():
     np.testing.assert_array_equal(chosen.arrays["x"], [0, 1, 2, 3, 4, 5])
     with pytest.raises(ValueError, match="a class has fewer examples than per_class=3"):
         few_shots(source=source, per_class=3)
-    with pytest.raises(ValueError, match="per_class=0 must be at least 1"):
+    with pytest.raises(
+        ValueError, match="per_class=0 must be an integer of at least 1"
+    ):
         few_shots(source=source, per_class=0)

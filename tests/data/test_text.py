@@ -171,7 +171,9 @@ def test_tables_that_do_not_fit_are_explained(tmp_path, text, changes, message):
 def test_a_label_that_is_no_integer_is_refused(tmp_path):
     path = tmp_path / "train.tsv"
     path.write_text("fine\t1\nbad\tnegative\n")
-    with pytest.raises(ValueError, match=r"column label of row 2 is no integer$"):
+    with pytest.raises(
+        ValueError, match=r"column label of row 2 is no integer of at most 9 digits$"
+    ):
         sst2(path, ("{sentence}",), 8)
 
 

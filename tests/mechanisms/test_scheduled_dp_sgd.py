@@ -87,7 +87,10 @@ def test_schedules_that_make_no_plan_are_refused(changes, message):
 
 @pytest.mark.parametrize("name", ["clip_norm", "noise_multiplier"])
 def test_a_schedule_where_a_number_is_wanted_is_told_of(name):
-    with pytest.raises(ValueError, match=f"{name}=.* must be a number; ScheduledDpSgd"):
+    with pytest.raises(
+        ValueError,
+        match=f"{name}=.*: a number is wanted; public schedules: ScheduledDpSgd",
+    ):
         dp_sgd(**{name: optax.constant_schedule(1.0)})
 
 

@@ -182,7 +182,7 @@ def adapted(*targets, model=small_gpt2):
 WRONG = {
     "rank": (
         lambda: peft.lora(small_gpt2(), rank=0, scale=1.0, targets=(".*",)),
-        "rank=0 must be at least 1",
+        "rank=0 must be an integer of at least 1",
     ),
     "no such layer": (
         lambda: adapted(".*attn/query").init(KEY, TOKENS),
@@ -195,7 +195,7 @@ WRONG = {
     "a norm": (lambda: adapted(".*norm_0").init(KEY, TOKENS), "layers_0/norm_0, "),
     "prompt": (
         lambda: peft.prompt(small_gpt2(), length=0, position=0),
-        "length=0 must be at least 1",
+        "length=0 must be an integer of at least 1",
     ),
     "a prompt without room": (
         lambda: peft.prompt(small_gpt2(), length=1, position=0).init(KEY, TOKENS),
@@ -205,11 +205,11 @@ WRONG = {
         lambda: peft.prompt(small_vit(), length=1, position=0).init(
             KEY, {"image": np.zeros((4, 4, 3), np.float32)}
         ),
-        "needs a table of tokens, token/embedding, not ",
+        "needs examples with 'tokens', not ",
     ),
     "prefix": (
         lambda: peft.prefix(small_gpt2(), length=0),
-        "length=0 must be at least 1",
+        "length=0 must be an integer of at least 1",
     ),
     "no attention": (
         lambda: peft.prefix(

@@ -165,7 +165,7 @@ def test_rotated_products_depend_on_the_distance_alone():
         ({"heads": 3, "kv_heads": 3}, "heads=3 must divide width=8"),
         ({"kv_heads": 3}, "kv_heads=3 must divide heads=4"),
         ({"heads": 8, "kv_heads": 8}, "must be even for rotary"),
-        ({"layers": 0}, "layers=0 must be at least 1"),
+        ({"layers": 0}, "layers=0 must be an integer of at least 1"),
         ({"dtype": "float8"}, "dtype='float8' is unknown; .*'bfloat16'"),
     ],
 )
