@@ -145,7 +145,7 @@ def told(error: Exception) -> str:
     return f"{type(error).__name__}: {first}{place_of(error)}"
 
 
-def place_of(error: Exception) -> str:
+def place_of(error: BaseException) -> str:
     """Return `` (FILE, line N)``, the innermost one that is the user's; "" if none is."""
     paths = sysconfig.get_paths()
     ours = (str(Path(__file__).parent), *(paths[k] for k in ("stdlib", "purelib")), "<")

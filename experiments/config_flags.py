@@ -138,7 +138,7 @@ def _check_override(config: dict[str, Any], argument: str) -> None:
         node = node[key]
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     # ml_collections wraps the traceback of a config file in a flag error.
     lines = [line for line in str(error).splitlines() if line.strip()]
     last = lines[-1].strip() if lines else type(error).__name__

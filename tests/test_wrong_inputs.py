@@ -433,6 +433,10 @@ FILES = {
         ),
         "does not name the parts of the weights",
     ),
+    "scores in words": (
+        lambda folder: damaged(folder, lambda f: audit._numbers(f / "params.npz")),
+        "params.npz must have one number a line",
+    ),
     "weights to a folder": (
         lambda folder: weights.write(str(folder), {}, family="gpt2"),
         "must be a file to write, such as model.safetensors",
@@ -531,17 +535,6 @@ COMMANDS = {
             )
         },
         "line 1 of {folder}/a/ledger.txt is damaged",
-    ),
-    "scores in words": (
-        audit.main,
-        [
-            "--config=tests/tiny_config.py",
-            "--config.run.seed=None",
-            "--out={folder}/out",
-            "--scores={folder}/a,{folder}/b",
-        ],
-        {"a": "high\n", "b": "low\n"},
-        "--scores: {folder}/a must have one number a line",
     ),
     "a variable without a value": (
         launch,
