@@ -8,6 +8,7 @@ import math
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -264,11 +265,10 @@ def check_split(split: str) -> None:
 
 def _arrays_of(path: str, names: Sequence[str]) -> list[np.ndarray]:
     """Return the arrays of these names of an npz file."""
+    if Path(path).is_file() and not zipfile.is_zipfile(path):
+        raise ValueError(f"path={path!r} is no npz file of arrays")
     try:
-        archive = np.load(path)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("it holds a single array")
-        with archive:
+        with np.load(path) as archive:
             found = {name: archive[name] for name in names if name in archive}
             others = sorted(archive)
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:

@@ -220,10 +220,9 @@ def write(path: str, params: Params, *, family: str) -> None:
 
 
 def _opened(file: Path) -> Any:
-    try:
-        return np.load(file, allow_pickle=False)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{str(file)!r} is damaged: {error}") from error
+    if not zipfile.is_zipfile(file):
+        raise ValueError(f"{str(file)!r} is damaged: it is no npz file")
+    return np.load(file, allow_pickle=False)
 
 
 def _layout(family: str) -> Layout:
