@@ -122,6 +122,12 @@ def test_difference_of_whole_numbers_does_not_wrap_around(dtype, swapped):
     )
 
 
+def test_rows_without_any_width_have_a_gradient():
+    part = lookup(np.random.default_rng(0), t=3, n=0)
+    assert gradients([part]).shape == (4, 2, 5, 0)
+    assert weighted_sum([part], jnp.ones(4)).shape == (2, 5, 0)
+
+
 def test_difference_of_close_points_keeps_its_digits():
     rng = np.random.default_rng(1)
     one = dense(rng, t=1, k=64, n=64)
