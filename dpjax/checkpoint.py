@@ -79,7 +79,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         barrier("dpjax_checkpoints_opened")
 
     def __exit__(self, *_) -> None:
-        self.close()
+        self.wait()
 
     @property
     def latest(self) -> int | None:
@@ -205,10 +205,6 @@ class Checkpoints(contextlib.AbstractContextManager):
                 unfinished = self.directory / f"{old}{_UNFINISHED}"
                 (self.directory / str(old)).rename(unfinished)
                 shutil.rmtree(unfinished)
-
-    def close(self) -> None:
-        """Finish the save in the background; raises what `wait` raises."""
-        self.wait()
 
     def _steps(self) -> list[int]:
         return sorted(

@@ -122,16 +122,15 @@ class WandbWriter:
 
     Args:
         directory: Where wandb keeps its files.
-        project: Name of the wandb project.
 
     Raises:
         ImportError: wandb is not installed.
     """
 
-    def __init__(self, directory: Path, *, project: str) -> None:
+    def __init__(self, directory: Path) -> None:
         wandb = _import("wandb", extra="wandb")
         directory.mkdir(parents=True, exist_ok=True)  # else wandb goes elsewhere
-        self._run = wandb.init(project=project, dir=str(directory))
+        self._run = wandb.init(project="dpjax", dir=str(directory))
 
     def write(self, step: int, scalars: Scalars) -> None:
         """Log the scalars of one step; raises TypeError as `JsonlWriter.write` does."""
@@ -147,7 +146,6 @@ def writers(
     directory: Path,
     *,
     resume_step: int = 0,
-    project: str = "dpjax",
     silent: bool = False,
 ) -> "AllWriters":
     """Open ``directory/metrics.jsonl`` and the named writers, as one writer.
@@ -156,7 +154,6 @@ def writers(
         names: Any of "tensorboard" and "wandb".
         directory: Where all of them write.
         resume_step: The step from which the run goes on; 0 for a new run.
-        project: Name of the wandb project.
         silent: Open none: another process of the run writes.
 
     Raises:
@@ -165,7 +162,7 @@ def writers(
     """
     optional: dict[str, Callable[[], Writer]] = {
         "tensorboard": lambda: TensorBoardWriter(directory, resume_step=resume_step),
-        "wandb": lambda: WandbWriter(directory, project=project),
+        "wandb": lambda: WandbWriter(directory),
     }
     for name in names:
         if name not in optional:

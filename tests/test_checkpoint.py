@@ -415,9 +415,9 @@ def disk_that_fills_up():
     [
         lambda checkpoints, state: checkpoints.save(3, state, metadata={}),
         lambda checkpoints, _: checkpoints.wait(),
-        lambda checkpoints, _: checkpoints.close(),
+        lambda checkpoints, _: checkpoints.__exit__(None, None, None),
     ],
-    ids=["save", "wait", "close"],
+    ids=["save", "wait", "exit"],
 )
 def test_a_full_disk_is_a_clear_error(tmp_path, disk_that_fills_up, surface):
     state = {"x": jax.random.uniform(jax.random.key(0), (1000, 100))}

@@ -149,7 +149,7 @@ def test_every_writer_refuses_what_is_not_a_plain_scalar(
     make = {
         "jsonl": lambda: JsonlWriter(tmp_path / "metrics.jsonl"),
         "tensorboard": lambda: TensorBoardWriter(tmp_path),
-        "wandb": lambda: WandbWriter(tmp_path, project="p"),
+        "wandb": lambda: WandbWriter(tmp_path),
         "all": lambda: writers(["tensorboard"], tmp_path),
         "progress": lambda: Progress(10),
     }
@@ -189,9 +189,9 @@ def fake_wandb(monkeypatch):
 
 
 def test_wandb_gets_scalars_and_step(tmp_path, fake_wandb):
-    with writers(["wandb"], tmp_path, project="mine") as writer:
+    with writers(["wandb"], tmp_path) as writer:
         writer.write(3, {"epsilon": np.float32(0.5)})
-    assert fake_wandb.init_arguments == {"project": "mine", "dir": str(tmp_path)}
+    assert fake_wandb.init_arguments == {"project": "dpjax", "dir": str(tmp_path)}
     assert fake_wandb.calls == [("log", 3, {"epsilon": 0.5}), ("finish",)]
     assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 3, "epsilon": 0.5}]
 
