@@ -9,7 +9,7 @@ meet data anywhere else get ordinary per-example automatic differentiation, alon
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import jax
@@ -101,9 +101,11 @@ class _Record:
     plain: dict[int, str] = dataclasses.field(default_factory=dict)
     affine: dict[Path, Affine] = dataclasses.field(default_factory=dict)
     parts: frozenset[int] = frozenset()
-    """Parameters that meet data in parts only, which are sites of their own."""
+    """Parameters that meet data in parts or numbers only, which are sites of their own."""
     whole: set[int] = dataclasses.field(default_factory=set)
     """Parameters that are plain for what they do as a whole."""
+    numbers: set[int] = dataclasses.field(default_factory=set)
+    """Parameters of which numbers are computed that meet data."""
     beside: dict[int, int] = dataclasses.field(default_factory=dict)
     """How many entries the largest value has that a parameter makes with data entrywise."""
 
@@ -112,6 +114,7 @@ class _Record:
         for leaf, why in other.plain.items():
             self.plain.setdefault(leaf, why)
         self.whole |= other.whole
+        self.numbers |= other.numbers
         for leaf, size in other.beside.items():
             self.beside[leaf] = max(size, self.beside.get(leaf, 0))
 
@@ -161,7 +164,10 @@ def analyse(loss: Loss, query: Query, batch: Batch, key: Key) -> Program:
         return record
 
     record = walked(frozenset())
-    if parts := record.plain.keys() - record.whole:
+    others = _leaves(*(site.value for site in record.sites.values()))
+    # A number is worth a site where its parameters need not be formed for anything else.
+    whole = record.whole | record.numbers - others
+    if parts := record.plain.keys() - whole:
         record = walked(frozenset(parts))
     _drop_sites_of_plain_leaves(record)
     _complete(closed, len(params), record)
@@ -198,7 +204,7 @@ def _drop_sites_of_plain_leaves(record: _Record) -> None:
         stems = {
             path[:-1] if site.piece else path
             for path, site in record.sites.items()
-            if site.value.leaves & record.plain.keys()
+            if _is_spoilt(site, record.plain)
         }
         dropped = {
             path: site
@@ -211,6 +217,13 @@ def _drop_sites_of_plain_leaves(record: _Record) -> None:
             del record.sites[path]
             why = "shares a weight with a parameter that no rule covers"
             _differentiate_plainly([site.value], why, record)
+
+
+def _is_spoilt(site: Site, plain: Mapping[int, str]) -> bool:
+    """Whether a site is of no use if these parameters are differentiated plainly."""
+    if site.is_number:  # Each parameter has its share, whatever becomes of the others.
+        return site.value.leaves <= plain.keys()
+    return bool(site.value.leaves & plain.keys())
 
 
 def _differentiate_plainly(
@@ -275,8 +288,9 @@ def _walk(
         made.update(dict.fromkeys(eqn.outvars, eqn))
         affine = _affine(eqn, operands, made)
         # Behind the last site that a backward pass reaches, nothing more is in store.
+        several = len(record.sites) > 1 and not loops
         # A part of a parameter is looked at where it enters an equation.
-        if affine and len(record.sites) > 1 and not loops and not record.parts:
+        if affine and several and not _leaves(*map(read, affine[1:])) & record.parts:
             record.affine[here] = affine
     return [read(atom) for atom in jaxpr.outvars]
 
@@ -314,6 +328,16 @@ def free_axis(eqn: JaxprEqn, side: int, axis: int) -> int | None:
         return None
     before = len(batch[0]) + (len(free[0]) if side == 1 else 0)
     return before + free[side].index(axis)
+
+
+def _leaves(*tags: Tag) -> set[int]:
+    return {leaf for tag in tags if isinstance(tag, ParamValue) for leaf in tag.leaves}
+
+
+def _is_number(tag: ParamValue, atom: Any) -> bool:
+    """Whether a value is one number, computed from parameters, and linear on the way back."""
+    one = math.prod(shape_of(atom)) == 1
+    return one and tag.view is None and tag.linear and not tag.loops
 
 
 def _is_part(tag: ParamValue, loops: tuple[Loop, ...]) -> bool:
@@ -378,9 +402,12 @@ def _equation(
         beside = _entries(eqn.outvars, loops) if name in _ENTRYWISE else 0
         for side, tag in enumerate(operands):
             if isinstance(tag, ParamValue) and tag.leaves:
-                part, key = _is_part(tag, loops), (*path, ~side)
-                if part and tag.leaves <= record.parts:
-                    copied = _copied(eqn, eqn.invars[side])
+                atom, key = eqn.invars[side], (*path, ~side)
+                number = _is_number(tag, atom)
+                part = number or _is_part(tag, loops)
+                record.numbers |= tag.leaves if number else frozenset()
+                if part and tag.leaves & record.parts:
+                    copied = _copied(eqn, atom)
                     record.sites[key] = Site(key, copied, 0, tag, loops)
                     continue
                 why = f"meets data in {name}"
@@ -471,7 +498,9 @@ def _stacked(tag: Tag, loop: Loop) -> Tag:
         axis = len(tag.loops)
         return jnp.repeat(jnp.expand_dims(evaluator(tag), axis), loop.length, axis)
 
-    return ParamValue(tag.leaves, tag.loops, repeated, narrow=tag.narrow)
+    return ParamValue(
+        tag.leaves, tag.loops, repeated, narrow=tag.narrow, linear=tag.linear
+    )
 
 
 def _affine(

@@ -120,10 +120,14 @@ def _norm_cost(group: Group, method: Method) -> Cost:
         flops = 2 * h * t * k * n + weight // 4
         return Cost(flops, factors + 2 * weight, 0, cut + weight)
     if t == 1:
-        return Cost(2 * h * (k + n), factors, 0, cut)
-    gram = 4 * h * t * t
-    # Both matrices, and their product, are written and read, the former for slack too.
-    return Cost(2 * h * t * t * (k + n), factors + 8 * gram, 0, cut + 2 * gram)
+        cost = Cost(2 * h * (k + n), factors, 0, cut)
+    else:
+        gram = 4 * h * t * t
+        # Both matrices, and their product, are written and read, the former for slack too.
+        cost = Cost(2 * h * t * t * (k + n), factors + 8 * gram, 0, cut + 2 * gram)
+    count, through = len(group.numbers), 4 * h * t * n
+    across = Cost(2 * h * t * k * n, factors + 2 * through, 0, through)
+    return added([cost, *[across] * count])
 
 
 def _cut(group: Group) -> int:
@@ -135,13 +139,15 @@ def saved_bytes(group: Group, method: Method) -> float:
     """Return the bytes of one example that live from the norms to the sum.
 
     Of lookups what passes counts, too: one gradient of a table may be larger than all else.
+    So it does where numbers are computed from a weight: Gram matrices then take about as
+    many FLOPs as gradients, and much less memory.
 
     FLOPs count for so little that those of a whole program are less than a byte: they
     decide between methods that save as many.
     """
     saved = weight_bytes(group) if method == "keep" else _kept_bytes(group)
     cost = group_cost(group, method)
-    if all(site.kind == "gather" for site in group.sites):
+    if group.numbers or all(site.kind == "gather" for site in group.sites):
         saved += cost.passing
     return saved + 2.0**-48 * cost.flops
 

@@ -12,8 +12,10 @@ from jaxtyping import Array, Float
 from dpjax.clipping import kernels, layouts
 from dpjax.clipping.analysis import Program, Site, analyse
 from dpjax.clipping.factors import centred_count, clip_factors
-from dpjax.clipping.kernels import Factors, Patches
+from dpjax.clipping.kernels import Factors, Part, Patches
 from dpjax.clipping.keys import example_keys
+from dpjax.clipping.multiples import Multiple
+from dpjax.clipping.numbers import multiples
 from dpjax.clipping.passes import (
     Backward,
     Inputs,
@@ -99,7 +101,7 @@ class _Values(NamedTuple):
     """
 
     losses: Rows
-    factors: dict[int, list[Factors]]
+    factors: dict[int, list[Part]]
     kept: dict[int, Array]
     slots: dict[int, Array]
     dropped: dict[int, Norms]
@@ -116,8 +118,11 @@ class _Known(NamedTuple):
 
 def _collect(program: Program, plan: Plan, inputs: Inputs) -> _Known:
     backward = first_backward(program, plan, inputs)
-    factors = {
-        i: _joined(program, group, backward.factors)
+    factors: dict[int, list[Part]] = {
+        i: [
+            *_joined(program, group, backward.factors),
+            *multiples(program, inputs.leaves, group, backward.factors),
+        ]
         for i, group in enumerate(plan.methods)
     }
     keep = [i for i, m in enumerate(plan.methods.values()) if m == "keep"]
@@ -344,7 +349,7 @@ def _of_both(
 
 
 def _contracted(
-    parts: list[Factors], weights: Rows, *, terms: int
+    parts: list[Part], weights: Rows, *, terms: int
 ) -> Float[Array, "H K N"]:
     """Return ``kernels.weighted_sum``, which ``vmap`` over weights does in one go."""
 
@@ -374,7 +379,9 @@ def _contracted(
         total = kernels.weighted_sum(wider, used, terms=terms)
         return jnp.stack(jnp.split(total, size, axis=-1)), True
 
-    return contracted(parts, weights)
+    numbers = [part.total(weights) for part in parts if isinstance(part, Multiple)]
+    rest = [part for part in parts if not isinstance(part, Multiple)]
+    return sum(numbers, contracted(rest, weights))
 
 
 def _weighted_sums(

@@ -33,6 +33,7 @@ class Row(NamedTuple):
         rule: "dense", "conv", "embedding", "tied" (several uses of the same entries),
             "derived" (what meets data is computed from parameters), "elementwise" (a bias,
             a scale, a token: its per-example gradient costs no more than the activations),
+            "number" (a penalty, say: beside its other rule, a number computed from it),
             "fallback" (no rule: per-example gradient), "frozen" or "unused".
         method: "gram", "direct", "keep", "per-example" or "none".
         flops: Float operations for one example, beyond the backward pass.
@@ -88,7 +89,8 @@ def _row(program: Program, choice: Choice, slot: Slot) -> Row:
         rule = "frozen" if used else "unused"
         why = "no gradient reaches it" if used else "the loss does not read it"
         return Row(name, shape, 0, rule, "none", 0, 0, why)
-    uses = len(slot.sites)
+    numbers = any(group.numbers for group in slot.groups)
+    uses = len({*slot.sites, *(n for group in slot.groups for n in group.numbers)})
     if slot.materialised:
         derived = any(site.value.view is None for site in slot.sites)
         dropped = slot.index in choice.plan.dropped
@@ -114,7 +116,7 @@ def _row(program: Program, choice: Choice, slot: Slot) -> Row:
         name,
         shape,
         uses,
-        "tied" if several else "+".join(kinds),
+        "+".join([*(["tied"] if several else kinds), *["number"] * numbers]),
         "+".join(methods),
         sum(cost.flops for cost in work),
         sum(cost.traffic for cost in work),

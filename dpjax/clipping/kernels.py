@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dpjax.clipping import multiples
+from dpjax.clipping.multiples import Multiple
 from dpjax.clipping.rounding import (
     Norms,
     apart,
@@ -107,6 +109,8 @@ class Patches:
 
 
 Factors = Dense | Lookup | Patches
+Part = Factors | Multiple
+"""What a gradient may be the sum of."""
 
 
 def oriented(part: Factors, *, swapped: bool) -> Factors:
@@ -182,13 +186,14 @@ def _floating(part: Factors) -> Dense:
     return jax.tree.map(floating, part)
 
 
-def gram_norms(parts: Sequence[Factors]) -> Norms:
+def gram_norms(parts: Sequence[Part]) -> Norms:
     """Return norms of the summed gradient, without the gradient.
 
     ``|W|^2 = sum_ts <left_t, left_s> <right_t, right_s>``; each pair of factors of
     different kinds counts twice. Costs ``O(T^2 (K + N))``.
     """
-    cut = [_cut(part) for part in parts]
+    cut = [_cut(part) for part in parts if not isinstance(part, Multiple)]
+    numbers = [part for part in parts if isinstance(part, Multiple)]
     products, lengths, low = [], [], []
     for i, first in enumerate(cut):
         for second in cut[: i + 1]:
@@ -201,22 +206,29 @@ def gram_norms(parts: Sequence[Factors]) -> Norms:
                     low.append(_rounded_once(lefts, rights))
             else:
                 products.append(2 * product)
+    for i, number in enumerate(numbers):
+        lengths.append(number.lengths)
+        products += [2 * _across(number, part) for part in cut]
+        products += [2 * number.product(other) for other in numbers[:i]]
+        products.append(number.product(number))
     # [H, B, all T], the squares and the products that may cancel between positions.
     terms = jnp.moveaxis(jnp.concatenate(products, axis=-1), 1, 0)
     squares, count = summed(terms)
-    slack = _gram_slack(cut, lengths, count)
+    slack = _gram_slack(cut, lengths, count + sum(map(multiples.roundings, numbers)))
+    slack += multiples.underflow(numbers, lengths)
     found = _allowing(Norms(jnp.maximum(squares, 0.0), slack), low)
     return _allowing(found, [_summing_apart(lengths)])
 
 
-def direct_norms(parts: Sequence[Factors]) -> Norms:
+def direct_norms(parts: Sequence[Part]) -> Norms:
     """Return norms by way of the per-example gradients, which are dropped."""
     found = row_norms(gradients(parts))
-    low = [_lengths(part) for part in map(_cut, parts) if _low(part)]
+    cut = [_cut(part) for part in parts if not isinstance(part, Multiple)]
+    low = [_lengths(part) for part in cut if _low(part)]
     # Two terms are right to a squared roundoff of each entry, whatever its position.
     terms = [_BFLOAT16**2 * jnp.sum(x * y, axis=(0, 2)) for x, y in low]
     # Formed for the norm, for the sum, and once more in passing through the batch's sum.
-    roundings = 3 * sum(part.right.shape[2] for part in parts) + 8
+    roundings = 3 * sum(map(_positions, parts)) + 8
     mass = _total([_mass(part) for part in parts])
     return _allowing(found, [*terms, of_terms(roundings, mass.dtype) * mass])
 
@@ -256,13 +268,13 @@ def again(
     return apart(by_gram, (parts, weights, allowed))
 
 
-def gradients(parts: Sequence[Factors]) -> Float[Array, "B H K N"]:
+def gradients(parts: Sequence[Part]) -> Float[Array, "B H K N"]:
     """Return the per-example gradients themselves."""
     return _total([_gradients(part) for part in parts])
 
 
 def weighted_sum(
-    parts: Sequence[Factors], weights: Float[Array, "B"], *, terms: int = EXACT
+    parts: Sequence[Part], weights: Float[Array, "B"], *, terms: int = EXACT
 ) -> Float[Array, "H K N"]:
     """Return ``sum_b weights[b] W[b]`` without any W.
 
@@ -329,13 +341,17 @@ def weighted_together(
     return [totals[i] for i in range(len(parts))]
 
 
-def _cut(part: Factors) -> Dense | Lookup:
+def _positions(part: Part) -> int:
+    return 1 if isinstance(part, Multiple) else part.right.shape[2]
+
+
+def _cut(part: Dense | Lookup | Patches) -> Dense | Lookup:
     return part.dense if isinstance(part, Patches) else part
 
 
-def _weighted_sum(
-    part: Factors, weights: Array, *, terms: int
-) -> Float[Array, "H K N"]:
+def _weighted_sum(part: Part, weights: Array, *, terms: int) -> Float[Array, "H K N"]:
+    if isinstance(part, Multiple):
+        return part.total(weights)
     part = _cut(part)
     used = (weights != 0)[None, :, None, None]
     right = jnp.where(used, _wide(part.right) * weights[None, :, None, None], 0.0)
@@ -390,7 +406,9 @@ def _total(parts: Sequence[Array]) -> Array:
     return sum(parts[1:], parts[0])
 
 
-def _gradients(part: Factors) -> Float[Array, "B H K N"]:
+def _gradients(part: Part) -> Float[Array, "B H K N"]:
+    if isinstance(part, Multiple):
+        return part.rows
     if isinstance(part, Lookup):
         one = jax.vmap(lambda r, x: _scattered(part.size, r, x))
         return jax.vmap(one, in_axes=1)(part.rows, _wide(part.right))
@@ -516,6 +534,19 @@ def _left_gram(first: Factors, second: Factors) -> Float[Array, "H B T S"]:
     return jnp.swapaxes(_left_gram(second, first), 2, 3)
 
 
+def _across(number: Multiple, part: Dense | Lookup) -> Float[Array, "H B T"]:
+    """Return the inner products of a number's gradient with each position's."""
+    if isinstance(part, Lookup):
+        through = jax.vmap(lambda matrix, rows: matrix[rows])(number.matrix, part.rows)
+    else:
+        ends = np.cumsum([block.shape[-1] for block in part.left])[:-1]
+        blocks = jnp.split(number.matrix, ends, axis=1)
+        pairs = zip(part.left, blocks, strict=True)
+        through = _total([_dot("hbtk,hkn->hbtn", left, block) for left, block in pairs])
+    inner = unmerged(jnp.sum(through * _wide(part.right), axis=-1))
+    return inner * number.coefficient[None, :, None]
+
+
 def _right_gram(first: Factors, second: Factors) -> Float[Array, "H B T S"]:
     return _dot("hbtn,hbsn->hbts", first.right, second.right)
 
@@ -586,8 +617,10 @@ def _summing_apart(lengths: Sequence[Lengths]) -> Float[Array, "B"]:
     return of_terms(roundings, mass.dtype) * mass
 
 
-def _mass(part: Factors) -> Float[Array, "B"]:
+def _mass(part: Part) -> Float[Array, "B"]:
     """Return ``sum_t |left_t| |right_t|``, or more."""
+    if isinstance(part, Multiple):
+        return jnp.abs(part.coefficient) * row_norms(part.matrix[None]).longest
     if not isinstance(part, Patches):
         left, right = _lengths(part)
         return jnp.sum(left * right, axis=(0, 2))

@@ -152,6 +152,8 @@ def to_parameters(
     found: dict[int, list[Array]] = {}
     for some, known, keep_dtype in ((views, wide, True), (derived, leaves, False)):
         for leaf, gradient in _pulled(program, known, some, keep_dtype=keep_dtype):
+            if leaf in program.plain:  # It has its share of a number already.
+                continue
             dtype = accumulation_dtype(gradient.dtype)
             found.setdefault(program.slot(leaf), []).append(gradient.astype(dtype))
     return {slot: sum(parts[1:], parts[0]) for slot, parts in found.items()}

@@ -79,7 +79,7 @@ def _drops(slot: Slot, count: int, cost: Callable[[Group, Method], float]) -> bo
 
 def can_probe(slot: Slot) -> bool:
     """Whether the norm is known where the only site of the parameter stands."""
-    if slot.materialised or len(slot.sites) != 1:
+    if slot.materialised or len(slot.sites) != 1 or slot.groups[0].numbers:
         return False
     (site,) = slot.sites
     return site.loops == site.value.loops

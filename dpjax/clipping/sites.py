@@ -14,8 +14,9 @@ from dpjax.clipping.values import Loop, ParamValue, Path, Piece, dtype_of, shape
 class Site:
     """An equation that is linear in a parameter-only operand; the other one is data.
 
-    Or a copy of a part of a parameter, just before it meets data in any other equation: its
-    path is that of this equation and then ``~`` the place of the operand.
+    Or a copy of a part of a parameter, or of a number that parameters make, just before it
+    meets data in any other equation: its path is that of this equation and then ``~`` the
+    place of the operand.
 
     Or a part of a product with a weight that is put together from several: its equation is
     the product with one piece, and its path that of the whole product, then ``~`` the side
@@ -43,6 +44,11 @@ class Site:
         """The name of the primitive; a slice that begins anywhere is a "gather"."""
         name = self.eqn.primitive.name
         return "gather" if name == "dynamic_slice" else name
+
+    @property
+    def is_number(self) -> bool:
+        """Whether it is a copy of a number that is computed from parameters."""
+        return self.kind == "copy" and self.value.view is None
 
     @property
     def data_shape(self) -> tuple[int, ...]:

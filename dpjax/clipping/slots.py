@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import numpy as np
 
@@ -16,10 +17,13 @@ class Group:
     Attributes:
         sites: At least one.
         swapped: For each, whether it sees the weight transposed, compared to the first.
+        numbers: Sites of numbers that are computed from the whole parameter, and so add to
+            this gradient, too.
     """
 
     sites: tuple[Site, ...]
     swapped: tuple[bool, ...]
+    numbers: tuple[Site, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,7 +44,7 @@ class Slot:
 
     @property
     def sites(self) -> list[Site]:
-        """All sites of all groups."""
+        """All sites of all groups, without numbers."""
         return [site for group in self.groups for site in group.sites]
 
 
@@ -49,19 +53,27 @@ def find_slots(program: Program) -> list[Slot]:
     count = len(program.names)
     sites: list[list[Site]] = [[] for _ in range(count)]
     for site in program.sites.values():
-        for slot in {program.slot(leaf) for leaf in site.value.leaves}:
+        for slot in {*map(program.slot, site.value.leaves - program.plain.keys())}:
             sites[slot].append(site)
     plain = {program.slot(leaf): why for leaf, why in program.plain.items()}
     groups = [_groups(found) for found in sites]
     whole = {
         slot: why
         for slot in range(count)
-        if (why := plain.get(slot) or _why_whole(sites[slot], groups[slot]))
+        if (
+            why := plain.get(slot)
+            or _why_whole(sites[slot], groups[slot], program.shapes[slot])
+        )
     }
     # A parameter that shares a derived weight with another one is formed along with it.
     _spread(whole, program)
     return [
-        Slot(i, tuple(groups[i]), whole.get(i, ""), plain.get(i, ""))
+        Slot(
+            i,
+            tuple(groups[i] if i in whole else _with_numbers(groups[i])),
+            whole.get(i, ""),
+            plain.get(i, ""),
+        )
         for i in range(count)
     ]
 
@@ -85,12 +97,23 @@ def _groups(sites: list[Site]) -> list[Group]:
     ]
 
 
-def _why_whole(sites: list[Site], groups: list[Group]) -> str:
-    if any(site.value.view is None for site in sites):
+def _with_numbers(groups: list[Group]) -> list[Group]:
+    numbers = tuple(g.sites[0] for g in groups if g.sites[0].is_number)
+    rest = [group for group in groups if not group.sites[0].is_number]
+    return [dataclasses.replace(group, numbers=numbers) for group in rest]
+
+
+def _why_whole(sites: list[Site], groups: list[Group], shape: tuple[int, ...]) -> str:
+    views = [g.sites[0].value.view for g in groups if not g.sites[0].is_number]
+    if any(view is None for view in views):
         return "its weights are computed from parameters"
-    for first, second in itertools.combinations(groups, 2):
-        if _overlap(first.sites[0].value.view, second.sites[0].value.view):
-            return "its uses overlap in part"
+    if any(itertools.starmap(_overlap, itertools.combinations(views, 2))):
+        return "its uses overlap in part"
+    numbers = any(site.is_number for site in sites)
+    if numbers and sum(view.size for view in views if view is not None) < math.prod(
+        shape
+    ):
+        return "a number is computed from more of it than meets data"
     return ""
 
 
@@ -107,6 +130,8 @@ def _spread(whole: dict[int, str], program: Program) -> None:
     while True:
         before = len(whole)
         for site in program.sites.values():
+            if site.is_number:
+                continue
             slots = {program.slot(leaf) for leaf in site.value.leaves}
             if slots & whole.keys():
                 for slot in slots:

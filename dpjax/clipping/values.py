@@ -53,6 +53,8 @@ class ParamValue:
         known: Whether it depends on no input of the loss at all.
         pieces: Views that it is put together from, side by side on one axis.
         narrow: Whether it is made from the parameters in less than float32 somewhere.
+        linear: Whether its gradient goes back to the parameters linearly: a backward pass of
+            the loss's own (``own_backward``) need not.
     """
 
     leaves: frozenset[int]
@@ -63,6 +65,7 @@ class ParamValue:
     known: bool = False
     pieces: tuple["Piece", ...] = ()
     narrow: bool = False
+    linear: bool = True
 
 
 Tag = ParamValue | _Data
@@ -162,6 +165,7 @@ def derive(eqn: JaxprEqn, inputs: Sequence[ParamValue]) -> list[ParamValue]:
         return lambda evaluator: evaluator.once(run, lambda: run(evaluator))[index]
 
     below = any(value.narrow for value in inputs) or narrow(eqn)
+    linear = all(value.linear for value in inputs) and not own_backward(eqn)
     pieces = _pieces(eqn, inputs)
     scale = inputs[0].scale if inputs else 1.0  # A view is made of one value.
     if scaled is not None:
@@ -176,6 +180,7 @@ def derive(eqn: JaxprEqn, inputs: Sequence[ParamValue]) -> list[ParamValue]:
             known=known,
             pieces=pieces,
             narrow=below,
+            linear=linear,
         )
         for i, view in enumerate(views)
     ]

@@ -129,6 +129,11 @@ def scanned(params, example, key):
     return weighted(out, example)
 
 
+def penalised(params, example, key):
+    strength = example.get("e", jnp.mean(example["s"]))
+    return dense(params, example, key) + strength * jnp.sum(jnp.square(params))
+
+
 RULES = {
     loss.__name__: loss
     for loss in (
@@ -141,9 +146,11 @@ RULES = {
         lookup,
         tied,
         scanned,
+        penalised,
     )
 }
 RULES["standardised_output, two points"] = standardised_output
+RULES["penalised, two points"] = penalised
 
 
 @functools.cache
@@ -261,6 +268,18 @@ def flat(value, target):
     return draw
 
 
+WEIGHT = np.float32(np.random.default_rng(7).normal(size=(K, N)))
+
+
+def against_its_penalty(rng):
+    """Draw examples for which the product with WEIGHT and the penalty on it cancel."""
+    strength = np.float32(10.0 ** rng.integers(0, 9, ROWS))
+    x = np.broadcast_to(np.eye(K, dtype=np.float32), (ROWS, K, K))
+    near = 1 + 1e-7 * rng.normal(size=(ROWS, K, N))
+    s = -2 * strength[:, None, None] * WEIGHT * near
+    return {"x": x, "s": np.float32(s), "e": strength}
+
+
 def normal(*shape):
     return lambda rng: jnp.float32(rng.normal(size=shape))
 
@@ -285,6 +304,7 @@ ATTACKS = {
     "two constant rows": (dense, normal(8192, N), two_constant_rows),
     "products that underflow": (dense, normal(K, N), flat(8e-20, 4e18)),
     "a mean that cancels": (less_its_mean, normal(K, N), flat(1.7, 1e12)),
+    "a penalty that cancels": (penalised, lambda rng: WEIGHT, against_its_penalty),
 }
 
 
@@ -313,6 +333,7 @@ MUTANTS = {
     "normalised output, white images": ("direct, two passes", "never_measured_again"),
     "two constant rows": ("gram", "no_slack"),
     "products that underflow": ("gram", "underflow_forgotten"),
+    "a penalty that cancels": ("gram", "no_slack"),
 }
 
 
@@ -355,9 +376,24 @@ def test_terms_that_cancel_in_one_example_do_not_erase_the_others(engine, terms)
     s[5] = terms
     x[5, 1::2] = -x[5, ::2]
     examples = {"x": np.float32(x), "s": np.float32(s)}
-    query = Query((jnp.zeros((K, N)),), clip_norm=C)
+    check_others(dense, np.zeros((K, N), np.float32), examples, engine)
+
+
+@pytest.mark.parametrize("engine", ["gram", "direct"])
+def test_a_penalty_that_cancels_in_one_example_does_not_erase_the_others(engine):
+    rng, rows, t = np.random.default_rng(0), 64, K
+    x, s = rng.normal(size=(rows, t, K)), rng.normal(size=(rows, t, N))
+    e = rng.normal(size=rows)
+    x[5], s[5], e[5] = np.eye(K), -2e9 * WEIGHT, 1e9
+    examples = {k: np.float32(v) for k, v in {"x": x, "s": s, "e": e}.items()}
+    check_others(penalised, WEIGHT, examples, engine)
+
+
+def check_others(loss, params, examples, engine):
+    """The fifth row moves the sum by C at most."""
+    rows, query = len(examples["x"]), Query((params,), clip_norm=C)
     run = jax.jit(
-        lambda batch: ENGINES[engine](dense, query, batch, KEY),
+        lambda batch: ENGINES[engine](loss, query, batch, KEY),
         compiler_options=PRODUCTION,
     )
     with_it = run(batch_of(examples))[0].total

@@ -68,6 +68,10 @@ def dense(p, e, key):
     return score(e["x"] @ p["w"] + p["b"][None])
 
 
+def penalised(p, e, key):
+    return dense(p, e, key) + sum(jnp.sum(x**2) for x in p.values())
+
+
 def adapted(p, e, key):
     del key
     return score(e["x"] @ jax.nn.softplus(p["w"]))
@@ -92,6 +96,7 @@ CASES = {
     "one position": of_dense(1, 200, 300),
     "positions": of_dense(100, 64, 128),
     "many positions": of_dense(1500, 16, 24),
+    "penalised": (penalised, *of_dense(100, 64, 128)[1:]),
     "table": (embedded, {"t": floats(5000, 32)}, {"i": ids(40)}),
     "small table": (embedded, {"t": floats(16, 8)}, {"i": ids(600)}),
     "tied": (tied, {"t": floats(500, 32)}, {"i": ids(40)}),

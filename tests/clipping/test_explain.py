@@ -83,7 +83,7 @@ def test_explain_tells_of_gradients_that_are_formed_and_dropped():
 
 
 def test_what_is_larger_than_what_it_makes_with_data_is_no_scale():
-    """A penalty makes one number of a matrix, a sum over all entries too."""
+    """A sum over all entries makes one number of them; beside a product it is free."""
 
     def loss(params, example, key):
         del key
@@ -94,4 +94,4 @@ def test_what_is_larger_than_what_it_makes_with_data_is_no_scale():
     shapes = {"b": (4,), "long": (50, 4), "w": (3, 4)}
     params = {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in shapes.items()}
     rows = dpjax.explain(loss, params, {"x": np.ones((5, 3), np.float32)})
-    assert [row.rule for row in rows] == ["elementwise", "fallback", "fallback"]
+    assert [row.rule for row in rows] == ["elementwise", "fallback", "dense+number"]

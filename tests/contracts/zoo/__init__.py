@@ -12,6 +12,8 @@ norm can be computed:
 - ``derived``: what meets data is a function of parameters that is no view.
 - ``fallback``: no rule; per-example gradients are formed though they may be large.
 - ``dense+elementwise``: parts of it one way and parts the other way.
+- ``dense+number``, ``conv+number``, ...: beside that, a number that is computed from it, such
+  as a penalty, meets data.
 - ``frozen``, ``unused``: the gradient is zero; with or without a trace in the jaxpr.
 
 Most cases are written as ``@case({name: rule and shape}, {name: data})`` above the loss. The

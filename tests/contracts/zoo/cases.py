@@ -58,6 +58,9 @@ elementwise, derived, fallback = map(_kind, ["elementwise", "derived", "fallback
 
 
 dense_and_elementwise = _kind("dense+elementwise")
+dense_and_number, conv_and_number, embedding_and_number = (
+    _kind(f"{rule}+number") for rule in ("dense", "conv", "embedding")
+)
 
 
 frozen, unused = map(_kind, ["frozen", "unused"])

@@ -5,7 +5,11 @@ import jax.numpy as jnp
 
 from tests.contracts.zoo.cases import (
     case,
+    conv_and_number,
+    convolve,
     dense,
+    dense_and_number,
+    elementwise,
     fallback,
     frozen,
     ids,
@@ -15,9 +19,24 @@ from tests.contracts.zoo.cases import (
 )
 
 
-@case({"w": fallback(3, 4), "v": dense(4, 2)}, {"x": x(5, 3)})
+@case({"w": dense_and_number(3, 4), "v": dense(4, 2)}, {"x": x(5, 3)})
 def l2_regulariser(p, e, key):
     return score(jnp.tanh(e["x"] @ p["w"]) @ p["v"]) + jnp.sum(jnp.square(p["w"]))
+
+
+@case(
+    {
+        "k": conv_and_number(3, 3, 4),
+        "b": elementwise(4),
+        "w": dense_and_number(4, 2),
+    },
+    {"x": x(5, 3), "s": x()},
+)
+def weight_decay_of_all_parameters(p, e, key):
+    """Its strength is the example's, and all parameters make one number."""
+    out = score(jnp.tanh(convolve(e["x"], p["k"]) + p["b"][None]) @ p["w"])
+    size = sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(p))
+    return out * jnp.sqrt(size) + e["s"] * size
 
 
 @case({"w": fallback(3, 4)}, {"x": x(3)})

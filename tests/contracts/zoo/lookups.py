@@ -10,6 +10,7 @@ from tests.contracts.zoo.cases import (
     dense,
     derived,
     embedding,
+    embedding_and_number,
     entropy,
     fallback,
     frozen,
@@ -184,7 +185,7 @@ def embedding_head_and_one_hot_of_one_table(p, e, key):
     return score(hidden @ p["table"].T + p["table"][e["i"]][0])
 
 
-@case({"table": fallback(7, 3)}, {"ids": ids(7, 5)})
+@case({"table": embedding_and_number(7, 3)}, {"ids": ids(7, 5)})
 def embedding_with_a_penalty_on_the_table(p, e, key):
     return score(p["table"][e["ids"]]) + 0.1 * jnp.sum(jnp.square(p["table"]))
 
