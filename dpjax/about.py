@@ -1,18 +1,25 @@
-"""What a privacy card is about: which run, of which code, on which data and device."""
+"""Which code, packages and device ran, and what a privacy card is about.
+
+Imports no framework until it is asked for the device.
+"""
 
 import dataclasses
 import datetime
 import functools
 import hashlib
 import hmac
+import importlib.metadata
+import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
+if TYPE_CHECKING:
+    from dpjax.typing import Params
 
-from dpjax.typing import Params
+PACKAGES = ("dpjax", "jax", "jaxlib", "numpy", "flax", "optax", "dp-accounting")
+"""Those that decide what is computed."""
 
 _UNKNOWN = "unknown: not run from a git clone"
 _WITHHELD = "withheld: it would confirm a guess at the private data"
@@ -40,7 +47,7 @@ class About:
 
 
 def about(
-    config: Mapping[str, Any], params: Params, *, data_fingerprint: str, secret: bytes
+    config: Mapping[str, Any], params: "Params", *, data_fingerprint: str, secret: bytes
 ) -> About:
     """Return the facts of a run that goes on, before its export.
 
@@ -50,6 +57,8 @@ def about(
         data_fingerprint: See ``dpjax.data.batches.fingerprint``.
         secret: 16 bytes, the run's sampling seed.
     """
+    import jax
+
     stored = " and ".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)}))
     computed = config["model"].get("dtype", stored)
     public = config["data"]["provenance"] == "public"
@@ -61,12 +70,12 @@ def about(
         data = f"{keyed(data_fingerprint, secret)}, keyed by a secret of the run"
     return About(
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
-        commit=_commit(),
+        commit=_commit_text(),
         data=data,
         parameters=None,
         engine="plain" if public else config["compute"]["engine"],
         dtype=stored if computed == stored else f"{stored}, computed in {computed}",
-        device=jax.devices()[0].device_kind,
+        device=device(),
     )
 
 
@@ -87,13 +96,25 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class Checkout(NamedTuple):
+    """A commit, and whether its files were changed since."""
+
+    commit: str
+    changed: bool
+
+
 @functools.cache
-def _commit() -> str:
-    package = Path(__file__).parent
+def checkout(*, untracked: bool = False) -> Checkout | None:
+    """Return what the package runs from; None if that is no git clone of it.
+
+    Args:
+        untracked: Whether files that git does not know count as changes.
+    """
+    here = Path(__file__)
 
     def git(*command: str) -> str:
         done = subprocess.run(
-            ["git", "-C", str(package), *command],
+            ["git", "-C", str(here.parent), *command],
             capture_output=True,
             text=True,
             check=True,
@@ -101,11 +122,41 @@ def _commit() -> str:
         )
         return done.stdout.strip()
 
+    files = "normal" if untracked else "no"
     try:
         # Not that of a repository which the package is only installed in.
-        if Path(git("rev-parse", "--show-toplevel")) != package.parent:
-            return _UNKNOWN
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + (" with changes on it" if changed else "")
+        if Path(git("rev-parse", "--show-toplevel")) / "dpjax" not in here.parents:
+            return None
+        changed = bool(git("status", "--porcelain", f"--untracked-files={files}"))
+        return Checkout(git("rev-parse", "HEAD"), changed)
     except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Return the versions of installed packages."""
+    return {name: importlib.metadata.version(name) for name in packages}
+
+
+def device() -> str:
+    """Return the kind of device that JAX computes on."""
+    import jax
+
+    return jax.devices()[0].device_kind
+
+
+def software() -> dict[str, str]:
+    """Return what ``python -m dpjax --version`` prints: packages, commit and device."""
+    try:
+        found = device()
+    except RuntimeError as error:  # the device of a broken installation
+        found = f"none: {error}"
+    facts = {"python": platform.python_version(), "commit": _commit_text()}
+    return versions() | facts | {"device": found}
+
+
+def _commit_text() -> str:
+    found = checkout()
+    if found is None:
         return _UNKNOWN
+    return found.commit + (" with changes on it" if found.changed else "")

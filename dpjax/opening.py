@@ -11,7 +11,7 @@ import numpy as np
 
 from dpjax import config as configs
 from dpjax import processes, report, terminal
-from dpjax.about import About, about
+from dpjax.about import About, about, versions
 from dpjax.audit.self_check import self_check
 from dpjax.checkpoint import Checkpoints
 from dpjax.experiment import Experiment, build_experiment
@@ -150,7 +150,7 @@ def _start_block(
 
 def _check_same_everywhere(identity: Mapping[str, Any]) -> None:
     """Refuse processes that were started with different configs, data or versions."""
-    mine = json.dumps({**identity, "versions": report.versions()})
+    mine = json.dumps({**identity, "versions": versions()})
     for number, other in enumerate(processes.texts_of_all(mine)):
         keys = configs.differing_keys(json.loads(mine), json.loads(other), free=())
         if keys:

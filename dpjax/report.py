@@ -1,22 +1,19 @@
 """What is told to people: the plan, the result and the privacy card."""
 
 import dataclasses
-import importlib.metadata
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpjax.about import About
+from dpjax.about import About, versions
 from dpjax.accounting import epsilon
 from dpjax.config import PRIVATE_START
 from dpjax.data.inspection import Inspection
 from dpjax.mechanisms import Mechanism
 from dpjax.partition import flatten
 from dpjax.typing import Params
-
-PACKAGES = ("dpjax", "jax", "jaxlib", "numpy", "flax", "optax", "dp-accounting")
 
 CLAIMED = "claimed, assumption-based"
 
@@ -253,11 +250,6 @@ def _sentence(
         "tossing a coin is right 50 times"
         + ("." if proven else ", if what the flags say is so.")
     )
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that decide what is computed."""
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def card_of(

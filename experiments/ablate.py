@@ -85,14 +85,14 @@ def _run_all(runs: Sequence[Run], out: Path, argv: list[str]) -> int:
     keep_freed_memory()
     import jax
 
-    from dpjax import report
+    from dpjax.about import PACKAGES, device
     from dpjax.train import Interrupted
 
     facts = timing.provenance(
         module="experiments.ablate",
         argv=argv,
-        packages=report.PACKAGES,
-        device=jax.devices()[0].device_kind,
+        packages=PACKAGES,
+        device=device(),
     )
     failed = 0
     for run in runs:

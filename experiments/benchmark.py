@@ -54,8 +54,7 @@ def main(argv: list[str]) -> int:
 
 
 def _run(plan: Plan, argv: list[str]) -> int:
-    import jax
-
+    from dpjax.about import device
     from dpjax.allocator import keep_freed_memory
     from experiments import report, steps, suite, sweep, throughput, timing
 
@@ -64,7 +63,7 @@ def _run(plan: Plan, argv: list[str]) -> int:
         module="experiments.benchmark",
         argv=argv,
         packages=("jax", "jaxlib", "dpjax"),
-        device=jax.devices()[0].device_kind,
+        device=device(),
     )
     results |= {"suite": plan.suite, "rounds": plan.rounds, "baselines": {}, "rows": []}
     measure = {

@@ -91,15 +91,14 @@ def _run(name: str, text: Path, data: Path, workdir: Path) -> None:
 
 
 def _write_facts(name: str, scores: Mapping[str, Any], results: Path) -> None:
-    import jax
 
-    from dpjax.report import PACKAGES
+    from dpjax.about import PACKAGES, device
 
     facts = timing.provenance(
         module="experiments.public_to_private",
         argv=[f"--task={name}"],  # the rest names the machine's folders
         packages=PACKAGES,
-        device=jax.devices()[0].device_kind,
+        device=device(),
     )
     sweep.write_json(results / "scores.json", {**facts, "scores": scores})
 

@@ -1,18 +1,18 @@
 """Alternating measurements and where they were taken. Imports no framework."""
 
 import datetime
-import importlib.metadata
 import math
 import os
 import platform
 import random
 import shlex
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from dpjax.about import checkout, versions
 
 _BLOCK_SECONDS = 0.1
 _MAX_REPEATS = 10
@@ -76,13 +76,13 @@ def provenance(
     *, module: str, argv: Sequence[str], packages: Sequence[str], device: str
 ) -> dict[str, Any]:
     """Return what a reader needs to judge and to repeat a measurement."""
-    status = _git("status", "--porcelain")
+    clone = checkout(untracked=True)
     return {
         "command": shlex.join(["python", "-m", module, *argv]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "git": {
-            "commit": _git("rev-parse", "HEAD"),
-            "dirty": None if status is None else bool(status),
+            "commit": clone and clone.commit,
+            "dirty": clone and clone.changed,
         },
         "hardware": {
             "cpu": _cpu_model(),
@@ -91,8 +91,7 @@ def provenance(
             # On a loaded machine PyTorch's threads wait for each other.
             "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         },
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in packages},
+        "versions": {"python": platform.python_version()} | versions(packages),
     }
 
 
@@ -111,17 +110,3 @@ def _cpu_model() -> str:
     lines = path.read_text().splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
     return names[0] if names else platform.processor()
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", *arguments],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

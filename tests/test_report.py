@@ -6,16 +6,19 @@ import importlib
 import json
 import math
 import subprocess
+import sys
 
+import jax
 import numpy as np
 import pytest
 
 import dpjax
-from dpjax.about import about, file_digest, keyed
+from dpjax import __main__ as front
+from dpjax.about import about, checkout, file_digest, keyed
 from dpjax.data.inspection import Inspection
 from dpjax.report import card_of, inspected, privacy_card
 from tests.contracts.test_mechanisms import MECHANISMS, PRIVATE
-from tests.runs import tiny
+from tests.runs import ROOT, tiny
 
 
 @pytest.mark.parametrize("name", MECHANISMS)
@@ -212,3 +215,51 @@ def test_what_wandb_is_told_is_flagged():
     plan = MECHANISMS["dp_sgd poisson"]
     card = card_of(tiny(**{"run.seed": None, "run.writers": ("wandb",)}), plan, 5)
     assert any("when each step ended" in flag for flag in card.flags)
+
+
+def test_version_tells_packages_commit_and_device(capsys):
+    assert front.main(["--version"]) == 0
+    told = dict(line.split(" ", 1) for line in capsys.readouterr().out.splitlines())
+    head = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    found = subprocess.run(head, capture_output=True, text=True, check=True).stdout
+    assert told["commit"].split()[0] == found.strip()
+    assert told["jax"] == jax.__version__
+    assert told["device"] == jax.devices()[0].device_kind
+    assert front.main(["--versoin"]) == 2
+    assert capsys.readouterr().err.startswith("error: --versoin is given; ")
+
+
+@pytest.mark.parametrize("untracked", [False, True])
+def test_changes_to_a_clone_are_told(tmp_path, monkeypatch, untracked):
+    def git(*command):
+        who = ["-c", "user.name=n", "-c", "user.email=e"]
+        subprocess.run(["git", "-C", str(tmp_path), *who, *command], check=True)
+
+    package = tmp_path / "dpjax" / "__init__.py"
+    package.parent.mkdir()
+    package.write_text("")
+    look = checkout.__wrapped__
+    monkeypatch.setitem(look.__globals__, "__file__", str(package))
+    assert look(untracked=untracked) is None
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    assert not look(untracked=untracked).changed
+    (tmp_path / "new.py").write_text("")
+    assert look(untracked=untracked).changed == untracked
+    package.write_text("x = 1")
+    assert look(untracked=untracked).changed
+    # What is installed inside of another repository has no commit.
+    inside = tmp_path / "libraries" / "dpjax"
+    inside.mkdir(parents=True)
+    monkeypatch.setitem(look.__globals__, "__file__", str(inside / "__init__.py"))
+    assert look(untracked=untracked) is None
+
+
+def test_the_clock_of_the_studies_loads_no_framework():
+    """Other libraries are measured where JAX is not installed."""
+    code = (
+        "import sys, experiments.timing; "
+        "sys.exit(bool({'jax', 'numpy'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
