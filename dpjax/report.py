@@ -191,7 +191,9 @@ def privacy_card(
     if seed is not None:
         found.append(f"reproducible sampling and noise (seed={seed}): not private")
     if mechanism.private and mechanism.delta >= 1 / mechanism.num_examples:
-        found.append(f"delta is not below 1/num_examples={mechanism.num_examples}")
+        found.append(
+            f"delta is not below 1/{mechanism.num_examples}, one over num_examples"
+        )
     if mechanism.private and not sampling.amplified:
         found.append("accounted without amplification by sampling")
     if mechanism.private and WEAK < spent < math.inf:

@@ -216,11 +216,12 @@ def draw(found: Rows, *, x: str, lines: str, panels: str | None) -> Any:
     handles = {}
     for axes, (title, part) in zip(grid, parts.items(), strict=True):
         axes.set_xscale("log")
+        _mark(axes, sorted({row["labels"][x] for row in part}))
         for i, name in enumerate(names):
             chosen = [row for row in part if row["labels"][lines] == name]
             if any(row["n"] for row in chosen):
                 handles[name] = _line(axes, chosen, x, i)
-        axes.set_title(title)
+        axes.set_title(title, wrap=True)
         axes.set_xlabel(x)
         tidy(axes)
     grid[0].set_ylabel(next(row["metric"] for row in found if row["metric"]))
@@ -232,6 +233,14 @@ def draw(found: Rows, *, x: str, lines: str, panels: str | None) -> Any:
         frameon=False,
     )
     return figure
+
+
+def _mark(axes: Any, at: Sequence[float]) -> None:
+    """Put ticks where the values are: those between would be unmeasured, and collide."""
+    step = -(-len(at) // 6)  # more labels than these touch each other
+    axes.set_xticks(at[::step], [f"{value:g}" for value in at[::step]])
+    axes.set_xticks([], minor=True)
+    axes.set_xlim(at[0] / 1.3, at[-1] * 1.3)  # one value alone has no range of its own
 
 
 def _line(axes: Any, part: Rows, x: str, i: int) -> Any:

@@ -1,5 +1,6 @@
 """Sweeps: run once, told apart, gathered with intervals, and paid for."""
 
+import itertools
 import json
 import runpy
 import subprocess
@@ -343,6 +344,31 @@ def test_a_plot_has_all_rows_in_their_panels():
     rows.append(row("a", 2, 5.0, 0.4))
     with pytest.raises(ValueError, match=r"same clip, method; .*--panels=LABEL"):
         summary.draw(rows, x="clip", lines="method", panels=None)
+
+
+@pytest.mark.parametrize(("values", "shown"), [((0.5,), 1), (range(10, 22), 6)])
+def test_ticks_of_a_plot_are_values_that_do_not_touch(values, shown):
+    """One value has a range, too; a long title is not cut off."""
+    rows = [
+        {
+            "labels": {"lr": value, "line": "a", "panel": "a long name " * 9},
+            "mean": 0.5,
+            "half_width": None,
+            "n": 1,
+            "metric": "test/accuracy",
+        }
+        for value in values
+    ]
+    figure = summary.draw(rows, x="lr", lines="line", panels="panel")
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    texts = [text.get_text() for text in axes.get_xticklabels(which="both")]
+    assert texts == [f"{value:g}" for value in [*values][:: len(values) // shown]]
+    boxes = [text.get_window_extent() for text in axes.get_xticklabels()]
+    assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
+    low, high = axes.get_xlim()
+    assert low < min(values) <= max(values) < high < 2 * max(values)
+    assert axes.title.get_wrap()
 
 
 def test_runs_on_public_data_cost_nothing(tmp_path):
