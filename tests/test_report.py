@@ -74,7 +74,7 @@ def test_an_honest_poisson_run_has_no_flags():
     ("changes", "options", "flag", "private"),
     [
         ({"noise_multiplier": 0.0}, {}, "no finite epsilon", False),
-        ({"delta": 0.01}, {}, "delta is not below 1/", True),
+        ({"delta": 0.01}, {}, "delta is not below 1/1000, one over", True),
         ({"noise_multiplier": 0.4}, {}, "epsilon is above 10", True),
         ({"sampling": dpjax.FullBatch()}, {}, "without amplification", True),
         ({}, {"seed": 3}, "seed=3", False),
