@@ -3,7 +3,7 @@
 PYTHON ?= python3
 WORKDIR ?= runs/digits
 
-.PHONY: train test test-long lint
+.PHONY: train test test-long mutants lint
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -22,6 +22,10 @@ test: .venv/installed
 # What is left out of `test` to keep it short.
 test-long: .venv/installed
 	.venv/bin/python -m pytest --numprocesses=2 --dist=worksteal -m long
+
+# Breaks the code in many places, one after the other: a test has to notice each.
+mutants: .venv/installed
+	.venv/bin/python -m tests.mutation
 
 # SkyPilot reads what launch writes for it. An environment of its own, since it wants an older
 # click than the other tools; by uv, since pip takes ten times as long for its 320 MB.

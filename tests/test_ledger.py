@@ -56,8 +56,9 @@ def test_missing_releases_are_noticed(tmp_path):
         for step in (0, 1, 3):
             ledger.record(step, 11)
         ledger.check_complete(2)
-        with pytest.raises(NoiseReuseError, match="release of step 2"):
-            ledger.check_complete(4)
+        for steps in (3, 4):
+            with pytest.raises(NoiseReuseError, match="release of step 2"):
+                ledger.check_complete(steps)
 
 
 def test_two_processes_cannot_share_a_workdir(tmp_path):

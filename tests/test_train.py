@@ -1,9 +1,11 @@
 """The loop: what a run leaves behind, and that a resumed run is the same run."""
 
+import dataclasses
 import gc
 import hashlib
 import json
 import math
+import operator
 import shutil
 import signal
 import time
@@ -27,7 +29,15 @@ from dpjax.train import Interrupted, train
 from dpjax.transforms import private
 from experiments.train import main
 from tests.checks import thinned
-from tests.runs import assert_same_export, card, command, crash_after, metrics, tiny
+from tests.runs import (
+    assert_same_export,
+    card,
+    command,
+    crash_after,
+    exported,
+    metrics,
+    tiny,
+)
 
 metrics_of = metrics
 
@@ -76,6 +86,21 @@ def test_metrics_hold_public_values_only(undisturbed):
     assert set().union(*records) == public
     epsilons = [r["epsilon"] for r in records]
     assert epsilons == sorted(epsilons)
+
+
+def test_what_is_told_of_a_run_is_measured_on_the_held_out_data(undisturbed):
+    experiment = build_experiment(tiny())
+    told = metrics(undisturbed)[-1]["test/accuracy"]
+    params = jax.tree.map(jax.numpy.asarray, exported(undisturbed))
+    mean = {}
+    for name in ("held_out", "source"):
+        data = getattr(experiment, name)
+        values = jax.vmap(experiment.metric, in_axes=(None, 0))(
+            params, data[list(range(len(data)))]
+        )
+        mean[name] = float(values.mean())
+    assert told == pytest.approx(mean["held_out"], abs=1e-6)
+    assert mean["source"] != pytest.approx(mean["held_out"], abs=1e-3)
 
 
 def test_progress_tells_the_learning_rate_of_a_step(tmp_path, capsys):
@@ -517,9 +542,12 @@ def test_how_often_to_log_may_change_on_resume(tmp_path, undisturbed, monkeypatc
 
 
 def test_secrets_from_the_os_differ_between_runs(tmp_path):
-    states = [train(tiny(**{"run.seed": None}), tmp_path / name) for name in "ab"]
-    one, other = (jax.random.key_data(s.private.noise_key) for s in states)
-    assert not np.array_equal(one, other)
+    config = tiny(**{"run.seed": None, "mechanism.steps": 1})
+    states = [train(config, tmp_path / name) for name in "ab"]
+    for name in ("private.noise_key", "loss_key", "init_key"):
+        key = operator.attrgetter(name)
+        one, other = (jax.random.key_data(key(state)) for state in states)
+        assert not np.array_equal(one, other), name
     seeds = [np.asarray(s.sampling_seed) for s in states]
     assert not np.array_equal(*seeds)
     assert card(tmp_path / "a")["key_source"] == "operating system entropy"
@@ -607,6 +635,38 @@ def test_the_non_private_twin_trains_and_claims_nothing(tmp_path):
     assert not found["private"]
     assert "NOT PRIVATE" in (tmp_path / "privacy_card.md").read_text()
     json.loads((tmp_path / "privacy_card.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_every_step_has_randomness_of_its_own_in_the_loss():
+    config = tiny(**{"compute.engine": "vmap"})
+
+    def random_slope(params, example, key):
+        del example
+        size = 1e-3 * jax.random.uniform(key)
+        return size * sum(x.sum() for x in jax.tree.leaves(params))
+
+    experiment = dataclasses.replace(build_experiment(config), loss=random_slope)
+    transform = private(
+        experiment.mechanism, experiment.optimizer, noise_key=root_key(1)
+    )
+    state = init_state(config, experiment, transform)
+    step = make_train_step(config, experiment, transform)
+    stream = batches(
+        experiment.source,
+        experiment.mechanism,
+        seed=sampling_seed(state),
+        physical_batch_size=64,
+    )
+    chunk = next(stream).chunks[0]
+    stream.close()
+    later = state._replace(private=state.private._replace(step=jax.numpy.int32(1)))
+    elsewhere = state._replace(loss_key=jax.random.key(7))
+    found = [
+        step.accumulate("gradient", each, step.begin("gradient", each), chunk)[0]
+        for each in (state, later, elsewhere)
+    ]
+    sums = {float(jax.tree.leaves(one.total)[0].sum()) for one in found}
+    assert len(sums) == 3
 
 
 def test_the_moving_average_remembers_by_its_decay_and_little_at_first():
