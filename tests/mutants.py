@@ -893,7 +893,7 @@ MUTANTS = [
         "chunk in batch.chunks:",
         "        sums, statistics = self.begin(phase, state), []\n        for "
         "chunk in batch.chunks[:1]:",
-        "test_train.py::test_microbatches_change_the_sum_by_rounding_only",
+        "test_train.py::test_all_chunks_of_a_batch_are_in_its_sum",
     ),
     Mutant(
         STEP,
@@ -950,7 +950,7 @@ MUTANTS = [
         RECORDING,
         "        return Pause(score, save, accounted=step)",
         "        return Pause(score, save, accounted=step - 1)",
-        "test_train.py::test_interrupted_is_raised_after_saving",
+        "test_recording.py",
     ),
     Mutant(
         EVALUATE,

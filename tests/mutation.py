@@ -52,7 +52,8 @@ class Mutant(NamedTuple):
         old, new = next(
             ((a, b) for a, b in lines if a != b), (self.old, self.new or "nothing")
         )
-        return f"{self.module}: {old.strip()[:60]} -> {new.strip()[:60]}"
+        old, new = (" ".join(text.split())[:60] for text in (old, new))
+        return f"{self.module}: {old} -> {new}"
 
 
 class Outcome(NamedTuple):

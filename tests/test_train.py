@@ -637,6 +637,35 @@ def test_the_non_private_twin_trains_and_claims_nothing(tmp_path):
     json.loads((tmp_path / "privacy_card.json").read_text(), parse_constant=pytest.fail)
 
 
+def test_all_chunks_of_a_batch_are_in_its_sum():
+    """A step in chunks of 32 is one in a chunk that holds the batch, but for rounding."""
+
+    def after_a_step(size):
+        changes = {"compute.physical_batch_size": size, "compute.engine": "vmap"}
+        config = tiny(**changes)
+        experiment = build_experiment(config)
+        transform = private(
+            experiment.mechanism, experiment.optimizer, noise_key=root_key(1)
+        )
+        state = init_state(config, experiment, transform)
+        stream = batches(
+            experiment.source,
+            experiment.mechanism,
+            seed=sampling_seed(state),
+            physical_batch_size=size,
+        )
+        batch = next(stream)
+        stream.close()
+        step = make_train_step(config, experiment, transform)
+        return len(batch.chunks), step(state, batch)[0].params
+
+    (many, found), (one, expected) = after_a_step(32), after_a_step(512)
+    assert (many > 3, one) == (True, 1)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), found, expected
+    )
+
+
 def test_every_step_has_randomness_of_its_own_in_the_loss():
     config = tiny(**{"compute.engine": "vmap"})
 
