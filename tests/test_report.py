@@ -5,6 +5,7 @@ import datetime
 import importlib
 import json
 import math
+import runpy
 import subprocess
 import sys
 
@@ -13,7 +14,6 @@ import numpy as np
 import pytest
 
 import dpjax
-from dpjax import __main__ as front
 from dpjax.about import about, checkout, file_digest, keyed
 from dpjax.data.inspection import Inspection
 from dpjax.report import card_of, inspected, privacy_card
@@ -218,14 +218,16 @@ def test_what_wandb_is_told_is_flagged():
 
 
 def test_version_tells_packages_commit_and_device(capsys):
-    assert front.main(["--version"]) == 0
+    """Of ``python -m dpjax``, wherever what it prints comes from."""
+    front = runpy.run_module("dpjax")["main"]
+    assert front(["--version"]) == 0
     told = dict(line.split(" ", 1) for line in capsys.readouterr().out.splitlines())
     head = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     found = subprocess.run(head, capture_output=True, text=True, check=True).stdout
     assert told["commit"].split()[0] == found.strip()
     assert told["jax"] == jax.__version__
     assert told["device"] == jax.devices()[0].device_kind
-    assert front.main(["--versoin"]) == 2
+    assert front(["--versoin"]) == 2
     assert capsys.readouterr().err.startswith("error: --versoin is given; ")
 
 
