@@ -76,19 +76,27 @@ def one_fast_engine(monkeypatch):
     monkeypatch.setattr(checks, "ENGINES", few)
 
 
+@pytest.fixture
+def vmap_alone(monkeypatch):
+    """Beside the engine of the config, which is what is broken if any is."""
+    monkeypatch.setattr(checks, "ENGINES", {"vmap": checks.ENGINES["vmap"]})
+
+
 @pytest.mark.usefixtures("one_fast_engine")
-@pytest.mark.parametrize("name", thinned([(name,) for name in RECIPES], 2))
+@pytest.mark.parametrize("name", thinned([(name,) for name in RECIPES], 4))
 def test_every_mechanism_passes(name):
     passed = self_check(build_experiment(tiny(mechanism=mechanism_of(name))))
     assert "noises are as accounted" in passed
 
 
+@pytest.mark.usefixtures("one_fast_engine")
 def test_differences_of_a_part_pass():
     mechanism = mechanism_of("digits_mlp_diff2")
     config = tiny(mechanism=mechanism, **{"parameters.train": ("head/.*",)})
     assert "all passed" in self_check(build_experiment(config))
 
 
+@pytest.mark.usefixtures("one_fast_engine")
 def test_a_parameter_that_is_one_number_passes():
     assert "all passed" in self_check(with_a_number(dpjax.DpSgd))
 
@@ -489,6 +497,9 @@ def one_percent_less(tree, *, stddev, **how):
     return dpjax.noise.add_noise(tree, stddev=0.99 * stddev, **how)
 
 
+LEAVES = {"a": jnp.zeros((8, 3)), "b": jnp.zeros(5), "c": jnp.zeros(())}
+
+
 @pytest.mark.parametrize(
     "mutant",
     [
@@ -501,12 +512,14 @@ def one_percent_less(tree, *, stddev, **how):
     ],
 )
 def test_noise_that_is_not_of_its_key_is_named(mutant, monkeypatch):
-    start = {"a": jnp.zeros((8, 3)), "b": jnp.zeros(5), "c": jnp.zeros(())}
-    assert "noise of 4 leaves" in check_keys({**start, "none": jnp.zeros((3, 0))})
-    assert "noise of 3 leaves" in check_keys(start)
     monkeypatch.setattr(noises, "add_noise", mutant)
     with pytest.raises(SelfCheckError, match="not what its key, step, stream and leaf"):
-        check_keys(start)
+        check_keys(LEAVES)
+
+
+def test_noise_of_its_key_passes():
+    assert "noise of 4 leaves" in check_keys({**LEAVES, "none": jnp.zeros((3, 0))})
+    assert "noise of 3 leaves" in check_keys(LEAVES)
 
 
 def test_single_noises_may_meet_by_chance_but_not_at_every_step():
@@ -545,6 +558,7 @@ def test_of_a_sampling_of_ones_own_the_output_says_what_is_not_checked():
         check_draws(sampling_as(Own(share=5000)).mechanism)
 
 
+@pytest.mark.usefixtures("vmap_alone")
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_is_broken_is_named(name):
     make, message = BROKEN[name]
