@@ -10,6 +10,7 @@ from pathlib import Path
 
 import hypothesis
 import jax
+import pytest
 
 from dpjax.allocator import keep_freed_memory
 
@@ -36,6 +37,16 @@ collect_ignore = ["golden/make_hf_fixtures.py"]
 
 hypothesis.settings.register_profile("ci", max_examples=25, deadline=None)
 hypothesis.settings.load_profile("ci")
+
+
+@pytest.fixture(scope="module")
+def shared_steps():
+    """For tests of what is around the step: runs of one config compile it once."""
+    from tests.runs import share_steps
+
+    with pytest.MonkeyPatch.context() as patch:
+        share_steps(patch)
+        yield
 
 
 def pytest_collection_finish():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dpjax import train as loop
 from dpjax.export import load_export
 from dpjax.ledger import Ledger
 from dpjax.metrics import read_jsonl
@@ -64,6 +65,26 @@ def assert_same_export(one, other):
     for layer in a:
         for name in a[layer]:
             np.testing.assert_array_equal(a[layer][name], b[layer][name])
+
+
+def share_steps(patch):
+    """Let the runs of one config in this process have one compiled step.
+
+    What a run resumed elsewhere compiles anew is for the tests that kill a process.
+    """
+    make, made = loop.make_train_step, {}
+
+    def shared(config, experiment, transform, frozen=()):
+        seed, statistics = config["run"]["seed"], config["run"]["log_sensitive"]
+        if seed is None:
+            return make(config, experiment, transform, frozen)
+        asked = {**config, "run": [seed, statistics]}
+        key = json.dumps(asked, sort_keys=True, default=str)
+        if key not in made:
+            made[key] = make(config, experiment, transform, frozen)
+        return made[key]._replace(frozen=frozen)
+
+    patch.setattr(loop, "make_train_step", shared)
 
 
 def crash_after(monkeypatch, steps):

@@ -23,6 +23,7 @@ from experiments import (
     workloads,
 )
 from experiments.benchmark import main
+from tests.checks import thinned
 
 SHAPE = transformers.Shape(layers=2, width=8, heads=2, hidden=16, length=6, outputs=11)
 NONPRIVATE = {"grad", "vmap_mean", "grad_mb1", "vmap_mean_mb1"}
@@ -48,6 +49,7 @@ def benchmark(path, *arguments):
     return json.loads(out.read_text())
 
 
+@pytest.mark.long
 def test_measures_engines_against_the_fastest_without_privacy(tmp_path, capsys):
     plot = tmp_path / "out.png"
     results = benchmark(
@@ -110,6 +112,7 @@ def test_compile_times_are_medians_of_rounds(tmp_path, monkeypatch):
     assert bookkeeping["time_ms"] is None
 
 
+@pytest.mark.long
 def test_measures_mechanisms_against_dp_sgd_by_the_same_engine(tmp_path):
     out = tmp_path / "out.json"
     command = ["--suite=mechanisms", "--workloads=tiny", "--engines=bookkeeping"]
@@ -162,7 +165,7 @@ def test_measures_throughput_and_the_largest_batch(tmp_path, monkeypatch):
     assert more > room
 
 
-@pytest.mark.parametrize("kind", ["dp_sgd", "dice_sgd", "diff2"])
+@pytest.mark.parametrize("kind", thinned([("diff2",), ("dp_sgd",), ("dice_sgd",)], 3))
 def test_a_step_that_is_measured_is_one_that_trains(kind):
     """Its sums are those of the query, and what it returns has moved by their release."""
     workload = workloads.build("tiny")

@@ -15,6 +15,8 @@ from dpjax.train import train
 from tests.containers import NAMES, anything
 from tests.runs import crash_after, tiny
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
+
 MODEL = {"name": "tests.containers:anything", "num_classes": 10}
 ADAM = {"name": "optax:adam", "learning_rate": 0.1}
 

@@ -16,6 +16,8 @@ from dpjax.train import train
 from dpjax.transforms import private
 from tests.runs import assert_same_export, tiny
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
+
 SPIDER = {
     "name": "dpjax.mechanisms.spider_boost:SpiderBoost",
     "clip_norm": 0.5,

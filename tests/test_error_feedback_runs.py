@@ -12,6 +12,8 @@ from dpjax.ledger import Ledger
 from dpjax.train import train
 from tests.runs import assert_same_export, card, exported, metrics, tiny
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
+
 DICE = {
     "name": "dpjax.mechanisms.dice_sgd:DiceSgd",
     "clip_norm": 0.5,

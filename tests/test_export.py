@@ -13,6 +13,8 @@ from dpjax.train import train
 from experiments import compose, export
 from tests.runs import assert_same_export, card, crash_after, tiny
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
+
 LINEAR = {"model.features": ()}
 
 

@@ -18,6 +18,8 @@ from dpjax.train import train
 from dpjax.typing import Batch
 from tests.runs import assert_same_export, card, crash_after, exported, tiny
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
+
 PARAMS = unflatten(
     {
         name: np.full(2, i)

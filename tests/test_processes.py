@@ -16,6 +16,8 @@ from experiments.train import main
 from tests.checks import assert_close, norm
 from tests.runs import ROOT, assert_same_export, crash_after, exported, metrics, tiny
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
+
 TINY = "--config=tests/tiny_config.py"
 FLAGS = (
     "--config.mesh.data=2",
@@ -117,6 +119,7 @@ def test_after_kill_9_of_one_process_the_other_ends_and_a_restart_is_undisturbed
     assert_same_export(tmp_path, together)
 
 
+@pytest.mark.long
 def test_a_run_goes_on_on_another_number_of_processes_and_devices(
     alone, tmp_path, monkeypatch
 ):
@@ -171,6 +174,7 @@ def test_steps_after_the_checkpoint_are_not_replayed_on_another_layout(
     train_here(tmp_path)
 
 
+@pytest.mark.long
 def test_secrets_of_the_operating_system_are_those_of_the_first_process(tmp_path):
     flags = ["--config.run.seed=None"]
     ended = two_processes(tmp_path, flags=(flags, flags))

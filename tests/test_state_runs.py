@@ -8,6 +8,8 @@ from dpjax.ledger import Ledger
 from dpjax.train import train
 from tests.runs import assert_same_export, metrics, tiny
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
+
 MECHANISMS = {
     "adaptive": {
         "name": "dpjax.mechanisms.adaptive_dp_sgd:AdaptiveDpSgd",

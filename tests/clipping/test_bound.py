@@ -196,10 +196,11 @@ def adversary(kind, t, seed, exponents):
         }
 
 
+# Each engine and each rule; those that once let an example through, under all engines.
 CASES = thinned(
-    [(engine, rule) for engine in ENGINES for rule in RULES],
-    4,
-    always=("tied", "less_its_mean"),
+    [(engine, rule) for rule in RULES for engine in ENGINES],
+    len(ENGINES) - 1,
+    always=("less_its_mean",),
 )
 
 
@@ -308,8 +309,10 @@ ATTACKS = {
 }
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    thinned([(name, engine) for name in ATTACKS for engine in ENGINES], 3),
+)
 def test_known_attacks_stay_within_the_bound(name, engine):
     check_attack(name, ENGINES[engine])
 

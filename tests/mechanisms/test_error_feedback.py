@@ -4,6 +4,7 @@ Numbers without another source were computed independently of this code (see the
 """
 
 import dataclasses
+import functools
 import math
 
 import hypothesis
@@ -131,17 +132,21 @@ def test_rates_are_stable_up_to_half_of_those_of_descent(rate, converges):
     )
     state = feedback.init(jnp.float32(0.0))
     state = state._replace(memory=jnp.float32(memory))
+    update = jax.jit(lambda state, x: feedback.update(0 * x, state, unclipped=x))
     for _ in range(2000):
-        mean, state = feedback.update(
-            jnp.float32(0.0), state, unclipped=jnp.float32(x - 2.5)
-        )
+        mean, state = update(state, np.float32(x - 2.5))
         x = x - rate * float(mean)
     assert (abs(x - 2.5) < 1e-4) == converges
 
 
+@functools.cache
+def in_one_batch():
+    return descend(clip=1.0, error_clip=1.0, rate=0.5, steps=5)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_memory_does_not_depend_on_how_batches_are_accumulated(engine):
-    whole = descend(clip=1.0, error_clip=1.0, rate=0.5, steps=5)
+    whole = in_one_batch()
     chunk = 4 if engine.startswith("microbatched") else 1
     parts = descend(
         clip=1.0, error_clip=1.0, rate=0.5, steps=5, engine=ENGINES[engine], chunk=chunk
@@ -168,11 +173,16 @@ def test_error_update_keeps_what_was_not_given_back():
 def test_noise_is_added_to_the_release_and_never_to_the_memory():
     mechanism = dice(noise_multiplier=2.0)
 
-    def release(clipped, step):
+    @jax.jit
+    def released(clipped, step):
         filled = dataclasses.replace(clipped, residual=clipped.total)
         state = mechanism.init(clipped.total)
         mean, after = mechanism.release(filled, state, None, key=root_key(0), step=step)
-        assert all(not np.any(x) for x in jax.tree.leaves(after.memory))
+        return mean, after.memory
+
+    def release(clipped, step):
+        mean, memory = released(clipped, step)
+        assert all(not np.any(x) for x in jax.tree.leaves(memory))
         return mean
 
     check_noise(release, stddev=6.0, divisor=1000.0, clip_norm=1.0)
