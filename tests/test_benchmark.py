@@ -88,6 +88,7 @@ def test_measures_engines_against_the_fastest_without_privacy(tmp_path, capsys):
     assert results["hardware"]["device"] == "cpu"
 
 
+@pytest.mark.long
 def test_compile_times_are_medians_of_rounds(tmp_path, monkeypatch):
     # Of grad, then of bookkeeping; what comes before the three rounds does not count.
     seconds = [iter([50, 60, 2, 4, 8]), iter([50, 60, 6, 4, 16])]

@@ -54,6 +54,7 @@ def test_any_container_trains_resumes_bitwise_and_comes_back(
     assert {leaf.dtype for leaf in kept} == {np.dtype(np.float32)}
 
 
+@pytest.mark.long
 def test_containers_and_what_is_frozen_of_them_are_spread_over_devices(tmp_path):
     mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.rules": ((".*", "largest"),)}
     changes = mesh | {

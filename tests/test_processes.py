@@ -107,6 +107,7 @@ def test_a_run_of_two_processes_is_the_run_of_one(alone, together):
         assert (together / name).read_text() == (alone / name).read_text()
 
 
+@pytest.mark.long
 def test_after_kill_9_of_one_process_the_other_ends_and_a_restart_is_undisturbed(
     together, tmp_path
 ):

@@ -353,7 +353,7 @@ def run_of(mechanism, mesh):
 
 
 @pytest.mark.parametrize(
-    ("mechanism", "mesh"), thinned(itertools.product(MECHANISMS, SPLIT), 2)
+    ("mechanism", "mesh"), thinned(itertools.product(MECHANISMS, SPLIT), 4)
 )
 def test_every_mesh_starts_draws_and_adds_noise_alike(mechanism, mesh):
     start, noise, draws, _ = run_of(mechanism, (1, 1))
@@ -364,7 +364,7 @@ def test_every_mesh_starts_draws_and_adds_noise_alike(mechanism, mesh):
 
 
 @pytest.mark.parametrize(
-    ("mechanism", "mesh"), thinned(itertools.product(MECHANISMS, SPLIT), 2)
+    ("mechanism", "mesh"), thinned(itertools.product(MECHANISMS, SPLIT), 4)
 )
 def test_every_mesh_trains_the_same_parameters(mechanism, mesh):
     start, _, _, run = run_of(mechanism, (1, 1))

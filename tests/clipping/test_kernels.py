@@ -16,7 +16,7 @@ from dpjax.clipping.kernels import (
     oriented,
     weighted_sum,
 )
-from tests.checks import batch_of, norm
+from tests.checks import batch_of, norm, thinned
 
 
 def dense(rng, *, t, k=5, n=3, b=4, h=2, scale=1.0):
@@ -212,10 +212,17 @@ def reached(part, *, terms):
     return np.array(found)
 
 
-@pytest.mark.parametrize("make", [coherent, low])
-@pytest.mark.parametrize("t", [1, 6, 40])
 @pytest.mark.parametrize(
-    ("norms", "kind"), [(gram_norms, "gram"), (direct_norms, "direct")]
+    ("norms", "kind", "t", "make"),
+    thinned(
+        [
+            (norms, kind, t, make)
+            for norms, kind in ((gram_norms, "gram"), (direct_norms, "direct"))
+            for t in (6, 40, 1)
+            for make in (coherent, low)
+        ],
+        5,
+    ),
 )
 def test_norms_allow_for_terms_of_bfloat16(monkeypatch, norms, kind, t, make):
     monkeypatch.setattr(kernels, "prefers_bfloat16", lambda: True)

@@ -40,7 +40,11 @@ LOSSES = {
 @pytest.mark.parametrize(
     ("name", "engine"),
     [
-        (name, engine)
+        pytest.param(
+            name,
+            engine,
+            marks=[] if engine in ("bookkeeping", "auto") else pytest.mark.long,
+        )
         for name in LOSSES
         for engine in ENGINES
         if (name, engine) != ("convolution", "vmap")

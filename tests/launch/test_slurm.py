@@ -15,7 +15,7 @@ from launch.job import Job
 from tests.launch import cluster
 from tests.runs import ROOT, assert_same_export, sweep_file
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.long]
 
 ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
