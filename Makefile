@@ -1,9 +1,9 @@
-# Two commands on a fresh machine with Python 3.11: `make train`, `make test`.
+# On a fresh machine with Python 3.11: `make train`, `make smoke`, `make test`.
 
 PYTHON ?= python3
 WORKDIR ?= runs/digits
 
-.PHONY: train test test-long mutants lint
+.PHONY: train test test-long smoke mutants lint
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -16,12 +16,19 @@ train: .venv/installed
 	.venv/bin/python -m experiments.train \
 		--config=configs/digits_mlp_dpsgd.py --workdir=$(WORKDIR)
 
+# Each engine, mechanism and model under a part of what it can meet. The rest is test-long:
+# CI runs both.
 test: .venv/installed
 	.venv/bin/python -m pytest --numprocesses=2 --dist=worksteal
 
-# What is left out of `test` to keep it short.
 test-long: .venv/installed
 	.venv/bin/python -m pytest --numprocesses=2 --dist=worksteal -m long
+
+# In under a minute: one engine, one mechanism, one run that is resumed.
+smoke: .venv/installed
+	.venv/bin/python -m pytest tests/contracts/test_engines.py \
+		tests/contracts/test_mechanisms.py tests/test_train.py \
+		-k 'bookkeeping and network or dp_sgd and poisson or resume_after_a_crash'
 
 # Breaks the code in many places, one after the other: a test has to notice each.
 mutants: .venv/installed
