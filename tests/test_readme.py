@@ -5,6 +5,7 @@ import shlex
 
 import jax
 import numpy as np
+import pytest
 
 import dpjax
 from dpjax.config import GROUPS
@@ -19,6 +20,7 @@ def recipe():
     return block
 
 
+@pytest.mark.long
 def test_the_recipe_trains_a_private_model(capsys):
     names = {}
     exec(compile(recipe(), "README.md", "exec"), names)
