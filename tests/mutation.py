@@ -111,7 +111,7 @@ def _pytest(tests: Sequence[str], root: Path, told: str) -> None:
         del sys.modules[name]  # Those of the copy are meant.
     import pytest
 
-    options = ["-q", "-x", "-p", "no:cacheprovider"]
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-m", ""]  # long ones, too
     # Plugins that were imported before have asserts of their own, and need no others.
     options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
     names = [f"tests/{name}" for name in tests]
