@@ -95,6 +95,7 @@ class _Values(NamedTuple):
         factors: Of each group, by its place in ``plan.methods``, in the axes of its first
             site.
         kept: ``[B, H, K, N]``, per-example gradients of groups that keep them instead.
+        measured: Norms of those that keep what is computed only once.
         slots: ``[B, ...]``, per-example gradients of parameters that are formed in full.
         dropped: Norms of those that are dropped again.
         probes: Norms at probed sites.
@@ -103,16 +104,25 @@ class _Values(NamedTuple):
     losses: Rows
     factors: dict[int, list[Part]]
     kept: dict[int, Array]
+    measured: dict[int, Norms]
     slots: dict[int, Array]
     dropped: dict[int, Norms]
     probes: dict[Path, Norms]
 
 
 class _Known(NamedTuple):
-    """What is known of every example after the first backward pass."""
+    """What is known of every example after the first backward pass.
+
+    Attributes:
+        backward: What the pass returned.
+        values: What norms and sums are made of.
+        once: Gradients like ``values.kept``, which no compiler computes anew.
+        norms: Of each parameter.
+    """
 
     backward: Backward
     values: _Values
+    once: dict[int, Array]
     norms: list[Norms]
 
 
@@ -125,8 +135,7 @@ def _collect(program: Program, plan: Plan, inputs: Inputs) -> _Known:
         ]
         for i, group in enumerate(plan.methods)
     }
-    keep = [i for i, m in enumerate(plan.methods.values()) if m == "keep"]
-    kept = {i: kernels.gradients(factors.pop(i)) for i in keep}
+    kept, once = _kept(plan, factors)
     slots = [slot for slot in plan.slots if slot.materialised]
     pulled = _pulled_back(program, plan, inputs, backward)
     whole = {
@@ -135,9 +144,26 @@ def _collect(program: Program, plan: Plan, inputs: Inputs) -> _Known:
         if slot.index not in plan.dropped
     }
     dropped = {index: pulled[index] for index in plan.dropped}
-    values = _Values(backward.losses, factors, kept, whole, dropped, backward.probes)
+    measured = {i: row_norms(rows) for i, rows in once.items()}
+    values = _Values(
+        backward.losses, factors, kept, measured, whole, dropped, backward.probes
+    )
     norms = apart(functools.partial(_all_norms, plan), values)
-    return _Known(backward, values, norms)
+    return _Known(backward, values, once, norms)
+
+
+def _kept(
+    plan: Plan, factors: dict[int, list[Factors]]
+) -> tuple[dict[int, Array], dict[int, Array]]:
+    """Move gradients that are kept out of the factors; apart what is computed once."""
+    kept: dict[int, Array] = {}
+    once: dict[int, Array] = {}
+    for i, method in enumerate(plan.methods.values()):
+        if method == "keep":
+            parts = factors.pop(i)
+            found = once if kernels.computed_once(parts) else kept
+            found[i] = jax.lax.optimization_barrier(kernels.gradients(parts))
+    return kept, once
 
 
 def _all_norms(plan: Plan, values: _Values) -> list[Norms]:
@@ -322,6 +348,8 @@ def _norms(slot: Slot, plan: Plan, values: _Values) -> Norms:
         path = group.sites[0].path
         if path in plan.probed:
             found.append(_over_loops(values.probes[path]))
+        elif place[group] in values.measured:
+            found.append(values.measured[place[group]])
         elif plan.methods[group] == "keep":
             found.append(row_norms(values.kept[place[group]]))
         else:
@@ -396,6 +424,12 @@ def _weighted_sums(
     which = [[*distinct].index(id(w)) for w in weights]
     of_values = functools.partial(_sums_of_values, plan, which)
     sums, formed = apart(of_values, (known.values, [*distinct.values()]))
+    slot_of = {group: slot.index for slot in plan.slots for group in slot.groups}
+    for i, group in enumerate(plan.methods):
+        if i in known.once:
+            total = kernels.weighted_rows(known.once[i], weights[slot_of[group]])
+            first = group.sites[0]
+            sums[first.path] = layouts.weight_gradient(first, total)
     again = {
         group.sites[0].path: weights[slot.index]
         for slot in plan.slots
@@ -429,7 +463,7 @@ def _sums_of_values(
         rows = weights[slot.index]
         for group in () if slot.materialised else slot.groups:
             first = group.sites[0]
-            if first.path in plan.probed:
+            if first.path in plan.probed or place[group] in values.measured:
                 continue
             method = plan.methods[group]
             if method == "keep":

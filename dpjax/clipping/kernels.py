@@ -273,6 +273,17 @@ def gradients(parts: Sequence[Part]) -> Float[Array, "B H K N"]:
     return _total([_gradients(part) for part in parts])
 
 
+def computed_once(parts: Sequence[Factors]) -> bool:
+    """Whether ``gradients`` are results that XLA copies into no fusion.
+
+    Such are products of matrices, not those of a vector: they are made elementwise.
+    """
+    if len(parts) > 1 or isinstance(parts[0], Lookup):
+        return False
+    part = _cut(parts[0])
+    return min(*part.right.shape[2:], *(x.shape[3] for x in part.left)) > 1
+
+
 def weighted_sum(
     parts: Sequence[Part], weights: Float[Array, "B"], *, terms: int = EXACT
 ) -> Float[Array, "H K N"]:

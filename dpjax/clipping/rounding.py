@@ -74,19 +74,25 @@ def apart(function: Callable[[Tree], Result], operands: Tree) -> Result:
         function: Pytree of arrays -> pytree of floating-point arrays.
         operands: Not under ``vmap``, which would take both branches.
     """
-    operands = jax.lax.optimization_barrier(operands)
+    # Axes of length 1 would make the compiler compute, or copy, an operand once more.
+    squeezed = jax.lax.optimization_barrier(jax.tree.map(jnp.squeeze, operands))
+
+    def taken(squeezed: Tree) -> Result:
+        shaped = jax.tree.map(lambda x, y: x.reshape(y.shape), squeezed, operands)
+        return function(shaped)
+
     floats = [
-        x for x in jax.tree.leaves(operands) if jnp.issubdtype(x.dtype, jnp.inexact)
+        x for x in jax.tree.leaves(squeezed) if jnp.issubdtype(x.dtype, jnp.inexact)
     ]
     first = next((x for x in floats if x.size), None)
     if first is None or jax.default_backend() != "cpu":
-        return function(operands)
+        return taken(squeezed)
 
-    def never(operands: Tree) -> Result:
-        return jax.tree.map(_unknown, jax.eval_shape(function, operands))
+    def never(squeezed: Tree) -> Result:
+        return jax.tree.map(_unknown, jax.eval_shape(taken, squeezed))
 
     always = ~(first.ravel()[0] > jnp.inf)  # Of NaN, too.
-    return jax.lax.cond(always, function, never, operands)
+    return jax.lax.cond(always, taken, never, squeezed)
 
 
 def _unknown(shape: jax.ShapeDtypeStruct) -> Array:

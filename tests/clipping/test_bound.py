@@ -18,6 +18,7 @@ from dpjax.clipping import Query, auto, kernels, vmap
 from dpjax.clipping.costs import saved_bytes
 from dpjax.clipping.execute import execute
 from dpjax.clipping.plan import make_plan
+from dpjax.clipping.rounding import row_norms
 from dpjax.clipping.slots import find_slots
 from tests.checks import batch_of, norm, thinned
 
@@ -402,3 +403,43 @@ def check_others(loss, params, examples, engine):
     with_it = run(batch_of(examples))[0].total
     without = run(batch_of(examples, mask=np.arange(rows) != 5))[0].total
     assert norm(np.float64(with_it) - np.float64(without)) <= 1.001 * C
+
+
+@pytest.mark.parametrize("t", [2, 7, 64])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("width", [(2, 2), (33, 8)])
+def test_what_is_said_to_be_computed_once_is(width, dtype, t):
+    """In the optimised program: norm and sum together do not take the product twice."""
+    k, n = width
+    args = jnp.ones((1, ROWS, t, k), dtype), jnp.ones((1, ROWS, t, n), dtype)
+    assert kernels.computed_once([kernels.Dense((args[0],), args[1])])
+
+    def rows(left, right):
+        return kernels.gradients([kernels.Dense((2 * left,), jnp.tanh(right) - 1)])
+
+    def length(*args):
+        return row_norms(rows(*args)).squares
+
+    def total(*args):
+        return kernels.weighted_rows(rows(*args), jnp.ones(ROWS))
+
+    def both(*args):
+        found = rows(*args)
+        return row_norms(found).squares, kernels.weighted_rows(found, jnp.ones(ROWS))
+
+    product, apart, together = (
+        sum(flops(function, args) for function in functions)
+        for functions in ((rows,), (length, total), (both,))
+    )
+    assert together <= apart - 0.9 * product
+
+
+def flops(function, args):
+    program = jax.jit(function, compiler_options=PRODUCTION).lower(*args).compile()
+    return program.cost_analysis()["flops"]
+
+
+def test_the_product_of_two_vectors_is_not_said_to_be_computed_once():
+    for t, k, n in [(1, 8, 4), (7, 1, 4), (7, 8, 1)]:
+        left, right = jnp.ones((1, ROWS, t, k)), jnp.ones((1, ROWS, t, n))
+        assert not kernels.computed_once([kernels.Dense((left,), right)])
