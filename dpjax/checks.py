@@ -83,12 +83,32 @@ def check_numbers(facts: Any) -> None:
             check_number(field.name, value)
 
 
+_ACCOUNTED = ("init", "query", "release", "noise_stddev", "expected_batch_size")
+"""What a mechanism's ``event`` tells of."""
+
+
 def check_mechanism(mechanism: Any) -> None:
     """Raise ValueError for what is no mechanism, or the class of one."""
     if isinstance(mechanism, type) or not hasattr(mechanism, "steps"):
         raise ValueError(
             f"mechanism={mechanism!r} must be a mechanism, such as dpjax.DpSgd(...)"
         )
+
+
+def check_accounted(mechanism: Any) -> None:
+    """Raise ValueError if a class changes what its parent releases, but not the event.
+
+    Its epsilon would be that of its parent, which is another mechanism.
+    """
+    for kind in type(mechanism).__mro__:
+        if "event" in vars(kind):
+            return
+        changed = [name for name in _ACCOUNTED if name in vars(kind)]
+        if changed:
+            raise ValueError(
+                f"mechanism={kind.__name__} overrides {changed[0]} and inherits event: its "
+                f"epsilon would be its parent's; define event in {kind.__name__}, too"
+            )
 
 
 def check_clip(*, clip_norm: float, style: str) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from jax.interpreters import partial_eval
 
 from dpjax import config as configs
+from dpjax.checks import check_accounted
 from dpjax.experiment import Experiment
 from dpjax.optimizers import evaluation_params, owning
 from dpjax.partition import flatten, partition
@@ -24,9 +25,14 @@ def check_parts(experiment: Experiment) -> tuple[Params, Params]:
     Raises:
         ConfigError: Loss or metric does not fit the model and the data, that for training
             or that for evaluation; the model is evaluated with dropout; the optimizer needs
-            more than released gradients; the parameters have no names to be exported by,
+            more than released gradients; the mechanism releases what it does not account; the
+        parameters have no names to be exported by,
             cannot be split as the mesh asks, or no part of them can be trained as asked.
     """
+    try:
+        check_accounted(experiment.mechanism)
+    except ValueError as error:
+        raise configs.ConfigError(f"config.mechanism: {error}") from error
     blank, key = blank_example(experiment.source), jax.random.key(0)
     with configs.of_the_user("model", blank):
         params = jax.eval_shape(experiment.model.init, key, blank)

@@ -111,19 +111,45 @@ def test_what_does_not_fit_is_told_by_shapes_alone(case):
     assert "\n" not in str(caught.value)
 
 
+def with_mechanism(kind):
+    """Return an experiment whose mechanism is of this class, with the facts of DpSgd."""
+    experiment = build_experiment(tiny())
+    plan = experiment.mechanism
+    facts = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
+    return dataclasses.replace(experiment, mechanism=kind(**facts))
+
+
 def test_an_error_of_an_own_mechanism_is_not_called_one_of_the_optimizer():
     class Broken(dpjax.DpSgd):
         def init(self, params):
             return params["weights"]
 
-    experiment = build_experiment(tiny())
-    plan = experiment.mechanism
-    facts = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
-    broken = dataclasses.replace(experiment, mechanism=Broken(**facts))
+        def event(self, steps=None):
+            return super().event(steps)
+
     with pytest.raises(
         ConfigError, match=r"config\.mechanism does not fit .*'weights'"
     ):
-        check_parts(broken)
+        check_parts(with_mechanism(Broken))
+
+
+def test_a_mechanism_with_a_release_of_its_own_is_not_accounted_as_its_parent():
+    class Half(dpjax.DpSgd):
+        noise_stddev = 0.5
+
+    class Heir(Half):
+        pass
+
+    class Told(Half):
+        def event(self, steps=None):
+            return super().event(steps)
+
+    for kind in (Half, Heir):
+        with pytest.raises(
+            ConfigError, match="Half overrides noise_stddev and inherits event"
+        ):
+            check_parts(with_mechanism(kind))
+    check_parts(with_mechanism(Told))
 
 
 @pytest.mark.parametrize("self_check", [False, True])
