@@ -153,7 +153,7 @@ def _collect(program: Program, plan: Plan, inputs: Inputs) -> _Known:
 
 
 def _kept(
-    plan: Plan, factors: dict[int, list[Factors]]
+    plan: Plan, factors: dict[int, list[Part]]
 ) -> tuple[dict[int, Array], dict[int, Array]]:
     """Move gradients that are kept out of the factors; apart what is computed once."""
     kept: dict[int, Array] = {}

@@ -273,14 +273,16 @@ def gradients(parts: Sequence[Part]) -> Float[Array, "B H K N"]:
     return _total([_gradients(part) for part in parts])
 
 
-def computed_once(parts: Sequence[Factors]) -> bool:
+def computed_once(parts: Sequence[Part]) -> bool:
     """Whether ``gradients`` are results that XLA copies into no fusion.
 
     Such are products of matrices, not those of a vector: they are made elementwise.
     """
-    if len(parts) > 1 or isinstance(parts[0], Lookup):
+    first, *others = parts
+    if others or not isinstance(first, Dense | Patches):
         return False
-    part = _cut(parts[0])
+    part = _cut(first)
+    assert isinstance(part, Dense)
     return min(*part.right.shape[2:], *(x.shape[3] for x in part.left)) > 1
 
 
