@@ -407,7 +407,7 @@ def test_a_lost_ledger_is_no_permission(tmp_path, monkeypatch):
             ("card", 8),
             ("card", 12),
         ],
-        2,
+        4,
     ),
 )
 def test_a_crash_between_two_writes_leaves_no_understated_card(

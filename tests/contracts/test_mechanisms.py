@@ -35,7 +35,7 @@ from dpjax.sampling import (
     TruncatedPoisson,
 )
 from dpjax.sensitive import ClippedSum
-from tests.checks import RELEASED, check_adds_to_sum, check_noise
+from tests.checks import RELEASED, check_adds_to_sum, check_noise, thinned
 
 PLAN = {"steps": 50, "num_examples": 1000, "delta": 1e-5}
 
@@ -446,15 +446,21 @@ def test_a_sum_that_was_tampered_with_comes_out_as_nan(name, phase, harm):
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "dp_sgd poisson",
-        "dp_sgd full batch",
-        "dice_sgd shuffled",
-        "diff2",
-    ],
+    ("target", "name"),
+    thinned(
+        [
+            (target, name)
+            for target in (0.5, 3.0)
+            for name in (
+                "dp_sgd poisson",
+                "dp_sgd full batch",
+                "dice_sgd shuffled",
+                "diff2",
+            )
+        ],
+        3,
+    ),
 )
-@pytest.mark.parametrize("target", [0.5, 3.0])
 def test_calibration_meets_the_target_from_below(name, target):
     mechanism = PRIVATE[name]
     found = dpjax.calibrate(

@@ -91,7 +91,13 @@ def test_expected_batch_size_is_the_mean_size(sampling):
         assert abs(np.mean(sizes) - expected) <= 5 * error
 
 
-@all_samplings
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        pytest.param(sampling, marks=pytest.mark.long if i % 3 else [], id=name)
+        for i, (name, sampling) in enumerate(SAMPLINGS.items())
+    ],
+)
 def test_every_composed_gaussian_reveals_its_noise_to_the_accountant(sampling):
     loose = sampling.compose(4.0, steps=20, num_examples=N)
     tight = sampling.compose(1.0, steps=20, num_examples=N)

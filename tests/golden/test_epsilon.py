@@ -73,6 +73,7 @@ def test_noise_published_for_epsilon_8_costs_more(
     assert low - 0.005 <= dpjax.epsilon(plan) <= high + 0.005, INTENDED
 
 
+@pytest.mark.long
 def test_golden_noise_multiplier_of_the_cifar_setting():
     # The field notes, section 2.1: N=50k, B=1000, T=100, epsilon=2 -> z=.8817 (PLD).
     plan = dpjax.calibrate(
@@ -109,7 +110,10 @@ def test_golden_noise_multiplier_of_epsilon_1000():
 
 @pytest.mark.parametrize(
     ("rate", "steps", "noise_multiplier"),
-    [(0.01, 1000, 0.1085), (0.01, 1000, 0.26), (0.01, 1000, 0.35), (0.1, 10, 0.2)],
+    thinned(
+        [(0.01, 1000, 0.1085), (0.01, 1000, 0.26), (0.01, 1000, 0.35), (0.1, 10, 0.2)],
+        3,
+    ),
 )
 def test_large_epsilons_are_just_above_the_truth(rate, steps, noise_multiplier):
     """Between what an accountant of our own finds, rounded down and (nearly) up."""
@@ -146,6 +150,7 @@ def test_one_sampled_gaussian_is_never_below_the_closed_form():
         assert exact <= claimed <= exact * 1.001
 
 
+@pytest.mark.long
 def test_epsilon_is_continuous_and_monotone_where_the_grid_of_losses_changes():
     """From 18 to 120, through three grids; it jumped from 38 to 50."""
     multipliers = np.geomspace(0.45, 0.25, 9)
