@@ -136,7 +136,7 @@ MUTANTS = [
         "    keep = mask & finite",
         "    keep = mask",
         "contracts/test_engines.py::"
-        "test_nonfinite_examples_are_zeroed_counted_and_harmless[nan-flat-vmap]",
+        "test_nonfinite_examples_are_zeroed_counted_and_harmless[nan-flat-bookkeeping]",
     ),
     Mutant(
         FACTORS,
@@ -176,7 +176,7 @@ MUTANTS = [
         "    return jnp.sum(jnp.where(mask, halves, 0.0), dtype=jnp.float32)",
         "    return jnp.sum(halves, dtype=jnp.float32)",
         "mechanisms/test_adaptive_dp_sgd.py::"
-        "test_it_trains_through_private_and_counts_over_chunks",
+        "test_padding_counts_as_nothing_so_one_example_moves_the_count_by_a_half",
     ),
     Mutant(
         VMAP,

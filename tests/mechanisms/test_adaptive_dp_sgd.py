@@ -11,6 +11,7 @@ import pytest
 
 import dpjax
 from dpjax.clipping import vmap
+from dpjax.clipping.factors import centred_count
 from dpjax.mechanisms.adaptive_dp_sgd import ClipNormState
 from dpjax.sensitive import ClippedSum
 from tests.checks import batch_of, check_joint_release
@@ -145,3 +146,17 @@ def test_a_sum_clipped_for_another_step_spoils_the_clip_norm_too():
     mean, state = mechanism.release(clipped, state_of(0.5), None, key=ROOT, step=0)
     assert np.isnan(mean["w"]).all()
     assert np.isnan(state.clip_norm)
+
+
+def test_padding_counts_as_nothing_so_one_example_moves_the_count_by_a_half():
+    norms = jnp.float32([1.0, 3.0, 0.0, 9.0, jnp.nan])
+    for filled, expected in (
+        (0, 0.0),
+        (1, 0.5),
+        (2, 0.0),
+        (3, 0.5),
+        (4, 0.0),
+        (5, -0.5),
+    ):
+        mask = jnp.arange(5) < filled
+        assert centred_count(norms, mask=mask, clip_norm=2.0) == expected
