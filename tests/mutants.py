@@ -281,10 +281,7 @@ MUTANTS = [
         NOISE,
         "    return jax.lax.fori_loop(streams.start, streams.stop, add, total)",
         "    return jax.lax.fori_loop(0, len(streams), add, total)",
-        _REPEAT
-        + "::test_each_message_has_the_noise_of_a_whole_release_and_shares_it_with_none "
-        "contracts/test_exact_releases.py::"
-        "test_message_of_a_worker_is_its_sum_and_its_own_noise",
+        "test_noise.py::test_several_streams_are_those_that_are_named",
     ),
     Mutant(
         NOISE,
@@ -459,7 +456,8 @@ MUTANTS = [
         BOUNDS,
         "    return min(usual, low) if low > 0 else usual",
         "    return min(usual, low)",
-        "golden/test_epsilon.py",
+        "golden/test_epsilon.py::"
+        "test_an_order_whose_divergence_is_rounded_to_nothing_does_not_make_it_free",
     ),
     Mutant(
         BOUNDS,
@@ -490,8 +488,7 @@ MUTANTS = [
         BOUNDS,
         "min(2e-5 * estimate, spread / 10)",
         "2e-5 * estimate",
-        "golden/test_epsilon.py::test_large_epsilons_are_just_above_the_truth "
-        "golden/test_epsilon.py::test_one_sampled_gaussian_is_never_below_the_closed_form",
+        "golden/test_epsilon.py::test_losses_of_many_steps_are_told_apart_on_the_grid",
     ),
     Mutant(
         BOUNDS,

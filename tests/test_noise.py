@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dpjax import noise as noise_module
 from dpjax.audit import reference_noise
 from dpjax.noise import add_noise, grid, noise_like, root_key
+from dpjax.sensitive import ClippedSum
 from tests.checks import (
     FAR_STEPS,
     FORTY,
@@ -187,3 +188,19 @@ def test_numpy_global_state_does_not_decide_the_key():
     first = jax.random.key_data(root_key())
     np.random.seed(0)  # noqa: NPY002 (what it must not influence)
     assert not np.array_equal(first, jax.random.key_data(root_key()))
+
+
+def test_several_streams_are_those_that_are_named():
+    tree = {"w": jnp.zeros(16)}
+    found = noise_module.noisy_sum(
+        ClippedSum.zeros(tree, l2_bound=1.0),
+        l2_bound=1.0,
+        stddev=1.0,
+        key=KEY,
+        step=3,
+        streams=range(2, 4),
+    )
+    expected = tree
+    for stream in (2, 3):
+        expected = add_noise(expected, key=KEY, step=3, stddev=1.0, stream=stream)
+    np.testing.assert_array_equal(found["w"], expected["w"])

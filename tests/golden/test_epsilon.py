@@ -82,12 +82,25 @@ def test_golden_noise_multiplier_of_the_cifar_setting():
     assert plan.noise_multiplier == pytest.approx(0.8817, abs=2e-3), INTENDED
 
 
-def test_where_pld_does_not_reach_the_bound_is_that_of_rdp():
-    """PLD would find no finite epsilon."""
-    mechanism = dp_sgd(rate=0.1, steps=10, noise_multiplier=1.0, delta=1e-18)
+@pytest.mark.parametrize("delta", [1e-18, 3e-15])
+def test_where_pld_does_not_reach_the_bound_is_that_of_rdp(delta):
+    """PLD would find no finite epsilon, or one that rests on what it leaves out."""
+    mechanism = dp_sgd(rate=0.1, steps=10, noise_multiplier=1.0, delta=delta)
     spent = dpjax.epsilon(mechanism)
     assert 0 < spent < math.inf
     assert spent == dpjax.epsilon(mechanism, accountant="rdp")
+
+
+def test_an_order_whose_divergence_is_rounded_to_nothing_does_not_make_it_free():
+    plan = dp_sgd(rate=1e-5, steps=1, noise_multiplier=1.0)
+    found = dpjax.epsilon(plan, accountant="rdp")
+    assert found == pytest.approx(0.3363, abs=1e-3), INTENDED
+
+
+def test_losses_of_many_steps_are_told_apart_on_the_grid():
+    """629.70 on the grid that is chosen; 638.9 on one four times as coarse."""
+    plan = dp_sgd(rate=0.01, steps=10**7, noise_multiplier=1.2)
+    assert dpjax.epsilon(plan) == pytest.approx(629.7, abs=1.0), INTENDED
 
 
 @pytest.mark.parametrize(
