@@ -283,3 +283,20 @@ def test_rows_together_are_summed_as_each_alone():
         np.testing.assert_allclose(one, alone, rtol=1e-6)
     # The three small ones at once, the large one and the one of another dtype alone.
     assert str(run(weights)).count("dot_general") == 3
+
+
+def test_the_reference_sums_in_full_precision():
+    """The default of some accelerators would let a gradient exceed its bound."""
+
+    def loss(params, example, key):
+        del key
+        return jnp.sum(params * example["x"])
+
+    batch = batch_of({"x": jnp.ones((4, 3))})
+    query = Query((jnp.ones(3),), clip_norm=1.0)
+    program = jax.make_jaxpr(lambda query: vmap(loss, query, batch, jax.random.key(0)))
+    products = [
+        part for part in str(program(query)).split(" = ") if "dot_general[" in part[:40]
+    ]
+    assert products
+    assert all("HIGHEST" in part for part in products)

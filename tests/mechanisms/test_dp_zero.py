@@ -55,6 +55,14 @@ def test_the_noise_is_one_number_along_the_direction():
     assert after.step == 1
 
 
+def test_a_sum_along_the_direction_of_another_step_is_nan():
+    mechanism = dp_zero()
+    state = mechanism.init(PARAMS)
+    empty = mechanism.query("slope", PARAMS, state).empty()
+    out, _ = mechanism.release(empty, state, PARAMS, key=ROOT, step=1)
+    assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(out))
+
+
 def test_without_noise_and_clipping_the_estimate_is_the_gradient_on_average():
     mechanism = dp_zero(
         noise_multiplier=0.0,
