@@ -27,7 +27,7 @@ test-long: .venv/installed
 # In under a minute: one engine, one mechanism, one run that is resumed.
 smoke: .venv/installed
 	.venv/bin/python -m pytest tests/contracts/test_engines.py \
-		tests/contracts/test_mechanisms.py tests/test_train.py \
+		tests/contracts/test_mechanisms.py tests/training/test_train.py \
 		-k 'bookkeeping and network or dp_sgd and poisson or resume_after_a_crash'
 
 # Breaks the code in many places, one after the other: a test has to notice each.

@@ -52,13 +52,13 @@ def get_config(argument: str = "film") -> ConfigDict:
         {
             "source": {**images, "split": "test"},
             "provenance": "public",
-            "metric": {"name": "dpjax.losses:accuracy"},
+            "metric": {"name": "dpjax.models.losses:accuracy"},
             "batch_size": 250,
             "ema_decay": 0.99 if variant == "pretrain" else 0.0,
         }
     )
     config.loss = ConfigDict(
-        {"name": "dpjax.losses:classification", "label_smoothing": 0.0}
+        {"name": "dpjax.models.losses:classification", "label_smoothing": 0.0}
     )
     network = {"name": "dpjax.models.convnet:groupnorm_cnn", "num_classes": CLASSES}
     if variant == "pretrain":
@@ -95,7 +95,7 @@ def full_batch(epsilon: float) -> ConfigDict:
     mechanism = common.dp_sgd(
         epsilon=epsilon, delta=DELTA, clip_norm=0.5, rate=1.0, steps=STEPS
     )
-    mechanism.sampling = ConfigDict({"name": "dpjax.sampling:FullBatch"})
+    mechanism.sampling = ConfigDict({"name": "dpjax.privacy:FullBatch"})
     return mechanism
 
 

@@ -51,7 +51,7 @@ def get_config(argument: str = "film") -> ConfigDict:
         {
             "source": {**images, "split": "test"},
             "provenance": "public",
-            "metric": {"name": "dpjax.losses:accuracy"},
+            "metric": {"name": "dpjax.models.losses:accuracy"},
             "batch_size": 100,
             "ema_decay": 0.0,
         }
@@ -86,7 +86,7 @@ def get_config(argument: str = "film") -> ConfigDict:
     )
     config.parameters = ConfigDict({"train": TRAIN[variant], "provenance": "public"})
     config.loss = ConfigDict(
-        {"name": "dpjax.losses:classification", "label_smoothing": 0.0}
+        {"name": "dpjax.models.losses:classification", "label_smoothing": 0.0}
     )
     config.mechanism = common.dp_sgd(
         epsilon=8.0, delta=5e-4, clip_norm=1.0, rate=0.5, steps=100

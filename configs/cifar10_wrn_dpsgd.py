@@ -31,7 +31,7 @@ def get_config(path: str = "cifar10") -> ConfigDict:
         {
             "source": {**cifar, "split": "test"},
             "provenance": "public",
-            "metric": {"name": "dpjax.losses:accuracy"},
+            "metric": {"name": "dpjax.models.losses:accuracy"},
             "batch_size": 500,
             "ema_decay": 0.9999,
         }
@@ -54,11 +54,11 @@ def get_config(path: str = "cifar10") -> ConfigDict:
         }
     )
     config.loss = ConfigDict(
-        {"name": "dpjax.losses:classification", "label_smoothing": 0.0}
+        {"name": "dpjax.models.losses:classification", "label_smoothing": 0.0}
     )
     config.augment = ConfigDict(
         {
-            "transform": {"name": "dpjax.augment:flip_and_crop", "padding": 4},
+            "transform": {"name": "dpjax.data.augment:flip_and_crop", "padding": 4},
             "views": 16,
         }
     )

@@ -22,7 +22,7 @@ def base() -> ConfigDict:
     config = ConfigDict()
     config.parameters = ConfigDict({"train": (".*",), "provenance": "fresh"})
     config.augment = ConfigDict(
-        {"transform": {"name": "dpjax.augment:identity"}, "views": 1}
+        {"transform": {"name": "dpjax.data.augment:identity"}, "views": 1}
     )
     config.compute = ConfigDict(
         {
@@ -67,12 +67,12 @@ def dp_sgd(
     """Return the group ``mechanism`` of DP-SGD with Poisson sampling, calibrated."""
     return ConfigDict(
         {
-            "name": "dpjax.mechanisms.dp_sgd:DpSgd",
+            "name": "dpjax.mechanisms:DpSgd",
             "clip_norm": clip_norm,
             "clip_style": "flat",
             "epsilon": epsilon,
             "noise_multiplier": config_dict.placeholder(float),
-            "sampling": {"name": "dpjax.sampling:Poisson", "rate": rate},
+            "sampling": {"name": "dpjax.privacy:Poisson", "rate": rate},
             "steps": steps,
             "delta": delta,
         }
@@ -83,9 +83,9 @@ def non_private(*, batch_size: int, steps: int, delta: float) -> ConfigDict:
     """Return the group ``mechanism`` of ordinary training in shuffled batches."""
     return ConfigDict(
         {
-            "name": "dpjax.mechanisms.non_private:NonPrivate",
+            "name": "dpjax.mechanisms:NonPrivate",
             "sampling": {
-                "name": "dpjax.sampling:ShuffledFixed",
+                "name": "dpjax.privacy:ShuffledFixed",
                 "batch_size": batch_size,
             },
             "steps": steps,

@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config = digits_mlp_dpsgd.get_config()
     config.mechanism = ConfigDict(
         {
-            "name": "dpjax.mechanisms.adaptive_dp_sgd:AdaptiveDpSgd",
+            "name": "dpjax.mechanisms:AdaptiveDpSgd",
             "initial_clip_norm": 10.0,
             "min_clip_norm": 1e-3,
             "max_clip_norm": 100.0,

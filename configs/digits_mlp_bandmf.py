@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     config = digits_mlp_dpsgd.get_config()
     config.mechanism = ConfigDict(
         {
-            "name": "dpjax.mechanisms.band_mf:BandMf",
+            "name": "dpjax.mechanisms:BandMf",
             "clip_norm": 1.0,
             "clip_style": "flat",
             "epsilon": 3.0,
@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
             "bands": BANDS,
             "strategy": "mean_error",
             "sampling": {
-                "name": "dpjax.sampling:CyclicPoisson",
+                "name": "dpjax.privacy:CyclicPoisson",
                 "cycle": BANDS,
                 "rate": 1.0,
             },

@@ -34,7 +34,7 @@ def get_config(variant: str = "outer_clip") -> ConfigDict:
     if variant == "two_channels":
         config.mechanism = ConfigDict(
             {
-                "name": "dpjax.mechanisms.privatized_error_feedback:PrivatizedErrorFeedback",
+                "name": "dpjax.mechanisms:PrivatizedErrorFeedback",
                 "residual_share": 0.2,
                 "memory_rate": 0.1,
                 **shared,
@@ -43,7 +43,7 @@ def get_config(variant: str = "outer_clip") -> ConfigDict:
         return config
     config.mechanism = ConfigDict(
         {
-            "name": "dpjax.mechanisms.dice_sgd:DiceSgd",
+            "name": "dpjax.mechanisms:DiceSgd",
             "clip_style": "flat",
             "error_clip_norm": config_dict.placeholder(float),
             "error_scale": "sum",

@@ -25,7 +25,7 @@ def get_config(variant: str = "diff2") -> ConfigDict:
     config = digits_mlp_dpsgd.get_config()
     config.mechanism = ConfigDict(
         {
-            "name": "dpjax.mechanisms.diff2:Diff2",
+            "name": "dpjax.mechanisms:Diff2",
             "clip_norm": 1.0,
             "difference_clip_norm": 1.0,
             "restart_every": 1 if variant == "dpgd" else 4,
@@ -33,33 +33,33 @@ def get_config(variant: str = "diff2") -> ConfigDict:
             "noise_multiplier": config_dict.placeholder(float),
             "noise_ratio": optimal_noise_ratio(kappa=0.3),
             "noisy_workers": 1,
-            "sampling": {"name": "dpjax.sampling:FullBatch"},
+            "sampling": {"name": "dpjax.privacy:FullBatch"},
             "steps": 100,
             "delta": 1e-5,
         }
     )
     if variant == "spiderboost":
-        config.mechanism.name = "dpjax.mechanisms.spider_boost:SpiderBoost"
+        config.mechanism.name = "dpjax.mechanisms:SpiderBoost"
         del config.mechanism.restart_every
         del config.mechanism.noisy_workers
         config.mechanism.noise_ratio = 1.0
         config.mechanism.sampling = ConfigDict(
             {
-                "name": "dpjax.sampling:PeriodicPoisson",
+                "name": "dpjax.privacy:PeriodicPoisson",
                 "period": 4,
                 "first_rate": 0.5,
                 "rate": 0.25,
             }
         )
     if variant == "bvr_l_sgd":
-        config.mechanism.name = "dpjax.mechanisms.diff2_bvr_l_sgd:Diff2BvrLSgd"
+        config.mechanism.name = "dpjax.mechanisms:Diff2BvrLSgd"
         del config.mechanism.noisy_workers
         config.mechanism.local_clip_norm = 0.5
         config.mechanism.local_noise_ratio = 0.3
         config.mechanism.restart_every = 1
         config.mechanism.sampling = ConfigDict(
             {
-                "name": "dpjax.sampling:PeriodicPoisson",
+                "name": "dpjax.privacy:PeriodicPoisson",
                 "period": 4,
                 "first_rate": 1.0,
                 "rate": 0.25,

@@ -23,7 +23,7 @@ def get_config(variant: str = "dpsgd") -> ConfigDict:
         {
             "source": {**digits, "split": "test"},
             "provenance": "public",
-            "metric": {"name": "dpjax.losses:accuracy"},
+            "metric": {"name": "dpjax.models.losses:accuracy"},
             "batch_size": 360,
             "ema_decay": 0.95,
         }
@@ -37,7 +37,7 @@ def get_config(variant: str = "dpsgd") -> ConfigDict:
         }
     )
     config.loss = ConfigDict(
-        {"name": "dpjax.losses:classification", "label_smoothing": 0.0}
+        {"name": "dpjax.models.losses:classification", "label_smoothing": 0.0}
     )
     config.mechanism = common.dp_sgd(
         epsilon=3.0, delta=1e-5, clip_norm=1.0, rate=0.25, steps=200
@@ -47,8 +47,8 @@ def get_config(variant: str = "dpsgd") -> ConfigDict:
         config.data.provenance = "public"
         config.mechanism = ConfigDict(
             {
-                "name": "dpjax.mechanisms.non_private:NonPrivate",
-                "sampling": {"name": "dpjax.sampling:ShuffledFixed", "batch_size": 256},
+                "name": "dpjax.mechanisms:NonPrivate",
+                "sampling": {"name": "dpjax.privacy:ShuffledFixed", "batch_size": 256},
                 "steps": 200,
                 "delta": 1e-5,
             }

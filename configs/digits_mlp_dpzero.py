@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config = digits_mlp_dpsgd.get_config()
     config.mechanism = ConfigDict(
         {
-            "name": "dpjax.mechanisms.dp_zero:DpZero",
+            "name": "dpjax.mechanisms:DpZero",
             "clip_norm": 4.0,
             "smoothing": 1e-3,
             "direction_seed": 0,

@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     steps = config.mechanism.steps
     config.mechanism = ConfigDict(
         {
-            "name": "dpjax.mechanisms.scheduled_dp_sgd:ScheduledDpSgd",
+            "name": "dpjax.mechanisms:ScheduledDpSgd",
             "clip_schedule": {
                 "name": "optax:linear_schedule",
                 "init_value": 1.0,

@@ -47,7 +47,7 @@ def get_config(argument: str = "full") -> ConfigDict:
         {
             "source": {**pairs, "path": f"{folder}/devset.csv"},
             "provenance": "public",
-            "metric": {"name": "dpjax.losses:token_nats"},
+            "metric": {"name": "dpjax.models.losses:token_nats"},
             "batch_size": 64,
             "ema_decay": 0.0,
         }
@@ -82,7 +82,7 @@ def get_config(argument: str = "full") -> ConfigDict:
         train = common.PREFIXES
     config.model = ConfigDict(model)
     config.parameters = ConfigDict({"train": (train,), "provenance": "public"})
-    config.loss = ConfigDict({"name": "dpjax.losses:causal_lm"})
+    config.loss = ConfigDict({"name": "dpjax.models.losses:causal_lm"})
     config.mechanism = common.dp_sgd(
         epsilon=8.0,
         delta=8e-6,

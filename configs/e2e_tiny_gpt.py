@@ -29,7 +29,7 @@ def get_config(argument: str = "lora") -> ConfigDict:
         argument, variants=VARIANTS, folder="runs/e2e"
     )
     config = common.base()
-    config.loss = ConfigDict({"name": "dpjax.losses:causal_lm"})
+    config.loss = ConfigDict({"name": "dpjax.models.losses:causal_lm"})
     config.compute.physical_batch_size = 64
     gpt = {
         "name": "dpjax.models.gpt2:gpt2",
@@ -46,7 +46,7 @@ def get_config(argument: str = "lora") -> ConfigDict:
         "name": "dpjax.data.tokenizers:from_file",
         "path": f"{folder}/tokenizer.json",
     }
-    metric = {"name": "dpjax.losses:token_nats"}
+    metric = {"name": "dpjax.models.losses:token_nats"}
     if variant == "pretrain":
         common.read_text(
             config,

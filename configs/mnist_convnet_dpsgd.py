@@ -25,7 +25,7 @@ def get_config(path: str = "mnist.npz") -> ConfigDict:
         {
             "source": {**mnist, "split": "test"},
             "provenance": "public",
-            "metric": {"name": "dpjax.losses:accuracy"},
+            "metric": {"name": "dpjax.models.losses:accuracy"},
             "batch_size": 1000,
             "ema_decay": 0.98,
         }
@@ -40,7 +40,7 @@ def get_config(path: str = "mnist.npz") -> ConfigDict:
         }
     )
     config.loss = ConfigDict(
-        {"name": "dpjax.losses:classification", "label_smoothing": 0.0}
+        {"name": "dpjax.models.losses:classification", "label_smoothing": 0.0}
     )
     config.mechanism = common.dp_sgd(
         epsilon=3.0, delta=1e-5, clip_norm=0.1, rate=RATE, steps=STEPS

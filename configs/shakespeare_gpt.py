@@ -30,7 +30,7 @@ def get_config(path: str = "tinyshakespeare.txt") -> ConfigDict:
         {
             "source": {**text, "start": 0.9, "stop": 1.0},
             "provenance": "public",
-            "metric": {"name": "dpjax.losses:token_nats"},
+            "metric": {"name": "dpjax.models.losses:token_nats"},
             "batch_size": 64,
             "ema_decay": 0.99,
         }
@@ -48,7 +48,7 @@ def get_config(path: str = "tinyshakespeare.txt") -> ConfigDict:
             "remat": False,
         }
     )
-    config.loss = ConfigDict({"name": "dpjax.losses:causal_lm"})
+    config.loss = ConfigDict({"name": "dpjax.models.losses:causal_lm"})
     config.mechanism = common.dp_sgd(
         epsilon=8.0, delta=1e-5, clip_norm=0.1, rate=512 / 7843, steps=STEPS
     )

@@ -55,7 +55,7 @@ def get_config(argument: str = "infilling") -> ConfigDict:
         {
             "source": {**sentences, "path": f"{folder}/dev.tsv"},
             "provenance": "public",
-            "metric": {"name": "dpjax.losses:accuracy"},
+            "metric": {"name": "dpjax.models.losses:accuracy"},
             "batch_size": 64,
             "ema_decay": 0.0,
         }
@@ -103,7 +103,7 @@ def get_config(argument: str = "infilling") -> ConfigDict:
     config.model = ConfigDict(model)
     config.parameters = ConfigDict({"train": train, "provenance": "public"})
     config.loss = ConfigDict(
-        {"name": "dpjax.losses:classification", "label_smoothing": 0.0}
+        {"name": "dpjax.models.losses:classification", "label_smoothing": 0.0}
     )
     config.mechanism = common.dp_sgd(
         epsilon=3.0, delta=1e-6, clip_norm=0.1, rate=1000 / EXAMPLES, steps=STEPS

@@ -63,12 +63,12 @@ def get_config(argument: str = "private") -> ConfigDict:
             path=f"{folder}/public.txt",
             length=64,
             tokenizer=tokenizer,
-            metric={"name": "dpjax.losses:hidden_token_nats", **hidden},
+            metric={"name": "dpjax.models.losses:hidden_token_nats", **hidden},
         )
         config.model = ConfigDict(
             {"name": "dpjax.models.bert:masked_lm", "encoder": encoder}
         )
-        config.loss = ConfigDict({"name": "dpjax.losses:masked_lm", **hidden})
+        config.loss = ConfigDict({"name": "dpjax.models.losses:masked_lm", **hidden})
         config.compute.physical_batch_size = 32
         config.mechanism = common.non_private(batch_size=32, steps=400, delta=1e-5)
         config.optimizer = common.adam(3e-3)
@@ -94,7 +94,7 @@ def get_config(argument: str = "private") -> ConfigDict:
         {
             "source": {**sentences, "path": f"{folder}/test.tsv"},
             "provenance": "public",
-            "metric": {"name": "dpjax.losses:accuracy"},
+            "metric": {"name": "dpjax.models.losses:accuracy"},
             "batch_size": 64,
             "ema_decay": 0.0,
         }
@@ -115,7 +115,7 @@ def get_config(argument: str = "private") -> ConfigDict:
         {"train": ("token/embedding",), "provenance": "public"}
     )
     config.loss = ConfigDict(
-        {"name": "dpjax.losses:classification", "label_smoothing": 0.0}
+        {"name": "dpjax.models.losses:classification", "label_smoothing": 0.0}
     )
     if private:
         config.mechanism = common.dp_sgd(

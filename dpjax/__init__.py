@@ -7,7 +7,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dpjax.accounting import calibrate, epsilon
     from dpjax.clipping import ClippedGrad, Query, clipped_grad, explain
     from dpjax.data.batches import batches
     from dpjax.mechanisms import (
@@ -24,8 +23,9 @@ if TYPE_CHECKING:
         ScheduledDpSgd,
         SpiderBoost,
     )
-    from dpjax.noise import root_key
-    from dpjax.sampling import (
+    from dpjax.privacy.accounting import calibrate, epsilon
+    from dpjax.privacy.noise import root_key
+    from dpjax.privacy.sampling import (
         CyclicPoisson,
         FullBatch,
         PeriodicPoisson,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         TruncatedPoisson,
         secret_seed,
     )
-    from dpjax.sensitive import ClippedSum, PerExample, reveal
+    from dpjax.privacy.sensitive import ClippedSum, PerExample, reveal
     from dpjax.transforms import diff2, diff2_query, error_feedback, private
     from dpjax.typing import Batch, Model
 
@@ -43,38 +43,38 @@ _HOMES = {
     "BandMf": "mechanisms",
     "Batch": "typing",
     "ClippedGrad": "clipping",
-    "ClippedSum": "sensitive",
-    "CyclicPoisson": "sampling",
+    "ClippedSum": "privacy.sensitive",
+    "CyclicPoisson": "privacy.sampling",
     "DiceSgd": "mechanisms",
     "Diff2": "mechanisms",
     "Diff2BvrLSgd": "mechanisms",
     "DpSgd": "mechanisms",
     "DpZero": "mechanisms",
-    "FullBatch": "sampling",
+    "FullBatch": "privacy.sampling",
     "Mechanism": "mechanisms",
     "Model": "typing",
     "NonPrivate": "mechanisms",
-    "PerExample": "sensitive",
-    "PeriodicPoisson": "sampling",
-    "Poisson": "sampling",
+    "PerExample": "privacy.sensitive",
+    "PeriodicPoisson": "privacy.sampling",
+    "Poisson": "privacy.sampling",
     "PrivatizedErrorFeedback": "mechanisms",
     "Query": "clipping",
-    "ShuffledFixed": "sampling",
+    "ShuffledFixed": "privacy.sampling",
     "ScheduledDpSgd": "mechanisms",
     "SpiderBoost": "mechanisms",
-    "TruncatedPoisson": "sampling",
+    "TruncatedPoisson": "privacy.sampling",
     "batches": "data.batches",
-    "calibrate": "accounting",
+    "calibrate": "privacy.accounting",
     "clipped_grad": "clipping",
     "diff2": "transforms",
     "diff2_query": "transforms",
-    "epsilon": "accounting",
+    "epsilon": "privacy.accounting",
     "error_feedback": "transforms",
     "explain": "clipping",
     "private": "transforms",
-    "reveal": "sensitive",
-    "root_key": "noise",
-    "secret_seed": "sampling",
+    "reveal": "privacy.sensitive",
+    "root_key": "privacy.noise",
+    "secret_seed": "privacy.sampling",
 }
 
 __all__ = sorted(_HOMES)

@@ -5,7 +5,7 @@ python -m dpjax --version    versions of the packages that compute, commit and d
 
 import sys
 
-from dpjax.about import software
+from dpjax.training.about import software
 
 
 def main(argv: list[str]) -> int:

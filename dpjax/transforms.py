@@ -15,13 +15,22 @@ from dpjax.checks import (
     check_positive_int,
     check_style,
 )
-from dpjax.differences import Diff2State, advance, distance, start
-from dpjax.feedback import ErrorFeedbackState, feed_back, init_memory
-from dpjax.fingerprint import combined_fingerprint
 from dpjax.mechanisms import Mechanism
-from dpjax.noise import check_root_key
+from dpjax.mechanisms.mathematics.differences import (
+    Diff2State,
+    advance,
+    distance,
+    start,
+)
+from dpjax.mechanisms.mathematics.feedback import (
+    ErrorFeedbackState,
+    feed_back,
+    init_memory,
+)
 from dpjax.optimizers import owning
-from dpjax.sensitive import ClippedSum
+from dpjax.privacy.fingerprint import combined_fingerprint
+from dpjax.privacy.noise import check_root_key
+from dpjax.privacy.sensitive import ClippedSum
 from dpjax.typing import Key, Params, Scalar
 
 
@@ -31,7 +40,7 @@ class PrivateState(NamedTuple):
     Attributes:
         step: ``int32``, releases made; the only step counter there is.
         noise_key: Root noise key, ``key[2]``.
-        released: ``uint32`` fingerprint of the last release; see ``dpjax.ledger``.
+        released: ``uint32`` fingerprint of the last release; see ``dpjax.training.ledger``.
         mechanism: The mechanism's own state.
         optimizer: The optimizer's state.
     """
@@ -58,8 +67,8 @@ def private(
     Args:
         mechanism: What is released, and what it costs.
         optimizer: Any optax transform of mean gradients.
-        noise_key: ``dpjax.noise.root_key()``. Kept in the state and not in the program, so
-            that it reaches no compilation cache; ``init`` refuses to be traced.
+        noise_key: ``dpjax.privacy.noise.root_key()``. Kept in the state and not in the
+            program, so that it reaches no compilation cache; ``init`` refuses to be traced.
 
     Raises:
         ValueError: ``mechanism`` is none, ``noise_key`` another key, or none, or
@@ -128,10 +137,11 @@ def error_feedback(
 
     ``update`` takes ``sum_i clip(g_i, C1)`` as a plain tree and, as an extra argument,
     either ``residual = sum_i g_i - clip(g_i, C1)`` or ``unclipped = sum_i g_i``. It returns
-    ``(sum_i clip(g_i, C1) + clip(e, C2)) / divisor`` and updates e as ``dpjax.feedback``
-    says (Zhang et al. 2024, arXiv 2311.14632, Algorithm 2; followed by ``optax.adam``, the
-    order of its Algorithm 3). With ``style="automatic"``, and gradients clipped in that
-    style, it is Algorithm 4 as we read it.
+    ``(sum_i clip(g_i, C1) + clip(e, C2)) / divisor`` and updates e as
+    ``dpjax.mechanisms.mathematics.feedback`` says (Zhang et al. 2024, arXiv 2311.14632,
+    Algorithm 2; followed by ``optax.adam``, the order of its Algorithm 3). With
+    ``style="automatic"``, and gradients clipped in that style, it is Algorithm 4 as we read
+    it.
 
     Sums of clipped gradients are private, and no noise is added here: to train with
     privacy use ``private(DiceSgd(...), optimizer)``, which calls the same function.

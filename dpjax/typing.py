@@ -44,7 +44,7 @@ class Model(NamedTuple):
             start) -> (logits, cache)``. The first call, with cache None and start 0, takes
             ``int32[T]`` for all positions there will be; each later one ``int32[t]`` new
             tokens for the positions from ``start`` on, and logits ``[t, V]`` are about the
-            tokens after them. See ``dpjax.generate``.
+            tokens after them. See ``dpjax.models.generate``.
         settings: Of transformers, the arguments that shapes of parameters do not show, as
             pairs of name (``heads``, ``epsilon``, ...) and value:
             ``dpjax.models.weights.pretrained`` compares them with what is said beside

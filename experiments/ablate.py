@@ -3,7 +3,7 @@
     python -m experiments.ablate SWEEP --out=DIR [--workers=N] [--only=I,J,...]
         [--launcher=local|slurm] [--accelerator=cpu|gpu:MODEL] [--minutes=N] [--sbatch=...]
 
-SWEEP          FILE[:VARIANT], a Python file; see experiments/sweep.py and sweeps/
+SWEEP          FILE[:VARIANT], a Python file; see experiments/sweeps/sweep.py and sweeps/
 --out=DIR      receives sweep.json, and a folder for each run with result.json
 --workers=N    processes at a time; this one alone if not given
 --only=I,J     only these cells, in this process: what a task of a job array calls
@@ -31,10 +31,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-from dpjax.allocator import keep_freed_memory
-from dpjax.config import ConfigError
-from experiments import options, sweep, timing
-from experiments.sweep import Run, Sweep
+from dpjax.parallel.allocator import keep_freed_memory
+from dpjax.training.config import ConfigError
+from experiments.shared import options, timing
+from experiments.sweeps import sweep
+from experiments.sweeps.sweep import Run, Sweep
 
 _SLURM = ("accelerator", "minutes", "sbatch")
 _OPTIONS = ("out", "workers", "only", "launcher", *_SLURM)
@@ -85,8 +86,8 @@ def _run_all(runs: Sequence[Run], out: Path, argv: list[str]) -> int:
     keep_freed_memory()
     import jax
 
-    from dpjax.about import PACKAGES, device
-    from dpjax.train import Interrupted
+    from dpjax.training.about import PACKAGES, device
+    from dpjax.training.train import Interrupted
 
     facts = timing.provenance(
         module="experiments.ablate",
@@ -110,9 +111,9 @@ def _run_all(runs: Sequence[Run], out: Path, argv: list[str]) -> int:
 
 def _result(run: Run, folder: Path) -> dict[str, Any]:
     """Train; return what is told of the run, whatever becomes of it."""
-    from dpjax import report
-    from dpjax.metrics import read_jsonl
-    from dpjax.train import Interrupted, train
+    from dpjax.training import report
+    from dpjax.training.metrics import read_jsonl
+    from dpjax.training.train import Interrupted, train
 
     folder.mkdir(exist_ok=True)
     metric, start = report.metric_name(run.config), time.perf_counter()

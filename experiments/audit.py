@@ -31,9 +31,9 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpjax.config import ConfigError
-from experiments import options
-from experiments.config_flags import command_from
+from dpjax.training.config import ConfigError
+from experiments.shared import options
+from experiments.shared.config_flags import command_from
 
 SIMULATIONS = ("likelihood", "opposed", "reuse")
 CANARIES = ("dirac", "random", "per_layer", "input")
@@ -102,10 +102,10 @@ def _config(argv: list[str]) -> dict[str, Any]:
 
 def _run(plan: Plan) -> int:
     options.keep_programs()
-    from dpjax import report
     from dpjax.audit import verdict
-    from dpjax.experiment import build_experiment
-    from experiments import audit_report
+    from dpjax.training import report
+    from dpjax.training.experiment import build_experiment
+    from experiments.audits import report as audit_report
 
     experiment = build_experiment(plan.config)
     mechanism = experiment.mechanism

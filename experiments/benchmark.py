@@ -30,7 +30,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import options
+from experiments.shared import options
 
 _OPTIONS = ("suite", "out", "workloads", "engines", "device", "rounds", "plot")
 _SUITES = ("clipping", "compiling", "mechanisms", "throughput")
@@ -54,9 +54,11 @@ def main(argv: list[str]) -> int:
 
 
 def _run(plan: Plan, argv: list[str]) -> int:
-    from dpjax.about import device
-    from dpjax.allocator import keep_freed_memory
-    from experiments import report, steps, suite, sweep, throughput, timing
+    from dpjax.parallel.allocator import keep_freed_memory
+    from dpjax.training.about import device
+    from experiments.benchmarks import steps, suite, throughput
+    from experiments.shared import report, timing
+    from experiments.sweeps import sweep
 
     keep_freed_memory()
     results: dict[str, Any] = timing.provenance(
@@ -103,7 +105,7 @@ def _plan(argv: list[str]) -> Plan:
     _prepare_jax(device)
 
     from dpjax.clipping import ENGINES
-    from experiments.workloads import GPU_ONLY, WORKLOADS
+    from experiments.benchmarks.workloads import GPU_ONLY, WORKLOADS
 
     workloads = options.choices("workloads", given.get("workloads"), WORKLOADS)
     engines = options.choices("engines", given.get("engines"), ENGINES)

@@ -17,9 +17,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpjax.config import PRIVATE_START, WEIGHTS, ConfigError, flatten
-from dpjax.ledger import Ledger, NoiseReuseError
-from experiments import options, report, summary, sweep
+from dpjax.training.config import PRIVATE_START, WEIGHTS, ConfigError, flatten
+from dpjax.training.ledger import Ledger, NoiseReuseError
+from experiments.shared import options, report
+from experiments.sweeps import summary, sweep
 
 
 class Run(NamedTuple):
@@ -51,7 +52,7 @@ def composed(runs: Sequence[Run]) -> str:
     Raises:
         ValueError: A run is without privacy, or they have no common epsilon.
     """
-    from dpjax.accounting import tuning_cost
+    from dpjax.privacy.accounting import tuning_cost
 
     for run in runs:
         if not summary.protects(run.config):

@@ -20,8 +20,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpjax.config import ConfigError, differing_keys
-from experiments import options, sweep
+from dpjax.training.config import ConfigError, differing_keys
+from experiments.shared import options
+from experiments.sweeps import sweep
 
 
 class Plan(NamedTuple):
@@ -59,15 +60,15 @@ def _export(plan: Plan) -> int:
     options.keep_programs()
     import jax
 
-    from dpjax import report
-    from dpjax.about import About, file_digest
-    from dpjax.checkpoint import CheckpointError, Checkpoints
-    from dpjax.experiment import build_experiment
-    from dpjax.export import export
-    from dpjax.fingerprint import combined_fingerprint
-    from dpjax.ledger import Ledger, NoiseReuseError
-    from dpjax.noise import root_key
-    from dpjax.state import evaluated_params, frozen_params, init_state
+    from dpjax.privacy.fingerprint import combined_fingerprint
+    from dpjax.privacy.noise import root_key
+    from dpjax.training import report
+    from dpjax.training.about import About, file_digest
+    from dpjax.training.checkpoint import CheckpointError, Checkpoints
+    from dpjax.training.experiment import build_experiment
+    from dpjax.training.export import export
+    from dpjax.training.ledger import Ledger, NoiseReuseError
+    from dpjax.training.state import evaluated_params, frozen_params, init_state
     from dpjax.transforms import private
 
     experiment = build_experiment(config)

@@ -26,8 +26,10 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpjax.config import ConfigError
-from experiments import ablate, options, summary, sweep, timing
+from dpjax.training.config import ConfigError
+from experiments import ablate
+from experiments.shared import options, timing
+from experiments.sweeps import summary, sweep
 
 _RUNNING = ("workers", "launcher", "accelerator", "minutes", "sbatch")
 _OPTIONS = (

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpjax.metrics import read_jsonl
-from experiments import options
-from experiments.report import COLOURS, tidy
+from dpjax.training.metrics import read_jsonl
+from experiments.shared import options
+from experiments.shared.report import COLOURS, tidy
 
 _DASHES = ("-", "--", ":", "-.")
 

@@ -25,7 +25,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import options, report, sweep, timing
+from experiments.shared import options, report, timing
+from experiments.sweeps import sweep
 
 _OPTIONS = ("task", "text", "data", "workdir")
 _VOCABULARY = {"e2e": 1024, "sst2": 4096}
@@ -67,7 +68,7 @@ def _compare(argv: list[str]) -> int:
 def _run(name: str, text: Path, data: Path, workdir: Path) -> None:
     options.keep_programs()
     from configs import e2e_tiny_gpt, sst2_tiny_encoder
-    from dpjax.train import train
+    from dpjax.training.train import train
 
     task = {
         "e2e": Task(e2e_tiny_gpt, "lora", _compare_e2e),
@@ -92,7 +93,7 @@ def _run(name: str, text: Path, data: Path, workdir: Path) -> None:
 
 def _write_facts(name: str, scores: Mapping[str, Any], results: Path) -> None:
 
-    from dpjax.about import PACKAGES, device
+    from dpjax.training.about import PACKAGES, device
 
     facts = timing.provenance(
         module="experiments.public_to_private",
@@ -129,8 +130,8 @@ def _compare_sst2(
 ) -> dict[str, dict[str, float]]:
     import jax
 
-    from dpjax import config as configs
-    from dpjax.export import load_export
+    from dpjax.training import config as configs
+    from dpjax.training.export import load_export
 
     config = recipes["private"]
     shown, scores, answers = range(0, 1821, 150), {}, {}
@@ -159,7 +160,7 @@ def _compare_sst2(
 def _untouched(encoder: Mapping[str, Any], source: Any) -> tuple[Any, Any]:
     """Return model and source that ask the public model for a word: It was ..."""
     from configs.sst2_tiny_encoder import MASK
-    from dpjax import config as configs
+    from dpjax.training import config as configs
 
     encode = configs.build(source["tokenizer"]).encode
     model = {
@@ -178,12 +179,12 @@ def _compare_e2e(
     import jax
     import jax.numpy as jnp
 
-    from dpjax import config as configs
     from dpjax.data.arrays import ArraySource
-    from dpjax.export import load_export
-    from dpjax.losses import causal_lm
+    from dpjax.models.losses import causal_lm
     from dpjax.models.peft import merge_lora
-    from experiments.text_scores import bleu, rouge_l
+    from dpjax.training import config as configs
+    from dpjax.training.export import load_export
+    from experiments.shared.text_scores import bleu, rouge_l
 
     config = recipes["lora"]
     source = configs.build(config["evaluation"]["source"])
@@ -229,8 +230,8 @@ def _runs(private: str) -> dict[str, str]:
 
 
 def _mean(metric: Any, source: Any, params: Any) -> float:
-    from dpjax.evaluate import evaluator
-    from dpjax.sharding import make_layout
+    from dpjax.parallel.sharding import make_layout
+    from dpjax.training.evaluate import evaluator
 
     layout = make_layout(data=1, fsdp=1, rules=((".*", None),))
     return evaluator(metric, batch_size=64, layout=layout)(params, source)
@@ -242,7 +243,7 @@ def _write(model: Any, params: Any, prompts: list[str], tokenizer: Any) -> list[
     import jax.numpy as jnp
     import numpy as np
 
-    from dpjax.generate import generator
+    from dpjax.models.generate import generator
 
     stop, length, new = tokenizer.specials["<eos>"], 112, 80
     encoded = [tokenizer.encode(f"{prompt}\n") for prompt in prompts]

@@ -9,7 +9,7 @@
 --config.GROUP.KEY=VALUE  change one key of the config
 --config.run.dry_run=True print the plan and the privacy card, train nothing
 --config.run.self_check=True  first test loss, engine, sampler, noise and update on a few
-                          real examples (dpjax.audit.self_check)
+                          real examples (dpjax.training.verification.self_check)
 
 One of several processes that train together, each started with the same command and
 --coordinator_address=HOST:PORT --num_processes=N --process_id=I (from 0, on HOST), or with
@@ -25,9 +25,9 @@ import sys
 from contextlib import nullcontext
 from types import FrameType
 
-from dpjax.config import ConfigError
-from experiments import options
-from experiments.config_flags import Command, command_from
+from dpjax.training.config import ConfigError
+from experiments.shared import options
+from experiments.shared.config_flags import Command, command_from
 
 
 def main(argv: list[str]) -> int:
@@ -57,11 +57,12 @@ def _stopped_early(number: int, frame: FrameType | None) -> None:
 
 def _run(command: Command) -> int:
     options.keep_programs()
-    from dpjax import opening, processes, train
-    from dpjax.allocator import keep_freed_memory
-    from dpjax.checkpoint import CheckpointError
-    from dpjax.clipping.planner import MemoryBudgetError
-    from dpjax.ledger import NoiseReuseError
+    from dpjax.clipping.planning.planner import MemoryBudgetError
+    from dpjax.parallel import processes
+    from dpjax.parallel.allocator import keep_freed_memory
+    from dpjax.training import opening, train
+    from dpjax.training.checkpoint import CheckpointError
+    from dpjax.training.ledger import NoiseReuseError
 
     if command.config["run"]["dry_run"]:
         print(opening.plan(command.config))

@@ -13,7 +13,7 @@ import sys
 import types
 from typing import Any, get_args, get_type_hints
 
-from dpjax.config import nearest
+from dpjax.training.config import nearest
 from launch import jobset, local, sky, slurm, tpu
 from launch.job import Job, LaunchError
 

@@ -17,11 +17,11 @@ import scipy.linalg
 import scipy.stats
 
 import dpjax
-from dpjax.audit import reference_noise
 from dpjax.clipping import Query, vmap
-from dpjax.clipping.keys import example_keys
-from dpjax.sensitive import SEAL, ClippedSum, reveal
-from dpjax.toeplitz import strategy_column
+from dpjax.clipping.execution.keys import example_keys
+from dpjax.mechanisms.mathematics.toeplitz import strategy_column
+from dpjax.privacy.sensitive import SEAL, ClippedSum, reveal
+from dpjax.training.verification import reference_noise
 from dpjax.typing import Batch
 
 

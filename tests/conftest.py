@@ -12,7 +12,7 @@ import hypothesis
 import jax
 import pytest
 
-from dpjax.allocator import keep_freed_memory
+from dpjax.parallel.allocator import keep_freed_memory
 
 keep_freed_memory()
 # Compiling is most of what the tests cost: this makes slower machine code, several times

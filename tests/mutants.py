@@ -5,36 +5,36 @@ A file that moves needs one edit here.
 
 from tests.mutation import Mutant
 
-ACCOUNTING = "dpjax.accounting"
-BOUNDS = "dpjax.bounds"
-CHECKPOINT = "dpjax.checkpoint"
-CORRELATED = "dpjax.correlated"
-DIFFERENCES = "dpjax.differences"
-DIRECTIONS = "dpjax.directions"
-ENTROPY = "dpjax.entropy"
-EVALUATE = "dpjax.evaluate"
-FEEDBACK = "dpjax.feedback"
-LEDGER = "dpjax.ledger"
-NOISE = "dpjax.noise"
-OPENING = "dpjax.opening"
-PROCESSES = "dpjax.processes"
-RECORDING = "dpjax.recording"
-SAMPLING = "dpjax.sampling"
-SENSITIVE = "dpjax.sensitive"
-SHARDING = "dpjax.sharding"
-STATE = "dpjax.state"
-STEP = "dpjax.step"
-TOEPLITZ = "dpjax.toeplitz"
-TRAIN = "dpjax.train"
+ACCOUNTING = "dpjax.privacy.accounting"
+BOUNDS = "dpjax.privacy.bounds"
+CHECKPOINT = "dpjax.training.checkpoint"
+CORRELATED = "dpjax.mechanisms.mathematics.correlated"
+DIFFERENCES = "dpjax.mechanisms.mathematics.differences"
+DIRECTIONS = "dpjax.mechanisms.mathematics.directions"
+ENTROPY = "dpjax.privacy.entropy"
+EVALUATE = "dpjax.training.evaluate"
+FEEDBACK = "dpjax.mechanisms.mathematics.feedback"
+LEDGER = "dpjax.training.ledger"
+NOISE = "dpjax.privacy.noise"
+OPENING = "dpjax.training.opening"
+PROCESSES = "dpjax.parallel.processes"
+RECORDING = "dpjax.training.recording"
+SAMPLING = "dpjax.privacy.sampling"
+SENSITIVE = "dpjax.privacy.sensitive"
+SHARDING = "dpjax.parallel.sharding"
+STATE = "dpjax.training.state"
+STEP = "dpjax.training.step"
+TOEPLITZ = "dpjax.mechanisms.mathematics.toeplitz"
+TRAIN = "dpjax.training.train"
 TRANSFORMS = "dpjax.transforms"
-EXECUTE = "dpjax.clipping.execute"
-FACTORS = "dpjax.clipping.factors"
-ISOLATION = "dpjax.clipping.isolation"
-KERNELS = "dpjax.clipping.kernels"
-KEYS = "dpjax.clipping.keys"
-MICROBATCHED = "dpjax.clipping.microbatched"
-ROUNDING = "dpjax.clipping.rounding"
-VMAP = "dpjax.clipping.vmap"
+EXECUTE = "dpjax.clipping.execution.execute"
+FACTORS = "dpjax.clipping.arithmetic.factors"
+ISOLATION = "dpjax.clipping.execution.isolation"
+KERNELS = "dpjax.clipping.arithmetic.kernels"
+KEYS = "dpjax.clipping.execution.keys"
+MICROBATCHED = "dpjax.clipping.engines.microbatched"
+ROUNDING = "dpjax.clipping.arithmetic.rounding"
+VMAP = "dpjax.clipping.engines.vmap"
 ADAPTIVE = "dpjax.mechanisms.adaptive_dp_sgd"
 BAND_MF = "dpjax.mechanisms.band_mf"
 BVR = "dpjax.mechanisms.diff2_bvr_l_sgd"
@@ -50,18 +50,20 @@ SPIDER = "dpjax.mechanisms.spider_boost"
 _EXACT = (
     "contracts/test_exact_releases.py::test_release_is_the_sum_and_the_noise_of_its_key"
 )
-_SLOW_NOISE = "test_noise.py::test_noise_is_that_of_the_slow_reference"
+_SLOW_NOISE = "privacy/test_noise.py::test_noise_is_that_of_the_slow_reference"
 _TAMPERED = (
     "contracts/test_mechanisms.py::test_a_sum_that_was_tampered_with_comes_out_as_nan"
 )
 _GAUSSIANS = "golden/test_epsilon.py::test_any_number_of_gaussians_is_one_gaussian"
-_ROUNDING = "clipping/test_rounding.py"
+_ROUNDING = "clipping/arithmetic/test_rounding.py"
 _ROWS = f"{_ROUNDING}::test_norms_of_rows_allow_for_underflow_and_for_every_rounding"
 _STAGES = (
-    "clipping/test_rounding.py::test_sums_in_stages_are_whole_and_count_their_roundings"
+    "clipping/arithmetic/test_rounding.py"
+    "::test_sums_in_stages_are_whole_and_count_their_roundings"
 )
 _GRAM = (
-    "clipping/test_rounding.py::test_norms_allow_for_sums_over_positions_in_any_order"
+    "clipping/arithmetic/test_rounding.py"
+    "::test_norms_allow_for_sums_over_positions_in_any_order"
 )
 _REPEAT = "mechanisms/test_recursion.py"
 _EF = "mechanisms/test_error_feedback.py"
@@ -72,13 +74,13 @@ MUTANTS = [
         ROUNDING,
         "return jnp.sqrt(self.squares + self.slack)",
         "return jnp.sqrt(self.squares)",
-        "clipping/test_rounding.py::test_the_longest_norm_allows_for_slack",
+        "clipping/arithmetic/test_rounding.py::test_the_longest_norm_allows_for_slack",
     ),
     Mutant(
         ROUNDING,
         "    return jnp.where(jnp.isfinite(found), weights * ratio, 0.0)",
         "    return weights * ratio",
-        "clipping/test_rounding.py::"
+        "clipping/arithmetic/test_rounding.py::"
         "test_what_is_formed_anew_is_scaled_back_and_dropped_if_it_is_not_finite",
     ),
     Mutant(
@@ -116,19 +118,19 @@ MUTANTS = [
         "    return jnp.sqrt(part.offsets * squares(part.image)) * "
         "jnp.sqrt(squares(part.right))",
         "    return jnp.sqrt(squares(part.image)) * jnp.sqrt(squares(part.right))",
-        "clipping/test_rounding.py::test_patches_that_are_not_cut_out_allow_for_no_less",
+        "clipping/arithmetic/test_rounding.py::test_patches_that_are_not_cut_out_allow_for_no_less",
     ),
     Mutant(
         KERNELS,
         "    lost += tiny * sum(positions) ** 2",
         "    pass",
-        "clipping/test_rounding.py::test_gram_norms_allow_for_products_that_underflow",
+        "clipping/arithmetic/test_rounding.py::test_gram_norms_allow_for_products_that_underflow",
     ),
     Mutant(
         KERNELS,
         "                products.append(2 * product)",
         "                products.append(product)",
-        "clipping/test_kernels.py::test_norms_and_sums_are_those_of_the_gradients",
+        "clipping/arithmetic/test_kernels.py::test_norms_and_sums_are_those_of_the_gradients",
     ),
     # From norms to factors, and who is clipped with whom.
     Mutant(
@@ -189,13 +191,13 @@ MUTANTS = [
         VMAP,
         "axes=1, precision=jax.lax.Precision.HIGHEST)",
         "axes=1, precision=jax.lax.Precision.DEFAULT)",
-        "clipping/test_kernels.py::test_the_reference_sums_in_full_precision",
+        "clipping/arithmetic/test_kernels.py::test_the_reference_sums_in_full_precision",
     ),
     Mutant(
         MICROBATCHED,
         "            return total.merge(clipped), statistics",
         "            return clipped, statistics",
-        "test_train.py::test_microbatches_change_the_sum_by_rounding_only",
+        "training/test_train.py::test_microbatches_change_the_sum_by_rounding_only",
     ),
     Mutant(
         EXECUTE,
@@ -216,14 +218,14 @@ MUTANTS = [
         KEYS,
         "jax.random.fold_in(key, combined_fingerprint(x))",
         "jax.random.fold_in(key, combined_fingerprint(jax.tree.leaves(x)[0]))",
-        "clipping/test_keys.py::test_examples_that_differ_have_keys_that_differ",
+        "clipping/execution/test_keys.py::test_examples_that_differ_have_keys_that_differ",
     ),
     Mutant(
         KEYS,
         "jax.vmap(lambda x: jax.random.fold_in(key, combined_fingerprint(x)))(",
         "jax.vmap(lambda x: jax.random.fold_in(jax.random.key(0), "
         "combined_fingerprint(x)))(",
-        "clipping/test_keys.py::"
+        "clipping/execution/test_keys.py::"
         "test_keys_follow_examples_wherever_they_are_and_change_with_the_step",
     ),
     # Noise.
@@ -238,14 +240,14 @@ MUTANTS = [
         "        return jnp.where(silent, leaf, rounded)",
         "        return jnp.where(silent, leaf, leaf + "
         "noise.astype(leaf.dtype) * (unit / _FINE).astype(leaf.dtype))",
-        "test_noise.py::test_what_comes_out_is_a_multiple_of_the_grid_whatever_went_in",
+        "privacy/test_noise.py::test_what_comes_out_is_a_multiple_of_the_grid_whatever_went_in",
     ),
     Mutant(NOISE, "(noise & 0xFFFF)", "(noise & 0xFF)", _SLOW_NOISE),
     Mutant(
         NOISE,
         "keys = fold_in(fold_in(key, step), stream)",
         "keys = fold_in(key, step + stream)",
-        "test_noise.py::test_streams_of_one_step_differ " + _EXACT,
+        "privacy/test_noise.py::test_streams_of_one_step_differ " + _EXACT,
     ),
     Mutant(
         NOISE,
@@ -275,44 +277,44 @@ MUTANTS = [
         NOISE,
         "    return jax.lax.fori_loop(streams.start, streams.stop, add, total)",
         "    return jax.lax.fori_loop(0, len(streams), add, total)",
-        "test_noise.py::test_several_streams_are_those_that_are_named",
+        "privacy/test_noise.py::test_several_streams_are_those_that_are_named",
     ),
     Mutant(
         NOISE,
         "silent = _bits(stddev) == 0",
         "silent = jnp.asarray(stddev, jnp.float32) < 1e-3",
-        _EXACT + " test_noise.py",
+        _EXACT + " privacy/test_noise.py",
     ),
     # Secrets.
     Mutant(
         ENTROPY,
         "    if seed is None:\n        return os.urandom(16)",
         "    seed = os.getpid() % 65536 if seed is None else seed",
-        "test_noise.py::test_root_keys_from_the_os_hold_128_fresh_bits",
+        "privacy/test_noise.py::test_root_keys_from_the_os_hold_128_fresh_bits",
     ),
     Mutant(
         ENTROPY,
         'f"dpjax {purpose} {seed}"',
         'f"dpjax {seed}"',
-        "test_entropy.py",
+        "privacy/test_entropy.py",
     ),
     Mutant(
         STATE,
         'loss_key=_key("loss", seed)',
         'loss_key=_key("loss", 0)',
-        "test_train.py::test_secrets_from_the_os_differ_between_runs",
+        "training/test_train.py::test_secrets_from_the_os_differ_between_runs",
     ),
     Mutant(
         STATE,
         'entropy("sampling", seed=seed), np.uint32)',
         'entropy("sampling", seed=seed or 0), np.uint32)',
-        "test_train.py::test_secrets_from_the_os_differ_between_runs",
+        "training/test_train.py::test_secrets_from_the_os_differ_between_runs",
     ),
     Mutant(
         OPENING,
         'root_key(run["seed"])',
         'root_key(run["seed"] or 0)',
-        "test_train.py::test_secrets_from_the_os_differ_between_runs",
+        "training/test_train.py::test_secrets_from_the_os_differ_between_runs",
     ),
     Mutant(
         DIRECTIONS,
@@ -325,7 +327,7 @@ MUTANTS = [
         PROCESSES,
         "multihost_utils.broadcast_one_to_all(leaf))",
         "leaf)",
-        "test_processes.py::"
+        "parallel/test_processes.py::"
         "test_secrets_of_the_operating_system_are_those_of_the_first_process",
     ),
     # Seals.
@@ -370,14 +372,14 @@ MUTANTS = [
         SENSITIVE,
         "    intact = jnp.all(self.seal == _seal())",
         "    intact = jnp.any(self.seal == _seal())",
-        "test_sharding.py::"
+        "parallel/test_sharding.py::"
         "test_partial_sums_with_a_broken_seal_or_different_bounds_poison_their_sum",
     ),
     Mutant(
         SENSITIVE,
         "    if jnp.ndim(clipped.seal):",
         "    if False:",
-        "test_sharding.py::test_partial_sums_are_not_released",
+        "parallel/test_sharding.py::test_partial_sums_are_not_released",
     ),
     # Sampling and what it lets the accountant assume.
     Mutant(
@@ -593,7 +595,7 @@ MUTANTS = [
         TOEPLITZ,
         "    column /= np.linalg.norm(column)\n",
         "    column /= column.sum()\n",
-        "test_toeplitz.py::test_columns_have_norm_one_fall_and_give_a_stable_recursion",
+        "mechanisms/mathematics/test_toeplitz.py::test_columns_have_norm_one_fall_and_give_a_stable_recursion",
     ),
     Mutant(
         CORRELATED,
@@ -722,7 +724,7 @@ MUTANTS = [
         DIFFERENCES,
         "jnp.where(restart, u, u + v).astype(v.dtype)",
         "jnp.where(restart, u, u).astype(v.dtype)",
-        "test_differences.py::test_exact_differences_give_the_gradient_step_by_step",
+        "mechanisms/mathematics/test_differences.py::test_exact_differences_give_the_gradient_step_by_step",
     ),
     Mutant(
         SPIDER,
@@ -785,84 +787,84 @@ MUTANTS = [
         TRANSFORMS,
         "        restart = state.count % restart_every == 0\n",
         "        restart = state.count % restart_every == 1 % restart_every\n",
-        "test_differences.py::test_exact_differences_give_the_gradient_step_by_step",
+        "mechanisms/mathematics/test_differences.py::test_exact_differences_give_the_gradient_step_by_step",
     ),
     # The ledger, and guards of a resume.
     Mutant(
         LEDGER,
         "        elif known.fingerprint != fingerprint:",
         "        elif False:",
-        "test_ledger.py",
+        "training/test_ledger.py",
     ),
     Mutant(
         LEDGER,
         "            if before != self._layout:",
         "            if False:",
-        "test_ledger.py",
+        "training/test_ledger.py",
     ),
     Mutant(
         LEDGER,
         "for number in range(steps) if number",
         "for number in range(steps - 1) if number",
-        "test_ledger.py",
+        "training/test_ledger.py",
     ),
     Mutant(
         LEDGER,
         "        return len(self._seen)",
         "        return max(self._seen, default=0)",
-        "test_ledger.py "
-        "test_train.py::test_a_card_written_while_replaying_tells_of_all_releases",
+        "training/test_ledger.py "
+        "training/test_train.py::test_a_card_written_while_replaying_tells_of_all_releases",
     ),
     Mutant(
         LEDGER,
         "fcntl.LOCK_EX | fcntl.LOCK_NB",
         "fcntl.LOCK_SH | fcntl.LOCK_NB",
-        "test_ledger.py",
+        "training/test_ledger.py",
     ),
     Mutant(
         LEDGER,
         "        if seen.setdefault(step, mark) != mark:",
         "        if seen.setdefault(step, mark) is None:",
-        "test_ledger.py",
+        "training/test_ledger.py",
     ),
     Mutant(
         OPENING,
         "        ledger.check_complete(start)\n",
         "",
-        "test_train.py::test_a_lost_ledger_is_no_permission",
+        "training/test_train.py::test_a_lost_ledger_is_no_permission",
     ),
     Mutant(
         OPENING,
         "    ledger.check_empty()\n",
         "",
-        "test_train.py::test_lost_checkpoints_are_no_fresh_start",
+        "training/test_train.py::test_lost_checkpoints_are_no_fresh_start",
     ),
     Mutant(
         OPENING,
         "        _check_same_run(before, identity, workdir)\n",
         "",
-        "test_train.py::test_resume_on_changed_data_is_refused "
-        "test_train.py::test_a_workdir_of_another_config_is_refused_with_the_keys",
+        "training/test_train.py::test_resume_on_changed_data_is_refused "
+        "training/test_train.py::test_a_workdir_of_another_config_is_refused_with_the_keys",
     ),
     Mutant(
         OPENING,
         "        _check_same_frozen(before, identity, workdir)\n",
         "",
-        "test_partition.py::"
+        "models/test_partition.py::"
         "test_a_run_starts_from_an_export_and_goes_on_with_the_same_weights_only",
     ),
     Mutant(
         CHECKPOINT,
         "        if self.latest is not None and step <= self.latest:",
         "        if False:",
-        "test_checkpoint.py::test_wrong_arguments_are_refused",
+        "training/test_checkpoint.py::test_wrong_arguments_are_refused",
     ),
     # The loop.
     Mutant(
         STEP,
         "    return optax.incremental_update(params, average, 1 - rate)",
         "    return optax.incremental_update(params, average, rate)",
-        "test_train.py::test_the_moving_average_remembers_by_its_decay_and_little_at_first",
+        "training/test_train.py::test_the_moving_average_remembers_by_its_decay_and_little_at_first",
     ),
     Mutant(
         STEP,
@@ -870,13 +872,13 @@ MUTANTS = [
         "        params = optax.apply_updates(state.params, updates)\n        "
         "params = jax.tree.map(lambda p, t: p + (1e-9 * t).astype(p.dtype), "
         "params, total.total)\n",
-        "test_taint.py::test_nothing_leaves_a_step_but_what_got_noise",
+        "contracts/test_taint.py::test_nothing_leaves_a_step_but_what_got_noise",
     ),
     Mutant(
         STEP,
         "        norm = optax.tree.norm(updates)",
         "        norm = optax.tree.norm(total.total)",
-        "test_taint.py::test_nothing_leaves_a_step_but_what_got_noise",
+        "contracts/test_taint.py::test_nothing_leaves_a_step_but_what_got_noise",
     ),
     Mutant(
         STEP,
@@ -884,89 +886,89 @@ MUTANTS = [
         "chunk in batch.chunks:",
         "        sums, statistics = self.begin(phase, state), []\n        for "
         "chunk in batch.chunks[:1]:",
-        "test_train.py::test_all_chunks_of_a_batch_are_in_its_sum",
+        "training/test_train.py::test_all_chunks_of_a_batch_are_in_its_sum",
     ),
     Mutant(
         STEP,
         "jax.random.fold_in(state.loss_key, state.private.step)",
         "state.loss_key",
-        "test_train.py::test_every_step_has_randomness_of_its_own_in_the_loss",
+        "training/test_train.py::test_every_step_has_randomness_of_its_own_in_the_loss",
     ),
     Mutant(
         STEP,
         "        asked = dataclasses.replace(asked, clip_norm=total.l2_bound)\n",
         "",
-        "test_difference_runs.py::"
+        "training/test_difference_runs.py::"
         "test_all_chunks_of_a_step_are_clipped_to_the_radius_of_its_empty_sum",
     ),
     Mutant(
         STATE,
         "jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32))",
         "jnp.array(leaf)",
-        "test_containers.py",
+        "training/test_containers.py",
     ),
     Mutant(
         TRAIN,
         "evaluate(params, experiment.held_out)\n                writer",
         "evaluate(params, experiment.source)\n                writer",
-        "test_train.py::test_what_is_told_of_a_run_is_measured_on_the_held_out_data",
+        "training/test_train.py::test_what_is_told_of_a_run_is_measured_on_the_held_out_data",
     ),
     Mutant(
         TRAIN,
         "card_at(max(accounted, ledger.releases))",
         "card_at(accounted)",
-        "test_train.py::test_a_card_written_while_replaying_tells_of_all_releases",
+        "training/test_train.py::test_a_card_written_while_replaying_tells_of_all_releases",
     ),
     Mutant(
         TRAIN,
         "                record(ledger, released)\n                unrecorded = None\n",
         "                unrecorded = None\n",
-        "test_train.py::test_a_crash_between_two_writes_leaves_no_understated_card "
-        "test_train.py::test_a_lost_ledger_is_no_permission "
-        "test_train.py::test_resume_after_a_crash_is_bitwise_the_undisturbed_run",
+        "training/test_train.py::test_a_crash_between_two_writes_leaves_no_understated_card "
+        "training/test_train.py::test_a_lost_ledger_is_no_permission "
+        "training/test_train.py::test_resume_after_a_crash_is_bitwise_the_undisturbed_run",
     ),
     Mutant(
         TRAIN,
         "            start=start,\n            rows",
         "            start=0,\n            rows",
-        "test_train.py::test_resume_after_a_crash_is_bitwise_the_undisturbed_run",
+        "training/test_train.py::test_resume_after_a_crash_is_bitwise_the_undisturbed_run",
     ),
     Mutant(
         RECORDING,
         "ahead = (-(-step // every) * every",
         "ahead = (step // every * every",
-        "test_train.py::test_between_evaluations_more_is_accounted_than_was_released",
+        "training/test_train.py::test_between_evaluations_more_is_accounted_than_was_released",
     ),
     Mutant(
         RECORDING,
         "        return Pause(score, save, accounted=step)",
         "        return Pause(score, save, accounted=step - 1)",
-        "test_recording.py",
+        "training/test_recording.py",
     ),
     Mutant(
         EVALUATE,
         "jnp.sum(jnp.where(batch.mask, values, 0.0))[None]",
         "jnp.sum(values)[None]",
-        "test_evaluate.py",
+        "training/test_evaluate.py",
     ),
     # Devices and processes.
     Mutant(
         SHARDING,
         "            check_vma=False,",
         "            check_vma=True,",
-        "test_sharding.py::test_each_example_is_in_the_sum_exactly_once",
+        "parallel/test_sharding.py::test_each_example_is_in_the_sum_exactly_once",
     ),
     Mutant(
         SENSITIVE,
         "            lambda x: jnp.sum(x, axis=0), (self.total, self.residual, self.count)",
         "            lambda x: jnp.sum(x, axis=0) / x.shape[0], (self.total, "
         "self.residual, self.count)",
-        "test_sharding.py::test_the_sum_of_partial_sums_is_what_merging_them_gives",
+        "parallel/test_sharding.py::test_the_sum_of_partial_sums_is_what_merging_them_gives",
     ),
     Mutant(
         SHARDING,
         "            in_specs=(_WHOLE, _ROWS),",
         "            in_specs=(_WHOLE, _WHOLE),",
-        "test_sharding.py::test_each_example_is_in_the_sum_exactly_once",
+        "parallel/test_sharding.py::test_each_example_is_in_the_sum_exactly_once",
     ),
 ]

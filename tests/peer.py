@@ -12,8 +12,8 @@ import signal
 import sys
 import time
 
-from dpjax import processes
-from dpjax.ledger import Ledger
+from dpjax.parallel import processes
+from dpjax.training.ledger import Ledger
 from experiments.train import main
 
 # Where JAX keeps the steps from which it takes the one to stop after.
@@ -47,7 +47,7 @@ def wait_until_all_were_told(count):
 
 def told():
     """Make each process print a digest of the state that it starts with."""
-    from dpjax import opening
+    from dpjax.training import opening
 
     init_state = opening.init_state
 

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-from dpjax import train as loop
-from dpjax.export import load_export
-from dpjax.ledger import Ledger
-from dpjax.metrics import read_jsonl
+from dpjax.training import train as loop
+from dpjax.training.export import load_export
+from dpjax.training.ledger import Ledger
+from dpjax.training.metrics import read_jsonl
 from tests import tiny_config
 
 ROOT = Path(__file__).parent.parent
 
 SWEEP = """
-from experiments.sweep import Cell, grid, seeded
+from experiments.sweeps.sweep import Cell, grid, seeded
 from tests import tiny_config
 
 BEST = "highest"

@@ -14,14 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
-from dpjax import correlated, noise
-from dpjax import train as train_module
-from dpjax.experiment import build_experiment
 from dpjax.mechanisms import DiceSgd
-from dpjax.noise import root_key
-from dpjax.state import init_state
-from dpjax.step import make_train_step
-from dpjax.train import train
+from dpjax.mechanisms.mathematics import correlated
+from dpjax.privacy import noise
+from dpjax.privacy.noise import root_key
+from dpjax.training import train as train_module
+from dpjax.training.experiment import build_experiment
+from dpjax.training.state import init_state
+from dpjax.training.step import make_train_step
+from dpjax.training.train import train
 from dpjax.transforms import private
 from tests.runs import card, exported, metrics, tiny
 

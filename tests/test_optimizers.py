@@ -6,7 +6,7 @@ import optax.contrib
 import pytest
 
 from dpjax.optimizers import evaluation_params, owning, sgdw, tunable_sgd
-from dpjax.train import train
+from dpjax.training.train import train
 from tests.containers import doubled
 from tests.runs import exported, tiny
 

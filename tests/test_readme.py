@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import dpjax
-from dpjax.config import GROUPS
+from dpjax.training.config import GROUPS
 from experiments.train import main
 from tests.runs import ROOT
 

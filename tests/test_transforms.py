@@ -12,7 +12,7 @@ from flax.training import train_state
 
 import dpjax
 from dpjax.clipping import microbatched, vmap
-from dpjax.sensitive import SEAL, ClippedSum
+from dpjax.privacy.sensitive import SEAL, ClippedSum
 
 PARAMS = {"w": jnp.ones((5, 3)), "b": jnp.zeros(3)}
 MECHANISM = dpjax.DpSgd(

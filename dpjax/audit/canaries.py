@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 
 from dpjax.checks import check_positive_int
 from dpjax.data.batches import batches
-from dpjax.experiment import Experiment
 from dpjax.mechanisms import DpSgd
-from dpjax.noise import root_key
-from dpjax.partition import with_frozen
-from dpjax.sampling import FullBatch, Poisson, secret_seed
-from dpjax.sensitive import ClippedSum
-from dpjax.state import frozen_params, init_state
-from dpjax.step import make_train_step
+from dpjax.models.partition import with_frozen
+from dpjax.privacy.noise import root_key
+from dpjax.privacy.sampling import FullBatch, Poisson, secret_seed
+from dpjax.privacy.sensitive import ClippedSum
+from dpjax.training.experiment import Experiment
+from dpjax.training.state import frozen_params, init_state
+from dpjax.training.step import make_train_step
 from dpjax.transforms import private
 from dpjax.typing import Batch, Example, Key, Loss, Params
 
@@ -114,7 +114,7 @@ def canary_scores(
     the optimizer is post-processing, and the auditor's choice.
 
     Args:
-        config: As for ``dpjax.train.train``.
+        config: As for ``dpjax.training.train.train``.
         experiment: Built from it.
         kind: See ``make_canaries``.
         count: m.

@@ -1,27 +1,26 @@
 """White-box attacks on a mechanism: simulate its releases on worst-case neighbours.
 
-Everything but the data is what ships: batches come from ``mechanism.sampling``, clipped
-sums from an engine asked ``mechanism.query``, releases from ``mechanism.release`` with keys
-of its own for every run. There is one parameter x and the loss of an example is ``g x^2 /
-2``, so its gradient ``g x`` can be as long as an attack likes; thousands of runs are one
-vectorised program.
+Everything but the data is what ships: batches come from ``mechanism.sampling``; what is made
+of them says ``mechanisms.adversary.simulation``.
 """
 
-import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 from numpy.typing import NDArray
 
-from dpjax.audit.views import View, view
 from dpjax.checks import check_positive_int
 from dpjax.clipping import Engine, vmap
 from dpjax.mechanisms import Mechanism
-from dpjax.sampling import CyclicPoisson, FullBatch, PeriodicPoisson, Poisson, Sampling
-from dpjax.typing import Batch, Example, Key, Params
+from dpjax.mechanisms.adversary.simulation import Draws, observe
+from dpjax.mechanisms.adversary.views import View, view
+from dpjax.privacy.sampling import (
+    CyclicPoisson,
+    FullBatch,
+    PeriodicPoisson,
+    Poisson,
+    Sampling,
+)
 
 ATTACKS = ("likelihood", "opposed", "reuse")
 MOST_OPPOSED = 64
@@ -33,13 +32,6 @@ class Scores(NamedTuple):
 
     inside: NDArray[np.float64]
     outside: NDArray[np.float64]
-
-
-class Draws(NamedTuple):
-    """Which rows take part: ``bool[n, T, N]``; row 0 is the target."""
-
-    inside: NDArray[np.bool_]
-    outside: NDArray[np.bool_]
 
 
 def attacks_on(mechanism: Mechanism) -> tuple[str, ...]:
@@ -74,7 +66,8 @@ def attack_scores(
           with the same noise are equal; the score is the least distance of any two.
 
     Args:
-        mechanism: What is attacked; it must have a view, see ``dpjax.audit.views``.
+        mechanism: What is attacked; it must have a view, see
+        ``dpjax.mechanisms.adversary.views``.
         attack: One of ``ATTACKS``.
         trials: n, runs on each neighbour.
         seed: Of keys and draws. The simulated runs protect nobody.
@@ -101,7 +94,7 @@ def attack_scores(
         ramp = np.arange(1, mechanism.steps + 1) / mechanism.steps
         short = known._replace(gradient=known.unclipped, path=lambda t: ramp[t])
         draws = _target_draws(mechanism, trials=trials, seed=seed)
-        seen = _observe(mechanism, short, draws, seed=seed, engine=engine)
+        seen = observe(mechanism, short, draws, seed=seed, engine=engine)
         return Scores(*(_least_gap(y) for y in seen))
     if attack == "opposed":
         if not known.opposable or mechanism.num_examples > MOST_OPPOSED:
@@ -110,85 +103,12 @@ def attack_scores(
                 f"plan of at most {MOST_OPPOSED} examples, of a mechanism without memory"
             )
         draws = _all_draws(mechanism, trials=trials, seed=seed)
-        seen = _observe(mechanism, known, draws, seed=seed, engine=engine)
+        seen = observe(mechanism, known, draws, seed=seed, engine=engine)
         return _opposed_scores(known, draws, seen)
     draws = _target_draws(mechanism, trials=trials, seed=seed)
-    seen = _observe(mechanism, known, draws, seed=seed, engine=engine)
+    seen = observe(mechanism, known, draws, seed=seed, engine=engine)
     rates = draws.inside[..., 0].mean(axis=0)
     return Scores(*(known.score(y, rates) for y in seen))
-
-
-def silence(
-    mechanism: Mechanism, *, trials: int, steps: int, seed: int
-) -> NDArray[np.float64]:
-    """Return what the attacker reads, ``[trials, steps]``, if nobody has a gradient.
-
-    N(0, 1) throughout if the noise is what is accounted.
-    """
-    nobody = np.zeros((trials, steps, 1), bool)
-    draws = Draws(nobody, nobody[:0])
-    seen = _observe(mechanism, view(mechanism), draws, seed=seed, engine=vmap)
-    return seen[0]
-
-
-def _observe(
-    mechanism: Mechanism, known: View, draws: Draws, *, seed: int, engine: Engine
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return what the attacker reads, ``[n, T]``, with and without the target."""
-    trials, (steps, rows) = len(draws.inside), draws.inside.shape[1:]
-    masks = np.concatenate([draws.inside, draws.outside])
-    gradients = np.full(rows, -known.gradient / 2, np.float32)
-    gradients[0] = known.gradient
-    runs = len(masks)
-    words = jax.random.bits(jax.random.key(seed), (runs, 2, 2), jnp.uint32)
-    keys = jax.random.wrap_key_data(words, impl="threefry2x32")
-    run = _runner(mechanism, engine)
-    point = {"x": jnp.float32(known.path(0))}
-    state = known.start(mechanism.init(point))
-    state = jax.tree.map(
-        lambda leaf: jnp.broadcast_to(leaf, (runs, *leaf.shape)), state
-    )
-    seen = np.empty((runs, steps))
-    for step in range(steps):
-        point = {"x": jnp.float32(known.path(step))}
-        state, y = run(
-            mechanism.phase(step), point, state, masks[:, step], gradients, keys, step
-        )
-        seen[:, step] = y
-    seen = known.whiten(seen)
-    return seen[:trials], seen[trials:]
-
-
-@functools.lru_cache(maxsize=4)
-def _runner(mechanism: Mechanism, engine: Engine) -> Any:
-    """Compile one step of all runs; once for each phase and all attacks alike."""
-    read = view(mechanism).read
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def run(
-        phase: str,
-        point: Params,
-        states: Any,
-        masks: Array,
-        gradients: Array,
-        keys: Key,
-        step: Array,
-    ) -> tuple[Any, Array]:
-        def one(state: Any, mask: Array, key: Key) -> tuple[Any, Array]:
-            query = mechanism.query(phase, point, state)
-            batch = Batch({"g": gradients}, mask, jnp.arange(len(gradients)))
-            clipped, _ = engine(_loss, query, batch, jax.random.key(0))
-            mean, after = mechanism.release(clipped, state, point, key=key, step=step)
-            return after, read(phase, mean, state, after)
-
-        return jax.vmap(one)(states, masks, keys)
-
-    return run
-
-
-def _loss(params: Params, example: Example, key: Key) -> Array:
-    del key
-    return example["g"] * jnp.square(params["x"]) / 2
 
 
 def _target_draws(mechanism: Mechanism, *, trials: int, seed: int) -> Draws:

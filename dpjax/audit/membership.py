@@ -14,11 +14,11 @@ from jaxtyping import Array, Bool, Float
 from numpy.typing import NDArray
 
 from dpjax.clipping import vmap
-from dpjax.experiment import Experiment
-from dpjax.noise import root_key
+from dpjax.models.partition import merge, partition, with_frozen
 from dpjax.optimizers import owning
-from dpjax.partition import merge, partition, with_frozen
-from dpjax.sampling import FullBatch, Poisson
+from dpjax.privacy.noise import root_key
+from dpjax.privacy.sampling import FullBatch, Poisson
+from dpjax.training.experiment import Experiment
 from dpjax.typing import Batch, Params
 
 

@@ -8,12 +8,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dpjax.accounting import epsilon, privacy_profile
 from dpjax.audit import bayes, distinguish, estimators, one_run
 from dpjax.audit.estimators import Counts
 from dpjax.checks import check_probability
 from dpjax.clipping import Engine, vmap
 from dpjax.mechanisms import Mechanism
+from dpjax.privacy.accounting import epsilon, privacy_profile
 
 Verdict = Literal["consistent", "VIOLATED"]
 CREDIBILITY = 0.9

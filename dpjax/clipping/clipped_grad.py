@@ -17,15 +17,15 @@ from dpjax.checks import (
     check_number,
     check_outer_norm,
 )
-from dpjax.clipping.auto import auto, planned
-from dpjax.clipping.bookkeeping import bookkeeping
-from dpjax.clipping.ghost import ghost
-from dpjax.clipping.microbatched import microbatched
+from dpjax.clipping.analysis.tracing import below_float32, check_key, one_example, trace
+from dpjax.clipping.engines.auto import auto, planned
+from dpjax.clipping.engines.bookkeeping import bookkeeping
+from dpjax.clipping.engines.ghost import ghost
+from dpjax.clipping.engines.microbatched import microbatched
+from dpjax.clipping.engines.vmap import vmap
 from dpjax.clipping.query import Query
-from dpjax.clipping.tracing import below_float32, check_key, one_example, trace
 from dpjax.clipping.types import Engine
-from dpjax.clipping.vmap import vmap
-from dpjax.sensitive import ClippedSum, PerExample
+from dpjax.privacy.sensitive import ClippedSum, PerExample
 from dpjax.typing import Batch, Key, Loss, Params
 
 ENGINES: dict[str, Engine] = {
@@ -59,7 +59,7 @@ class ClippedGrad:
             batch: A ``Batch``, or a pytree of examples ``[B, ...]`` that all count.
             key: Randomness of the loss (dropout, augmentation), another one at each step;
                 not the noise key. An example's own key follows from it and from what the
-                example is, so it may be known to all (see ``dpjax.clipping.keys``).
+                example is, so it may be known to all (see ``dpjax.clipping.execution.keys``).
         """
         batch = _as_batch(batch)
         check_key(key)

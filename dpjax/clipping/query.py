@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dpjax.checks import ClipStyle, check_style
-from dpjax.sensitive import ClippedSum
+from dpjax.privacy.sensitive import ClippedSum
 from dpjax.typing import Params, Scalar
 
 

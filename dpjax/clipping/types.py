@@ -3,7 +3,7 @@
 from typing import Protocol
 
 from dpjax.clipping.query import Query
-from dpjax.sensitive import ClippedSum, PerExample
+from dpjax.privacy.sensitive import ClippedSum, PerExample
 from dpjax.typing import Batch, Key, Loss
 
 

@@ -5,14 +5,33 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Generator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from dpjax.checks import check_mechanism, check_positive_int
 from dpjax.data.arrays import slices
-from dpjax.mechanisms import Mechanism
+from dpjax.privacy.sampling import Sampling
 from dpjax.typing import Batch, Source
+
+
+class Drawn(Protocol):
+    """What of a mechanism decides its batches."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """Who is drawn at a step."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """How many batches there are."""
+        ...
+
+    @property
+    def num_examples(self) -> int:
+        """Size of the data set."""
+        ...
 
 
 class StepBatch(NamedTuple):
@@ -32,7 +51,7 @@ class StepBatch(NamedTuple):
 
 def batches(
     source: Source,
-    mechanism: Mechanism,
+    mechanism: Drawn,
     *,
     seed: int,
     physical_batch_size: int,

@@ -1,6 +1,8 @@
 """Mechanisms: each a frozen dataclass of primary facts; everything else is derived.
 
-Importing a mechanism does not import jax, so config errors are answered at once.
+A plan, its accounting and its release belong here; draws, noise and accountants do not
+(``privacy``). Importing a mechanism does not import jax, so config errors are answered at
+once.
 """
 
 from dpjax.mechanisms.adaptive_dp_sgd import AdaptiveDpSgd

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from dpjax.checks import check_clip, check_noise
 from dpjax.mechanisms.base import check_kinds, check_plan
-from dpjax.sampling import Sampling
+from dpjax.privacy.sampling import Sampling
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
 
     from dpjax.clipping import Query
-    from dpjax.sensitive import ClippedSum
+    from dpjax.privacy.sensitive import ClippedSum
     from dpjax.typing import Key, Params, Scalar
 
 
@@ -174,8 +174,8 @@ class AdaptiveDpSgd:
         del params
         import jax.numpy as jnp
 
-        from dpjax.noise import add_noise, noisy_mean
-        from dpjax.sensitive import opened_count
+        from dpjax.privacy.noise import add_noise, noisy_mean
+        from dpjax.privacy.sensitive import opened_count
 
         bound = state.clip_norm
         mean = noisy_mean(

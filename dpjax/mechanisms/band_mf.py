@@ -10,15 +10,20 @@ from typing import TYPE_CHECKING, ClassVar
 
 from dpjax.checks import ClipStyle, check_clip, check_noise, check_positive_int
 from dpjax.mechanisms.base import check_kinds, check_plan
-from dpjax.sampling import CyclicPoisson, Sampling
-from dpjax.toeplitz import Strategy, check_strategy, prefix_errors, strategy_column
+from dpjax.mechanisms.mathematics.toeplitz import (
+    Strategy,
+    check_strategy,
+    prefix_errors,
+    strategy_column,
+)
+from dpjax.privacy.sampling import CyclicPoisson, Sampling
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
 
     from dpjax.clipping import Query
-    from dpjax.correlated import CorrelatedNoiseState
-    from dpjax.sensitive import ClippedSum
+    from dpjax.mechanisms.mathematics.correlated import CorrelatedNoiseState
+    from dpjax.privacy.sensitive import ClippedSum
     from dpjax.typing import Key, Params, Scalar
 
 
@@ -27,9 +32,9 @@ class BandMf:
     """Release ``(sum_i clip(g_i) + y_t) / expected_batch_size`` with ``y = C^{-1} z``.
 
     z is independent N(0, noise_stddev^2), and C a lower-triangular Toeplitz matrix of
-    ``bands`` bands whose first column has norm 1 (``dpjax.toeplitz``). What ``optax.sgd``
-    adds up over steps has less noise than with independent noise of the same epsilon;
-    see ``rms_prefix_error``. ``bands=1`` is DP-SGD.
+    ``bands`` bands whose first column has norm 1 (``dpjax.mechanisms.mathematics.toeplitz``).
+    What ``optax.sgd`` adds up over steps has less noise than with independent noise of the
+    same epsilon; see ``rms_prefix_error``. ``bands=1`` is DP-SGD.
 
     Sensitivity: releases x + C^{-1} z are a function of ``C x + z``. An example moves C x by
     the columns of C of the steps it takes part in, each times a vector of norm ``clip_norm``
@@ -49,7 +54,8 @@ class BandMf:
         clip_style: "flat", "automatic" or "per_layer"; see ``dpjax.clipping.Query``.
         noise_multiplier: Standard deviation of z in units of ``clip_norm``.
         bands: b, in how many steps in a row one noise is taken back.
-        strategy: Which C: "mean_error" or "square_root"; see ``dpjax.toeplitz``.
+        strategy: Which C: "mean_error" or "square_root"; see
+        ``dpjax.mechanisms.mathematics.toeplitz``.
         sampling: ``CyclicPoisson`` with a cycle of at least ``bands``; any if ``bands=1``.
         steps, num_examples, delta: See ``Mechanism``.
 
@@ -133,7 +139,7 @@ class BandMf:
 
     def init(self, params: "Params") -> "CorrelatedNoiseState":
         """Return the state before the first noise."""
-        from dpjax.correlated import init_noise
+        from dpjax.mechanisms.mathematics.correlated import init_noise
 
         return init_noise(params, bands=self.bands)
 
@@ -167,8 +173,8 @@ class BandMf:
         del params
         import jax
 
-        from dpjax.correlated import add_next_noise
-        from dpjax.sensitive import opened
+        from dpjax.mechanisms.mathematics.correlated import add_next_noise
+        from dpjax.privacy.sensitive import opened
 
         noisy, state = add_next_noise(
             opened(clipped, l2_bound=self.clip_norm),

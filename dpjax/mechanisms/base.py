@@ -3,13 +3,13 @@
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from dpjax.checks import check_numbers, check_positive_int, check_sampling
-from dpjax.sampling import Sampling
+from dpjax.privacy.sampling import Sampling
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
 
     from dpjax.clipping import Query
-    from dpjax.sensitive import ClippedSum
+    from dpjax.privacy.sensitive import ClippedSum
     from dpjax.typing import Key, Params
 
 

@@ -15,14 +15,14 @@ from dpjax.checks import (
 )
 from dpjax.mechanisms.base import check_kinds, check_plan
 from dpjax.mechanisms.dp_sgd import DpSgd
-from dpjax.sampling import Poisson, Sampling
+from dpjax.privacy.sampling import Poisson, Sampling
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
 
     from dpjax.clipping import Query
-    from dpjax.feedback import ErrorFeedbackState
-    from dpjax.sensitive import ClippedSum
+    from dpjax.mechanisms.mathematics.feedback import ErrorFeedbackState
+    from dpjax.privacy.sensitive import ClippedSum
     from dpjax.typing import Key, Params, Scalar
 
 Accounting = Literal["conservative", "outer_clip", "k_participation", "paper"]
@@ -167,12 +167,12 @@ class DiceSgd:
     def attacked_epsilon(self, steps: int | None = None) -> float:
         """Return a lower bound on the true epsilon, by the better of two attacks.
 
-        On one constant direction, see ``dpjax.audit``. On a direction that is new at each
-        step, one participation shows up twice, C1 long and then as long as the memory
+        On one constant direction, see ``adversary.error_feedback``. On a direction that is new
+        at each step, one participation shows up twice, C1 long and then as long as the memory
         gives it back: that is DP-SGD with the root of the sum of their squares.
         """
-        from dpjax.accounting import epsilon
-        from dpjax.audit.error_feedback import epsilon_lower_bound
+        from dpjax.mechanisms.adversary.error_feedback import epsilon_lower_bound
+        from dpjax.privacy.accounting import epsilon
 
         steps = self.steps if steps is None else steps
         if steps == 0 or self.noise_multiplier == 0:
@@ -202,7 +202,7 @@ class DiceSgd:
 
     def init(self, params: "Params") -> "ErrorFeedbackState":
         """Return the empty memory."""
-        from dpjax.feedback import init_memory
+        from dpjax.mechanisms.mathematics.feedback import init_memory
 
         return init_memory(params)
 
@@ -242,9 +242,9 @@ class DiceSgd:
         del params
         import jax
 
-        from dpjax.feedback import feed_back
-        from dpjax.noise import add_noise
-        from dpjax.sensitive import opened, opened_residual
+        from dpjax.mechanisms.mathematics.feedback import feed_back
+        from dpjax.privacy.noise import add_noise
+        from dpjax.privacy.sensitive import opened, opened_residual
 
         outer = math.inf if self.outer_norm is None else self.outer_norm
         vector, state = feed_back(
@@ -267,7 +267,7 @@ class DiceSgd:
             ``error_norm`` on the scale of sums, and how many steps it takes to give all of
             it back, ``error_backlog``.
         """
-        from dpjax.feedback import memory_norm
+        from dpjax.mechanisms.mathematics.feedback import memory_norm
 
         norm = float(memory_norm(state))
         backlog = norm / self._error_bound if self.error_clip_norm is not None else 1.0

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, ClassVar
 from dpjax.checks import check_positive_int
 from dpjax.mechanisms import recursion
 from dpjax.mechanisms.base import check_kinds, check_plan
-from dpjax.sampling import FullBatch, Sampling
+from dpjax.privacy.sampling import FullBatch, Sampling
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
 
     from dpjax.clipping import Query
-    from dpjax.differences import Diff2State
-    from dpjax.sensitive import ClippedSum
+    from dpjax.mechanisms.mathematics.differences import Diff2State
+    from dpjax.privacy.sensitive import ClippedSum
     from dpjax.typing import Key, Params, Scalar
 
 
@@ -40,8 +40,9 @@ class Diff2:
     Sensitivity: each sum moves by at most its radius (C1 or R_t) when one example is added
     or removed (up to float32 rounding of the sum); the divisor N is public.
 
-    State: ``dpjax.differences.Diff2State``, the estimate and the last parameters. Both are
-    outputs of releases, no more secret than the parameters, and cost two copies of them.
+    State: ``dpjax.mechanisms.mathematics.differences.Diff2State``, the estimate and the last
+    parameters. Both are outputs of releases, no more secret than the parameters, and cost two
+    copies of them.
 
     Workers: with P > 1 worker p sends ``message``, the sum of clipped vectors of its shard
     with noise of its own, and the server adds up. Examples are clipped one by one, to radii

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 from dpjax.checks import check_positive_int
 from dpjax.mechanisms import recursion
 from dpjax.mechanisms.base import check_kinds, check_plan
-from dpjax.sampling import PeriodicPoisson, Sampling
+from dpjax.privacy.sampling import PeriodicPoisson, Sampling
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
 
     from dpjax.clipping import Query
-    from dpjax.differences import Diff2State
-    from dpjax.sensitive import ClippedSum
+    from dpjax.mechanisms.mathematics.differences import Diff2State
+    from dpjax.privacy.sensitive import ClippedSum
     from dpjax.typing import Key, Params, Scalar
 
 

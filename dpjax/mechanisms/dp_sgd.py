@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 from dpjax.checks import ClipStyle, check_clip, check_noise
 from dpjax.mechanisms.base import check_kinds, check_plan
-from dpjax.sampling import Sampling
+from dpjax.privacy.sampling import Sampling
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
 
     from dpjax.clipping import Query
-    from dpjax.sensitive import ClippedSum
+    from dpjax.privacy.sensitive import ClippedSum
     from dpjax.typing import Key, Params, Scalar
 
 
@@ -104,7 +104,7 @@ class DpSgd:
     ) -> "tuple[Params, tuple[()]]":
         """Return the noisy mean gradient; NaN if the sum is not the one asked for."""
         del params
-        from dpjax.noise import noisy_mean
+        from dpjax.privacy.noise import noisy_mean
 
         mean = noisy_mean(
             clipped,

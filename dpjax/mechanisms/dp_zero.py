@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from dpjax.checks import check_clip, check_noise
 from dpjax.mechanisms.base import check_kinds, check_plan
-from dpjax.sampling import Sampling
+from dpjax.privacy.sampling import Sampling
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
 
     from dpjax.clipping import Query
-    from dpjax.sensitive import ClippedSum
+    from dpjax.privacy.sensitive import ClippedSum
     from dpjax.typing import Key, Params, Scalar
 
 
@@ -135,7 +135,7 @@ class DpZero:
     def query(self, phase: str, params: "Params", state: DpZeroState) -> "Query":
         """Ask for the clipped slopes of losses at ``params`` along the step's direction."""
         from dpjax.clipping import Query, Slope
-        from dpjax.directions import gaussian_direction
+        from dpjax.mechanisms.mathematics.directions import gaussian_direction
 
         u = gaussian_direction(params, seed=self.direction_seed, step=state.step)
         slope = Slope(u, self.smoothing)
@@ -161,8 +161,8 @@ class DpZero:
         import jax
         import jax.numpy as jnp
 
-        from dpjax.directions import gaussian_direction
-        from dpjax.noise import noisy_mean
+        from dpjax.mechanisms.mathematics.directions import gaussian_direction
+        from dpjax.privacy.noise import noisy_mean
 
         if not (isinstance(clipped.total, jax.Array) and clipped.total.ndim == 0):
             raise TypeError(

@@ -5,13 +5,13 @@ import math
 from typing import TYPE_CHECKING, ClassVar
 
 from dpjax.mechanisms.base import check_kinds, check_plan
-from dpjax.sampling import Sampling
+from dpjax.privacy.sampling import Sampling
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
 
     from dpjax.clipping import Query
-    from dpjax.sensitive import ClippedSum
+    from dpjax.privacy.sensitive import ClippedSum
     from dpjax.typing import Key, Params, Scalar
 
 
@@ -90,7 +90,7 @@ class NonPrivate:
         del params, key, step
         import jax
 
-        from dpjax.sensitive import opened
+        from dpjax.privacy.sensitive import opened
 
         total = opened(clipped, l2_bound=math.inf)
         return jax.tree.map(lambda x: x / self.expected_batch_size, total), state

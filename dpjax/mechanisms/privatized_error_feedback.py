@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from dpjax.checks import check_clip, check_noise, check_outer_norm
 from dpjax.mechanisms.base import check_kinds, check_plan
-from dpjax.sampling import Sampling
+from dpjax.privacy.sampling import Sampling
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
 
     from dpjax.clipping import Query
-    from dpjax.sensitive import ClippedSum
+    from dpjax.privacy.sensitive import ClippedSum
     from dpjax.typing import Key, Params, Scalar
 
 
@@ -117,7 +117,7 @@ class PrivatizedErrorFeedback:
 
     def init(self, params: "Params") -> ResidualEstimate:
         """Return the empty memory, at least float32."""
-        from dpjax.feedback import init_memory
+        from dpjax.mechanisms.mathematics.feedback import init_memory
 
         return ResidualEstimate(init_memory(params).memory)
 
@@ -151,8 +151,8 @@ class PrivatizedErrorFeedback:
         del params
         import jax
 
-        from dpjax.noise import add_noise
-        from dpjax.sensitive import opened, opened_residual
+        from dpjax.privacy.noise import add_noise
+        from dpjax.privacy.sensitive import opened, opened_residual
 
         first = add_noise(
             opened(clipped, l2_bound=self.clip_norm),

@@ -4,14 +4,14 @@ import math
 from typing import TYPE_CHECKING, Protocol
 
 from dpjax.checks import check_clip, check_noise
-from dpjax.sampling import Sampling
+from dpjax.privacy.sampling import Sampling
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
 
     from dpjax.clipping import Query
-    from dpjax.differences import Diff2State
-    from dpjax.sensitive import ClippedSum
+    from dpjax.mechanisms.mathematics.differences import Diff2State
+    from dpjax.privacy.sensitive import ClippedSum
     from dpjax.typing import Key, Params, Scalar
 
 PHASES = ("restart", "difference", "local")
@@ -156,14 +156,14 @@ def _is_due(mechanism: Recursive, phase: str, step: "int | Scalar") -> "bool | S
 
 def init(params: "Params") -> "Diff2State":
     """Return the state before the first step."""
-    from dpjax.differences import start
+    from dpjax.mechanisms.mathematics.differences import start
 
     return start(params)
 
 
 def moved(params: "Params", state: "Diff2State") -> "Scalar":
     """Return ``|x_t - x_{t-1}|``, float32."""
-    from dpjax.differences import distance
+    from dpjax.mechanisms.mathematics.differences import distance
 
     return distance(params, state.prev_params)
 
@@ -204,7 +204,7 @@ def noisy_sum(
     """
     import jax.numpy as jnp
 
-    from dpjax import noise
+    from dpjax.privacy import noise
 
     phase = clipped.phase
     if phase not in PHASES:
@@ -244,7 +244,7 @@ def release(
     import jax
     import jax.numpy as jnp
 
-    from dpjax.differences import advance
+    from dpjax.mechanisms.mathematics.differences import advance
 
     total = noisy_sum(
         mechanism,

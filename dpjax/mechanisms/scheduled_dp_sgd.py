@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from dpjax.checks import check_clip, check_noise, check_number
 from dpjax.mechanisms.base import check_kinds, check_plan
-from dpjax.sampling import FullBatch, Poisson, TruncatedPoisson
+from dpjax.privacy.sampling import FullBatch, Poisson, TruncatedPoisson
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
 
     from dpjax.clipping import Query
-    from dpjax.sensitive import ClippedSum
+    from dpjax.privacy.sensitive import ClippedSum
     from dpjax.typing import Key, Params, Scalar
 
 _LEVELS = 32
@@ -156,7 +156,7 @@ class ScheduledDpSgd:
     ) -> "tuple[Params, StepState]":
         """Return the noisy mean gradient; NaN if the sum is not the one asked for."""
         del params
-        from dpjax.noise import noisy_mean
+        from dpjax.privacy.noise import noisy_mean
 
         bound = _at(self.clip_norms, state.step)
         mean = noisy_mean(

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 from dpjax.mechanisms import recursion
 from dpjax.mechanisms.base import check_kinds, check_plan
-from dpjax.sampling import PeriodicPoisson, Sampling
+from dpjax.privacy.sampling import PeriodicPoisson, Sampling
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
 
     from dpjax.clipping import Query
-    from dpjax.differences import Diff2State
-    from dpjax.sensitive import ClippedSum
+    from dpjax.mechanisms.mathematics.differences import Diff2State
+    from dpjax.privacy.sensitive import ClippedSum
     from dpjax.typing import Key, Params, Scalar
 
 
@@ -34,8 +34,9 @@ class SpiderBoost:
     Sensitivity: each sum moves by at most its radius (C1 or R_t) when one example is added
     or removed (up to float32 rounding of the sum); the divisors are public.
 
-    State: ``dpjax.differences.Diff2State``, the estimate and the last parameters. Both are
-    outputs of releases, no more secret than the parameters, and cost two copies of them.
+    State: ``dpjax.mechanisms.mathematics.differences.Diff2State``, the estimate and the last
+    parameters. Both are outputs of releases, no more secret than the parameters, and cost two
+    copies of them.
 
     Attributes:
         clip_norm: C1, L2 bound on each example's gradient at restarts.

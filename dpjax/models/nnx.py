@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array
 
-from dpjax.partition import flatten, unflatten
+from dpjax.models.partition import flatten, unflatten
 from dpjax.typing import Example, Key, Model, Params
 
 

@@ -17,8 +17,8 @@ from flax import linen as nn
 from jaxtyping import Array
 
 from dpjax.checks import check_number, check_positive_int
+from dpjax.models.partition import flatten, select, unflatten
 from dpjax.models.transformer import STD
-from dpjax.partition import flatten, select, unflatten
 from dpjax.typing import Example, Key, Model, Params
 
 

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from dpjax.checks import check_model, check_path, check_patterns
 from dpjax.models.layouts import LAYOUTS, NOT_PARAMETERS, Layout, Rule, differences
-from dpjax.partition import flatten, named_like
+from dpjax.models.partition import flatten, named_like
 from dpjax.typing import Example, Key, Model, Params
 
 Tensors = Mapping[str, np.ndarray]

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from configs import digits_mlp_dpsgd
-from experiments.sweep import Cell, chosen, grid, seeded, task_of
+from experiments.sweeps.sweep import Cell, chosen, grid, seeded, task_of
 
 BEST = "lowest"
 RESULTS = Path("experiments/results/diff2")
@@ -81,10 +81,10 @@ def config(variant: str) -> ConfigDict:
     base.compute.physical_batch_size = task.chunk
     base.run.log_every = base.run.eval_every = base.run.checkpoint_every = max(ROUNDS)
     if variant.startswith("digits"):
-        base.evaluation.metric = ConfigDict({"name": "dpjax.losses:error_rate"})
+        base.evaluation.metric = ConfigDict({"name": "dpjax.models.losses:error_rate"})
         return base
-    base.evaluation.metric = ConfigDict({"name": "dpjax.losses:squared_error"})
-    base.loss = ConfigDict({"name": "dpjax.losses:regression"})
+    base.evaluation.metric = ConfigDict({"name": "dpjax.models.losses:squared_error"})
+    base.loss = ConfigDict({"name": "dpjax.models.losses:regression"})
     base.model = ConfigDict(
         {
             "name": "dpjax.models.mlp:regression_mlp",
@@ -143,25 +143,25 @@ def _overrides(
 def _mechanism(method: str, clip: float, smooth: float | None) -> dict[str, Any]:
     if smooth is None:
         return {
-            "name": "dpjax.mechanisms.dp_sgd:DpSgd",
+            "name": "dpjax.mechanisms:DpSgd",
             "clip_style": "flat",
-            "sampling": {"name": "dpjax.sampling:FullBatch"},
+            "sampling": {"name": "dpjax.privacy:FullBatch"},
         }
     differences = {"difference_clip_norm": smooth * clip}
     if method == "DIFF2":
         return {
-            "name": "dpjax.mechanisms.diff2:Diff2",
+            "name": "dpjax.mechanisms:Diff2",
             "restart_every": PERIOD,
             "noise_ratio": 2.0,
             "noisy_workers": 1,
-            "sampling": {"name": "dpjax.sampling:FullBatch"},
+            "sampling": {"name": "dpjax.privacy:FullBatch"},
             **differences,
         }
     return {
-        "name": "dpjax.mechanisms.spider_boost:SpiderBoost",
+        "name": "dpjax.mechanisms:SpiderBoost",
         "noise_ratio": 1.0,
         "sampling": {
-            "name": "dpjax.sampling:PeriodicPoisson",
+            "name": "dpjax.privacy:PeriodicPoisson",
             "period": PERIOD,
             "first_rate": 0.5,
             "rate": 0.25,

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from configs import digits_mlp_dpsgd
-from experiments.sweep import Cell, chosen, grid, seeded, task_of
+from experiments.sweeps.sweep import Cell, chosen, grid, seeded, task_of
 
 BEST = "highest"
 RESULTS = Path("experiments/results/error_feedback")
@@ -131,12 +131,12 @@ def _mechanism(task: Task, method: str, clip: float) -> dict[str, Any]:
         "clip_norm": clip,
         "epsilon": EPSILON,
         "noise_multiplier": None,
-        "sampling": {"name": "dpjax.sampling:Poisson", "rate": task.rate},
+        "sampling": {"name": "dpjax.privacy:Poisson", "rate": task.rate},
         "steps": task.steps,
         "delta": DELTA,
     }
     dice = {
-        "name": "dpjax.mechanisms.dice_sgd:DiceSgd",
+        "name": "dpjax.mechanisms:DiceSgd",
         "clip_style": "flat",
         "error_clip_norm": clip,
         "error_scale": "sum",
@@ -146,11 +146,11 @@ def _mechanism(task: Task, method: str, clip: float) -> dict[str, Any]:
     }
     match method:
         case "DP-SGD":
-            name = "dpjax.mechanisms.dp_sgd:DpSgd"
+            name = "dpjax.mechanisms:DpSgd"
             return {"name": name, "clip_style": "flat", **shared}
         case "two channels":
             return {
-                "name": "dpjax.mechanisms.privatized_error_feedback:PrivatizedErrorFeedback",
+                "name": "dpjax.mechanisms:PrivatizedErrorFeedback",
                 "outer_norm": 2 * clip,
                 "residual_share": 0.2,
                 "memory_rate": 0.1,
@@ -166,7 +166,7 @@ def _mechanism(task: Task, method: str, clip: float) -> dict[str, Any]:
                 "error_clip_norm": task.feedback * clip,
                 "outer_norm": 2 * clip,
                 "sampling": {
-                    "name": "dpjax.sampling:ShuffledFixed",
+                    "name": "dpjax.privacy:ShuffledFixed",
                     "batch_size": task.batch_size,
                 },
             }

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from configs import cifar10_few_shot as recipe
 from configs import common
-from experiments.sweep import Cell, chosen, grid, seeded
+from experiments.sweeps.sweep import Cell, chosen, grid, seeded
 
 BEST = "highest"
 FOLDER, TESTED = "runs/few_shot", 200

@@ -10,10 +10,10 @@ import pytest
 
 from dpjax.audit import canaries, verdict
 from dpjax.clipping import vmap
-from dpjax.experiment import build_experiment
+from dpjax.training.experiment import build_experiment
 from tests.runs import tiny
 
-FULL = {"name": "dpjax.sampling:FullBatch"}
+FULL = {"name": "dpjax.privacy:FullBatch"}
 
 
 def config(**changes):
@@ -94,7 +94,7 @@ def test_gradients_of_canaries_are_what_they_say():
         (
             {
                 "mechanism.sampling": {
-                    "name": "dpjax.sampling:ShuffledFixed",
+                    "name": "dpjax.privacy:ShuffledFixed",
                     "batch_size": 64,
                 }
             },

@@ -10,8 +10,8 @@ import pytest
 import dpjax
 from dpjax.audit import distinguish, verdict
 from dpjax.clipping import vmap
-from dpjax.sampling import FullBatch, Poisson
-from experiments.audit_settings import FALSE, SETTINGS
+from dpjax.privacy.sampling import FullBatch, Poisson
+from experiments.audits.settings import FALSE, SETTINGS
 from tests.checks import thinned
 
 

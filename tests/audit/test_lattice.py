@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpjax import correlated, noise
 from dpjax.audit.lattice import lattice_scores
-from dpjax.sampling import CyclicPoisson, FullBatch, PeriodicPoisson, Poisson
+from dpjax.mechanisms.mathematics import correlated
+from dpjax.privacy import noise
+from dpjax.privacy.sampling import CyclicPoisson, FullBatch, PeriodicPoisson, Poisson
 from tests.contracts import test_mechanisms as plans
 
 # Rates at which 1024 examples make batches of a power of two.

@@ -12,8 +12,8 @@ import pytest
 import dpjax
 from dpjax.audit import inversion, membership
 from dpjax.data.arrays import ArraySource
-from dpjax.experiment import build_experiment
-from dpjax.noise import add_noise, root_key
+from dpjax.privacy.noise import add_noise, root_key
+from dpjax.training.experiment import build_experiment
 from tests.runs import tiny
 
 

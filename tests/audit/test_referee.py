@@ -4,8 +4,8 @@ import pytest
 
 import dpjax
 from dpjax.audit.referee import Sampled, edgeworth_epsilon, fourier_epsilon
-from dpjax.sampling import Poisson
-from experiments.audit_settings import EW_TUNE
+from dpjax.privacy.sampling import Poisson
+from experiments.audits.settings import EW_TUNE
 
 
 @pytest.mark.parametrize("run", EW_TUNE, ids=lambda r: f"{r.task} {r.batch} {r.delta}")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpjax.clipping import Query, bookkeeping, ghost, vmap
-from dpjax.sensitive import reveal
+from dpjax.privacy.sensitive import reveal
 from tests.checks import batch_of, norm, thinned
 from tests.contracts.zoo import ZOO
 

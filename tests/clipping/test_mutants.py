@@ -9,16 +9,10 @@ import numpy as np
 import pytest
 
 import dpjax
-from dpjax.clipping import (
-    Query,
-    bookkeeping,
-    ghost,
-    kernels,
-    layouts,
-    plan,
-    slots,
-)
-from dpjax.clipping.rounding import Norms
+from dpjax.clipping import Query, bookkeeping, ghost
+from dpjax.clipping.arithmetic import kernels, layouts
+from dpjax.clipping.arithmetic.rounding import Norms
+from dpjax.clipping.planning import plan, slots
 from tests.checks import batch_of, norm
 from tests.contracts.test_zoo import compare, known
 

@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpjax.clipping import Query, auto, bookkeeping, ghost, microbatched, vmap
 from tests.checks import assert_close, batch_of, norm
-from tests.clipping.test_planner import transformer
+from tests.clipping.planning.test_planner import transformer
 from tests.contracts.test_engines import CASES
 
 KEY = jax.random.key(0)

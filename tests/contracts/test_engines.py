@@ -22,7 +22,7 @@ from dpjax.clipping import (
     planned,
     vmap,
 )
-from dpjax.sensitive import SEAL, ClippedSum, reveal
+from dpjax.privacy.sensitive import SEAL, ClippedSum, reveal
 from tests.checks import (
     assert_close,
     batch_of,

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpjax.audit.reference_noise import grid, normals
-from dpjax.directions import gaussian_direction
-from dpjax.noise import root_key
-from dpjax.sensitive import ClippedSum
+from dpjax.mechanisms.mathematics.directions import gaussian_direction
+from dpjax.privacy.noise import root_key
+from dpjax.privacy.sensitive import ClippedSum
+from dpjax.training.verification.reference_noise import grid, normals
 from tests.checks import FORTY, check_rounded, filled, flat, reference_sum
 from tests.contracts.test_mechanisms import (
     KINDS,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpjax.clipping import Query
-from dpjax.sensitive import reveal
+from dpjax.privacy.sensitive import reveal
 from tests.checks import assert_close, batch_of, norm, thinned
 from tests.contracts.test_zoo import ENGINES, INDEX, KEY, MASK
 from tests.contracts.zoo import ZOO

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 import dpjax
-from dpjax.directions import gaussian_direction
 from dpjax.mechanisms import (
     AdaptiveDpSgd,
     BandMf,
@@ -25,8 +24,9 @@ from dpjax.mechanisms import (
     ScheduledDpSgd,
     SpiderBoost,
 )
-from dpjax.noise import root_key
-from dpjax.sampling import (
+from dpjax.mechanisms.mathematics.directions import gaussian_direction
+from dpjax.privacy.noise import root_key
+from dpjax.privacy.sampling import (
     CyclicPoisson,
     FullBatch,
     PeriodicPoisson,
@@ -34,7 +34,7 @@ from dpjax.sampling import (
     ShuffledFixed,
     TruncatedPoisson,
 )
-from dpjax.sensitive import ClippedSum
+from dpjax.privacy.sensitive import ClippedSum
 from tests.checks import RELEASED, check_adds_to_sum, check_noise, thinned
 
 PLAN = {"steps": 50, "num_examples": 1000, "delta": 1e-5}

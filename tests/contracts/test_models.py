@@ -16,14 +16,14 @@ import pytest
 import dpjax
 from configs.common import ADAPTERS, BIASES, NORMS, PREFIXES
 from dpjax.clipping import Query, auto, bookkeeping, ghost
-from dpjax.clipping.keys import example_keys
-from dpjax.losses import causal_lm, classification, masked_lm
+from dpjax.clipping.execution.keys import example_keys
 from dpjax.models import bert, peft
 from dpjax.models.gpt2 import gpt2
 from dpjax.models.llama import llama
+from dpjax.models.losses import causal_lm, classification, masked_lm
+from dpjax.models.partition import partition, with_frozen
 from dpjax.models.vit import vit
-from dpjax.partition import partition, with_frozen
-from dpjax.sensitive import reveal
+from dpjax.privacy.sensitive import reveal
 from dpjax.typing import Batch
 from tests.checks import batch_of, clip, norm, thinned
 from tests.contracts.test_zoo import INDEX, KEY, MASK, check_sum

@@ -6,7 +6,7 @@ import dp_accounting as dp
 import numpy as np
 import pytest
 
-from dpjax.sampling import (
+from dpjax.privacy.sampling import (
     CyclicPoisson,
     FullBatch,
     PeriodicPoisson,

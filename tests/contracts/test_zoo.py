@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from dpjax.clipping import Query, auto, bookkeeping, ghost, vmap
-from dpjax.clipping.keys import example_keys
-from dpjax.sensitive import reveal
+from dpjax.clipping.execution.keys import example_keys
+from dpjax.privacy.sensitive import reveal
 from dpjax.typing import Batch
 from tests.checks import assert_close, batch_of, clip, norm, thinned
 from tests.contracts.random_losses import random_loss

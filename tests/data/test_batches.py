@@ -13,7 +13,7 @@ from dpjax.data.batches import (
     read_steps,
 )
 from dpjax.mechanisms import NonPrivate
-from dpjax.sampling import FullBatch
+from dpjax.privacy.sampling import FullBatch
 
 N = 40
 SOURCE = ArraySource(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dpjax.config import check, flatten
+from dpjax.training.config import check, flatten
 
 HERE = Path(__file__).parent / "configs"
 ROOT = Path(__file__).parents[2]

@@ -19,10 +19,10 @@ import pytest
 import scipy.stats
 
 import dpjax
-from dpjax.audit.error_feedback import epsilon_lower_bound
 from dpjax.clipping import vmap
-from dpjax.feedback import ErrorFeedbackState, feed_back
 from dpjax.mechanisms import DiceSgd
+from dpjax.mechanisms.adversary.error_feedback import epsilon_lower_bound
+from dpjax.mechanisms.mathematics.feedback import ErrorFeedbackState, feed_back
 from tests.checks import batch_of
 
 INTENDED = "epsilon moved: intended? Then say why, with the new source"
@@ -388,7 +388,7 @@ def test_where_gradients_are_not_bounded_the_attack_has_a_length_all_the_same(
         attacked.append(mechanism)
         return 50.0
 
-    monkeypatch.setattr("dpjax.accounting.epsilon", epsilon)
+    monkeypatch.setattr("dpjax.privacy.accounting.epsilon", epsilon)
     assert plan.attacked_epsilon() >= 50
     assert 0.2 < attacked[0].noise_multiplier < 0.25
 

@@ -10,8 +10,8 @@ import scipy.stats
 from dp_accounting import dp_event
 
 import dpjax
-from dpjax.accounting import tuning_cost
 from dpjax.mechanisms.dice_sgd import DiceSgd
+from dpjax.privacy.accounting import tuning_cost
 
 DELTA = 1e-5
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import pytest
 
-from experiments import gather, summary, sweep
+from experiments import gather
+from experiments.sweeps import summary, sweep
 from launch import slurm
 from launch.job import Job
 from tests.launch import cluster
@@ -25,7 +26,7 @@ ENVIRONMENT = {
 }
 TRAIN = (sys.executable, "-m", "experiments.train", "--workdir=run")
 GATHER = (sys.executable, "-m", "experiments.gather")
-# What tests/test_processes.py trains, for longer.
+# What tests/parallel/test_processes.py trains, for longer.
 LONG = {
     "mesh.data": 2,
     "mesh.fsdp": 2,

@@ -11,9 +11,9 @@ import pytest
 
 import dpjax
 from dpjax.clipping import vmap
-from dpjax.clipping.factors import centred_count
+from dpjax.clipping.arithmetic.factors import centred_count
 from dpjax.mechanisms.adaptive_dp_sgd import ClipNormState
-from dpjax.sensitive import ClippedSum
+from dpjax.privacy.sensitive import ClippedSum
 from tests.checks import batch_of, check_joint_release
 from tests.contracts.test_mechanisms import adaptive, dp_sgd
 

@@ -13,11 +13,11 @@ import pytest
 import scipy.special
 
 import dpjax
-from dpjax.sensitive import ClippedSum
-from dpjax.toeplitz import strategy_column
+from dpjax.mechanisms.mathematics.toeplitz import strategy_column
+from dpjax.privacy.sensitive import ClippedSum
 from tests.checks import check_correlated
 from tests.contracts.test_mechanisms import band_mf, dp_sgd
-from tests.test_toeplitz import dense
+from tests.mechanisms.mathematics.test_toeplitz import dense
 
 ROOT = dpjax.root_key(0)
 PARAMS = {"a": jnp.zeros((60, 100)), "b": {"c": jnp.zeros(3000), "d": jnp.zeros(())}}

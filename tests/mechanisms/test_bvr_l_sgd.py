@@ -13,7 +13,7 @@ import pytest
 
 import dpjax
 from dpjax.clipping import vmap
-from dpjax.sampling import PeriodicPoisson
+from dpjax.privacy.sampling import PeriodicPoisson
 from tests.checks import batch_of
 from tests.contracts.test_mechanisms import bvr_l_sgd, diff2
 

@@ -11,9 +11,9 @@ import pytest
 
 import dpjax
 from dpjax.clipping import vmap
-from dpjax.directions import gaussian_direction
-from dpjax.noise import add_noise
-from dpjax.sensitive import ClippedSum
+from dpjax.mechanisms.mathematics.directions import gaussian_direction
+from dpjax.privacy.noise import add_noise
+from dpjax.privacy.sensitive import ClippedSum
 from tests.checks import batch_of
 from tests.contracts.test_mechanisms import dp_sgd, dp_zero
 

@@ -16,13 +16,13 @@ import pytest
 from scipy.stats import norm as normal
 
 import dpjax
-from dpjax.audit.error_feedback import epsilon_lower_bound
-from dpjax.feedback import feed_back, init_memory
 from dpjax.mechanisms import DiceSgd, PrivatizedErrorFeedback
-from dpjax.noise import root_key
-from dpjax.report import privacy_card
-from dpjax.sampling import FullBatch, Poisson, ShuffledFixed
-from dpjax.sensitive import ClippedSum
+from dpjax.mechanisms.adversary.error_feedback import epsilon_lower_bound
+from dpjax.mechanisms.mathematics.feedback import feed_back, init_memory
+from dpjax.privacy.noise import root_key
+from dpjax.privacy.sampling import FullBatch, Poisson, ShuffledFixed
+from dpjax.privacy.sensitive import ClippedSum
+from dpjax.training.report import privacy_card
 from tests.checks import batch_of, check_noise, thinned
 from tests.contracts.test_engines import ENGINES
 

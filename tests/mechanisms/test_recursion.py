@@ -13,9 +13,9 @@ import optax
 import pytest
 
 import dpjax
-from dpjax.audit.reference_noise import grid
 from dpjax.mechanisms.recursion import optimal_noise_ratio, variance_ratio
-from dpjax.sensitive import ClippedSum
+from dpjax.privacy.sensitive import ClippedSum
+from dpjax.training.verification.reference_noise import grid
 from tests.checks import batch_of, norm
 from tests.contracts import test_engines as engines
 from tests.contracts.test_mechanisms import diff2, spider_boost

@@ -11,9 +11,9 @@ import optax
 import pytest
 
 import dpjax
-from dpjax.config import check
-from dpjax.noise import root_key
-from dpjax.sensitive import ClippedSum
+from dpjax.privacy.noise import root_key
+from dpjax.privacy.sensitive import ClippedSum
+from dpjax.training.config import check
 from tests.contracts.test_mechanisms import dp_sgd, scheduled
 from tests.golden.test_configs import resolved
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpjax.losses import classification
 from dpjax.models.convnet import groupnorm_cnn, tanh_cnn
+from dpjax.models.losses import classification
 from dpjax.models.mlp import mlp
 from dpjax.models.wide_resnet import wide_resnet
 

@@ -8,9 +8,9 @@ import pytest
 from flax import nnx
 
 import dpjax
-from dpjax.losses import classification
+from dpjax.models.losses import classification
 from dpjax.models.nnx import array_model
-from dpjax.partition import flatten
+from dpjax.models.partition import flatten
 from tests.checks import assert_close
 
 KEY = jax.random.key(3)

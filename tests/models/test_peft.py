@@ -10,9 +10,9 @@ from dpjax.models import bert, peft
 from dpjax.models.gpt2 import gpt2
 from dpjax.models.llama import llama
 from dpjax.models.mlp import mlp
+from dpjax.models.partition import flatten, partition
 from dpjax.models.transformer import Attention
 from dpjax.models.vit import vit
-from dpjax.partition import flatten, partition
 
 KEY = jax.random.key(0)
 TOKENS = {"tokens": np.array([3, 1, 4, 1, 5, 9], np.int32)}

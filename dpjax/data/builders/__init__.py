@@ -1,1 +1,4 @@
-"""TFDS builders that prepare local archives without TensorFlow."""
+"""TFDS builders that prepare local archives without TensorFlow.
+
+One file for each kind of archive; what reads prepared data does not belong here.
+"""

@@ -1,0 +1,487 @@
+"""However the devices are laid out, the same draws, noise and sums; and one reduction.
+
+Data parallelism is where clipping is broken silently: see
+``test_a_mesh_of_shared_parameters_sums_gradients_before_they_are_clipped``.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+
+from dpjax.checks import check_rows
+from dpjax.clipping import Query, auto, bookkeeping, ghost, microbatched, vmap
+from dpjax.data.batches import StepBatch, batches
+from dpjax.parallel.sharding import make_layout
+from dpjax.privacy.noise import root_key
+from dpjax.privacy.sensitive import SEAL, ClippedSum, opened, reveal
+from dpjax.training.experiment import build_experiment
+from dpjax.training.state import init_state, sampling_seed
+from dpjax.training.step import make_train_step
+from dpjax.transforms import private
+from tests.checks import (
+    assert_close,
+    batch_of,
+    norm,
+    reference,
+    thinned,
+)
+from tests.runs import tiny
+
+MESHES = [(1, 1), (8, 1), (4, 2), (2, 4)]
+SPLIT = [mesh for mesh in MESHES if mesh != (1, 1)]
+LARGEST = ((".*", "largest"),)
+KEY = jax.random.key(0)
+COLLECTIVE = re.compile(
+    r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
+    r"(?:-start)?\("
+)
+
+
+def layout_of(mesh, rules=LARGEST):
+    return make_layout(data=mesh[0], fsdp=mesh[1], rules=rules)
+
+
+def collectives(text):
+    """Each collective of a compiled program: its kind and the shapes it moves."""
+    return [
+        (kind, tuple(int(d) for d in dims.split(",") if d))
+        for shapes, kind in COLLECTIVE.findall(text)
+        for dims in re.findall(r"\w+\[([\d,]*)\]", shapes)
+    ]
+
+
+# --- Sums ---------------------------------------------------------------------------
+
+ENGINES = {
+    "vmap": vmap,
+    "microbatched": microbatched(vmap, size=2),
+    "bookkeeping": bookkeeping,
+    "ghost": ghost,
+    "auto": auto,
+}
+
+
+def two_layers(params, example, key):
+    hidden = jnp.tanh(example["x"] @ params["w"])
+    hidden = hidden * (1 + 0.1 * jax.random.uniform(key, hidden.shape))
+    return jnp.square(hidden @ params["v"] - example["y"])
+
+
+def dot(params, example, key):
+    """With integer data, gradients and their sums are exact in any order."""
+    return jnp.sum(params["w"] * example["x"])
+
+
+def data(rows=32):
+    rng = np.random.default_rng(0)
+    batch = batch_of(
+        {
+            "x": rng.normal(size=(rows, 4)).astype(np.float32),
+            "y": rng.normal(size=rows).astype(np.float32),
+        },
+        mask=np.arange(rows) < rows - 5,
+        index=rng.permutation(1000)[:rows].astype(np.int32),
+    )
+    params = {
+        "w": jnp.asarray(rng.normal(size=(4, 8)), jnp.float32),
+        "v": jnp.asarray(rng.normal(size=8), jnp.float32),
+    }
+    moved = jax.tree.map(lambda p: p + 0.1, params)
+    return params, moved, batch
+
+
+def sums_on(layout, engine, loss, query, chunks):
+    """The sum over ``chunks`` as the loop forms it: partial sums, merged once."""
+
+    def add(query, split):
+        sums, batch = split
+        clipped, statistics = engine(loss, query, batch, KEY)
+        return sums.only().merge(clipped).stacked(1), statistics
+
+    @jax.jit
+    def run(query, chunks):
+        sums = query.empty().stacked(layout.devices)
+        statistics = []
+        for chunk in chunks:
+            sums, found = layout.on_each(add)(query, (sums, chunk))
+            statistics.append(found)
+        return sums, statistics, sums.merged()
+
+    rows = len(chunks[0].mask)
+    return run(query, [layout.place(chunk, rows) for chunk in chunks])
+
+
+@functools.cache
+def known(name):
+    params, moved, batch = data()
+    query = {
+        "residual": Query(
+            (params,), clip_norm=0.5, residual=True, outer_norm=2.0, count=True
+        ),
+        "difference": Query((params, moved), signs=(1.0, -1.0), clip_norm=0.05),
+    }[name]
+    return query, batch, reference(two_layers, query, batch, KEY)
+
+
+@pytest.mark.parametrize(
+    ("query", "mesh"), [("residual", (8, 1)), ("difference", (2, 4))]
+)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_engine_sums_the_same_on_every_mesh(engine, query, mesh):
+    query, batch, (total, residual, count, norms) = known(query)
+    _, (statistics,), found = sums_on(
+        layout_of(mesh), ENGINES[engine], two_layers, query, [batch]
+    )
+    scale = max(norm(total), norm(residual))
+    assert_close(found.total, total, rtol=1e-5, scale=scale)
+    if query.residual:
+        assert_close(found.residual, residual, rtol=1e-5, scale=scale)
+        assert float(found.count) == count
+    np.testing.assert_allclose(reveal(statistics)["norms"], norms, rtol=1e-4)
+    assert float(found.seal) == np.float32(SEAL)
+    assert float(found.l2_bound) == np.float32(query.clip_norm)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_each_example_is_in_the_sum_exactly_once(mesh):
+    rng = np.random.default_rng(1)
+    parts = [
+        batch_of({"x": rng.integers(-9, 9, size=(16, 3)).astype(np.float32)}, mask=mask)
+        for mask in (np.ones(16, bool), np.arange(16) < 3)
+    ]
+    query = Query(({"w": jnp.zeros(3)},), clip_norm=64.0)
+    sums, _, total = sums_on(layout_of(mesh), vmap, dot, query, parts)
+    expected = sum(part.examples["x"][part.mask].sum(axis=0) for part in parts)
+    np.testing.assert_array_equal(total.total["w"], expected)
+    # Nothing has been reduced before the end: the parts are each device's own.
+    rows = [part.examples["x"] * part.mask[:, None] for part in parts]
+    own = sum(x.reshape(mesh[0] * mesh[1], -1, 3).sum(axis=1) for x in rows)
+    np.testing.assert_array_equal(sums.total["w"], own)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_a_mesh_of_shared_parameters_sums_gradients_before_they_are_clipped(check_vma):
+    """The defect that ``check_vma=False`` keeps out of ``Layout.on_each``.
+
+    By default shard_map makes the gradient for parameters that all devices share a sum over
+    devices. Under vmap that is one sum for each row, before any clipping: an example then
+    moves the result by far more than the clip norm. No error, no warning. Should this test
+    fail because JAX has changed, its reason is gone, and the flag may go too.
+    """
+    params, _, batch = data()
+    query = Query((params,), clip_norm=0.5)
+    layout = layout_of((8, 1))
+    naive = jax.shard_map(
+        lambda params, batch: jax.lax.psum(
+            vmap(two_layers, Query((params,), clip_norm=0.5), batch, KEY)[0].total,
+            ("data", "fsdp"),
+        ),
+        mesh=layout.mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(("data", "fsdp"))),
+        out_specs=PartitionSpec(),
+        check_vma=check_vma,
+    )
+    program = jax.jit(naive).lower(params, batch).compile()
+    moved = {shape for _, shape in collectives(program.as_text())}
+    total = known_total(query, batch)
+    error = norm(jax.tree.map(np.subtract, program(params, batch), total))
+    per_example = {(4, 4, 8), (4, 8)} - {leaf.shape for leaf in params.values()}
+    if check_vma:
+        assert error > 0.1 * norm(total)
+        assert moved & per_example
+    else:
+        assert error < 1e-5 * norm(total)
+        assert not moved & per_example
+
+
+def known_total(query, batch):
+    return reference(two_layers, query, batch, KEY)[0]
+
+
+# --- Partial sums keep their seal ------------------------------------------------------
+
+
+def stack(*sums):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *sums)
+
+
+def test_partial_sums_with_a_broken_seal_or_different_bounds_poison_their_sum():
+    good = ClippedSum.zeros({"w": jnp.ones(2)}, l2_bound=1.0)
+    assert not np.isnan(opened(stack(good, good).merged(), l2_bound=1.0)["w"]).any()
+    wrong = [
+        dataclasses.replace(good, seal=2 * good.seal),
+        ClippedSum.zeros({"w": jnp.ones(2)}, l2_bound=0.5),
+        ClippedSum.zeros({"w": jnp.ones(2)}, l2_bound=1.0, outer_norm=3.0),
+    ]
+    for bad in wrong:
+        for stacked in (stack(good, bad), stack(bad, good)):
+            assert np.isnan(opened(stacked.merged(), l2_bound=1.0)["w"]).all()
+
+
+def test_the_sum_of_partial_sums_is_what_merging_them_gives():
+    parts = [
+        dataclasses.replace(
+            ClippedSum.zeros({"w": jnp.ones(2)}, l2_bound=1.0, outer_norm=2.0),
+            total={"w": jnp.array([i, 1.0])},
+            residual={"w": jnp.array([2.0, i])},
+            count=jnp.float32(i),
+        )
+        for i in range(4)
+    ]
+    merged, expected = stack(*parts).merged(), functools.reduce(ClippedSum.merge, parts)
+    jax.tree.map(np.testing.assert_array_equal, merged, expected)
+
+
+def test_partial_sums_are_not_released():
+    sums = ClippedSum.zeros({"w": jnp.ones(2)}, l2_bound=1.0).stacked(1)
+    with pytest.raises(TypeError, match="release their sum"):
+        opened(sums, l2_bound=1.0)
+
+
+# --- Runs ---------------------------------------------------------------------------------
+
+DICE = {
+    "mechanism.name": "dpjax.mechanisms:DiceSgd",
+    "mechanism.error_clip_norm": 1.0,
+    "mechanism.error_scale": "sum",
+    "mechanism.outer_norm": None,
+    "mechanism.accounting": "conservative",
+}
+DIFF2 = {
+    "mechanism.name": "dpjax.mechanisms:Diff2",
+    "mechanism.difference_clip_norm": 2.0,
+    "mechanism.restart_every": 2,
+    "mechanism.noise_ratio": 1.0,
+    "mechanism.noisy_workers": 1,
+    "mechanism.sampling": {"name": "dpjax.privacy:FullBatch"},
+    "compute.physical_batch_size": 1024,
+}
+ADAPTIVE = {
+    "mechanism": {
+        "name": "dpjax.mechanisms:AdaptiveDpSgd",
+        "initial_clip_norm": 1.0,
+        "min_clip_norm": 0.01,
+        "max_clip_norm": 10.0,
+        "target_quantile": 0.5,
+        "clip_learning_rate": 0.2,
+        "count_share": 0.1,
+        "noise_multiplier": 4.0,
+        "sampling": {"name": "dpjax.privacy:Poisson", "rate": 0.1},
+        "steps": 12,
+        "delta": 1e-5,
+    }
+}
+BAND_MF = {
+    "mechanism": {
+        "name": "dpjax.mechanisms:BandMf",
+        "clip_norm": 1.0,
+        "clip_style": "flat",
+        "noise_multiplier": 4.0,
+        "bands": 3,
+        "strategy": "mean_error",
+        "sampling": {"name": "dpjax.privacy:CyclicPoisson", "cycle": 4, "rate": 0.4},
+        "steps": 12,
+        "delta": 1e-5,
+    }
+}
+MECHANISMS = {
+    "DP-SGD": {},
+    "DiceSGD": DICE,
+    "DIFF2": DIFF2,
+    "adaptive": ADAPTIVE,
+    "BandMF": BAND_MF,
+}
+
+
+class Run:
+    """Some steps of the real loop's parts on a mesh, with few parameters."""
+
+    def __init__(self, mesh, **changes):
+        config = tiny(
+            **{"mesh.data": mesh[0], "mesh.fsdp": mesh[1], "model.features": ()}
+            | {"compute.engine": "vmap"}
+            | changes
+        )
+        if "mechanism.name" in changes and "Diff2" in changes["mechanism.name"]:
+            del config["mechanism"]["clip_style"]
+        self.experiment = build_experiment(config)
+        self.mechanism, self.layout = self.experiment.mechanism, self.experiment.layout
+        self.size = config["compute"]["physical_batch_size"]
+        transform = private(
+            self.mechanism, self.experiment.optimizer, noise_key=root_key(1)
+        )
+        self.state = init_state(config, self.experiment, transform)
+        self.step = make_train_step(config, self.experiment, transform)
+
+    def batches(self):
+        return batches(
+            self.experiment.source,
+            self.mechanism,
+            seed=sampling_seed(self.state),
+            physical_batch_size=self.size,
+            rows=self.layout.rows(self.size),
+        )
+
+    def params(self):
+        return jax.tree.map(np.asarray, self.state.params)
+
+
+@functools.cache
+def run_of(mechanism, mesh):
+    """Noise of a step without examples, draws, and parameters after three steps."""
+    run = Run(mesh, **MECHANISMS[mechanism])
+    start = run.params()
+    run.state, noise, _ = run.step(run.state, StepBatch(0, ()))
+    draws, seen = [], run.batches()
+    for _ in range(3):
+        batch = next(seen)
+        draws += [run.layout.place(chunk, run.size) for chunk in batch.chunks[:2]]
+        if batch.step:
+            run.state, _, _ = run.step(run.state, batch)
+    seen.close()
+    return start, int(noise.fingerprint), draws, run
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "mesh"), thinned(itertools.product(MECHANISMS, SPLIT), 4)
+)
+def test_every_mesh_starts_draws_and_adds_noise_alike(mechanism, mesh):
+    start, noise, draws, _ = run_of(mechanism, (1, 1))
+    found_start, found_noise, found_draws, _ = run_of(mechanism, mesh)
+    jax.tree.map(np.testing.assert_array_equal, found_start, start)
+    assert found_noise == noise
+    jax.tree.map(np.testing.assert_array_equal, found_draws, draws)
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "mesh"), thinned(itertools.product(MECHANISMS, SPLIT), 4)
+)
+def test_every_mesh_trains_the_same_parameters(mechanism, mesh):
+    start, _, _, run = run_of(mechanism, (1, 1))
+    expected, found = run.params(), run_of(mechanism, mesh)[-1].params()
+    moved = norm(jax.tree.map(np.subtract, expected, start))
+    assert moved > 0.1
+    # Sums that are rounded otherwise may be released as neighbours on the noise's grid.
+    assert_close(found, expected, rtol=1e-4, scale=moved)
+
+
+@pytest.mark.parametrize("mesh", SPLIT)
+def test_a_step_reduces_each_parameter_once_and_moves_no_examples(mesh):
+    run = run_of("DP-SGD", mesh)[-1]
+    phase, state = "gradient", run.state
+    shapes = sorted(leaf.shape for leaf in jax.tree.leaves(state.params))
+    sums = run.step.begin(phase, state)
+    chunk = run.step.place(next(run.batches()).chunks[0])
+
+    def moved(function, *args):
+        text = function.lower(*args).compile().as_text()
+        return [(kind, s) for kind, s in collectives(text) if math.prod(s) > 1]
+
+    assert moved(run.step.begin, phase, state) == []
+    # However many chunks a step has: only whole parameters travel, to where they are used.
+    gathered = moved(run.step.accumulate, phase, state, sums, chunk)
+    assert {kind for kind, _ in gathered} <= {"all-gather"}
+    assert {shape for _, shape in gathered} <= set(shapes)
+    assert bool(gathered) == (mesh[1] > 1)
+    reduced = moved(run.step.finish, state, sums)
+    assert {kind for kind, _ in reduced} <= {"all-reduce", "reduce-scatter"}
+    assert sorted(shape for _, shape in reduced) == shapes
+
+
+def test_each_device_draws_noise_for_its_own_part_only():
+    run = run_of("DP-SGD", (2, 4))[-1]
+    sums = run.step.begin("gradient", run.state)
+    text = run.step.finish.lower(run.state, sums).compile().as_text()
+    assert "u32[16,10]" in text  # random bits of a quarter of the kernel
+    assert "u32[64,10]" not in text
+
+
+def test_moments_and_averages_are_split_like_their_parameters():
+    layout = layout_of((2, 4), (("kernel", 1), (".*", None)))
+    params = {"a": {"kernel": jnp.ones((3, 8)), "bias": jnp.ones(8)}}
+    state = {
+        "adam": optax.adam(0.1).init(params),
+        "average": params,
+        "row": {"a": {"kernel": jnp.ones(3)}},  # a factored moment: of another shape
+        "recent": {"a": {"kernel": jnp.ones((2, 3, 8)), "bias": jnp.ones((2, 8))}},
+        "key": root_key(0),
+    }
+    placed = layout.put(state, params)
+    split = {
+        jax.tree_util.keystr(path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(placed)
+        if not leaf.sharding.is_fully_replicated
+    }
+    assert split == {
+        "['adam'][0].mu['a']['kernel']",
+        "['adam'][0].nu['a']['kernel']",
+        "['average']['a']['kernel']",
+        "['recent']['a']['kernel']",
+    }
+    recent = placed["recent"]["a"]
+    assert recent["kernel"].sharding.spec == PartitionSpec(None, None, "fsdp")
+    assert recent["bias"].sharding == layout.whole
+    assert placed["average"]["a"]["kernel"].sharding.spec == PartitionSpec(None, "fsdp")
+
+
+def test_a_single_array_is_split_and_what_ends_like_it_is_not():
+    layout = layout_of((1, 4), (("params", 0),))
+    state = {"params": jnp.ones(4), "seed": jnp.ones(4, jnp.uint32), "key": root_key(0)}
+    placed = layout.put(state, jnp.ones(4))
+    assert placed["params"].sharding.spec == PartitionSpec("fsdp")
+    assert placed["seed"].sharding == layout.whole
+
+
+# --- Bad input ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ({"data": 16, "fsdp": 1}, "data=16 x fsdp=1 needs 16 devices, and there are 8"),
+        ({"data": None, "fsdp": 3}, "fsdp=3 does not divide the 8 devices"),
+    ],
+)
+def test_a_mesh_that_does_not_match_the_devices_is_refused(mesh, message):
+    with pytest.raises(ValueError, match=message):
+        make_layout(**mesh, rules=LARGEST)
+
+
+def test_processes_with_different_numbers_of_devices_are_refused(monkeypatch):
+    found = [types.SimpleNamespace(process_index=i) for i in (0, 1, 1, 1)]
+    monkeypatch.setattr(jax, "devices", lambda: found)
+    with pytest.raises(
+        ValueError, match="processes have 1, 3 devices; give each as many"
+    ):
+        make_layout(data=None, fsdp=1, rules=LARGEST)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ((("kernel", 0),), "no rule is for the parameter 'head/bias'"),
+        ((("bias", 1), (".*", None)), r"cannot split the parameter 'head/bias'"),
+        ((("bias", 0),), r"of shape \(10,\) over fsdp=4; use another dimension"),
+    ],
+)
+def test_rules_that_do_not_fit_the_parameters_are_refused(rules, message):
+    params = {"head": {"bias": jnp.ones(10), "kernel": jnp.ones((4, 10))}}
+    with pytest.raises(ValueError, match=message):
+        layout_of((2, 4), rules).of_params(params)
+
+
+def test_rows_that_cannot_be_spread_evenly_are_refused():
+    with pytest.raises(ValueError, match="physical_batch_size=60 must be divisible by"):
+        check_rows(60, devices=8, microbatch_size=None)
+    with pytest.raises(ValueError, match="/ 8 devices = 8 rows of each"):
+        check_rows(64, devices=8, microbatch_size=3)
