@@ -29,7 +29,7 @@ INDEX = np.array([3, 0, 2, 1], np.int32)
 
 # The others are `long`. `ghost` shares analysis and rules with `bookkeeping`, and the planner
 # of `auto` mixes what the other two do.
-EVERY = {"vmap": 24, "bookkeeping": 8, "ghost": 24, "auto": 24}
+EVERY = {"vmap": 30, "bookkeeping": 10, "ghost": 30, "auto": 30}
 ONCE_WRONG = (
     "conv_shared_by_few_and_many_positions",
     "custom_vjp_on_a_weight_in_a_loop",

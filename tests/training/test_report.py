@@ -22,7 +22,7 @@ from tests.contracts.test_mechanisms import MECHANISMS, PRIVATE
 from tests.runs import ROOT, tiny
 
 
-@pytest.mark.parametrize("name", thinned([(name,) for name in MECHANISMS], 2))
+@pytest.mark.parametrize("name", thinned([(name,) for name in MECHANISMS], 3))
 def test_the_card_states_every_primary_fact(name):
     mechanism = MECHANISMS[name]
     card = json.loads(privacy_card(mechanism, steps=3).to_json())
@@ -37,7 +37,7 @@ def test_the_card_states_every_primary_fact(name):
     assert {"jax", "numpy", "dp-accounting"} <= card["versions"].keys()
 
 
-@pytest.mark.parametrize("name", thinned([(name,) for name in PRIVATE], 2))
+@pytest.mark.parametrize("name", thinned([(name,) for name in PRIVATE], 3))
 def test_the_page_and_the_json_agree(name):
     card = privacy_card(PRIVATE[name], steps=5)
     page = card.to_markdown()
