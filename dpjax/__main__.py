@@ -1,6 +1,8 @@
 """Tell which dpjax this is.
 
-python -m dpjax --version    versions of the packages that compute, commit and device
+    python -m dpjax --version    versions of the packages that compute, commit and device
+
+Exit status: 0 done, 2 wrong arguments.
 """
 
 import sys
