@@ -616,7 +616,7 @@ def test_a_run_that_fails_its_check_releases_nothing(monkeypatch, tmp_path):
     def refuse(experiment):
         raise SelfCheckError("no")
 
-    monkeypatch.setattr(train, "self_check", refuse)
+    monkeypatch.setattr(opening, "self_check", refuse)
     with pytest.raises(SelfCheckError):
         train.train(tiny(**{"run.self_check": True}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
