@@ -132,5 +132,5 @@ def test_without_noise_nothing_is_guaranteed():
 def test_delta_must_be_one():
     with pytest.raises(ValueError, match=r"delta=\[1e-06, 1e-05\] must be the same"):
         tuning_cost([full_batch(20.0), full_batch(20.0, delta=1e-6)])
-    with pytest.raises(ValueError, match="delta="):
+    with pytest.raises(ValueError, match=r"mechanisms=\[\] must be those of one run"):
         tuning_cost([])
