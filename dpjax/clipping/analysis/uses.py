@@ -39,9 +39,11 @@ from dpjax.clipping.analysis.values import (
     Tag,
     bind,
     constant,
+    counter,
     derive,
     differentiable,
     dtype_of,
+    now,
     own_backward,
     parameter,
     shape_of,
@@ -385,7 +387,12 @@ def _equation(
             why = f"has a backward pass of its own in {name}, inside a loop"
             _differentiate_plainly(weights, why, record)
             return [DATA] * len(eqn.outvars)
-        return [*derive(eqn, values)]
+        derived = derive(eqn, values)
+        if weights and _is_made_anew(derived[0], weights):
+            # Its gradient would be as many times as large as the loop is long.
+            _differentiate_plainly(weights, f"meets a loop's numbers in {name}", record)
+            return [DATA] * len(eqn.outvars)
+        return [*derived]
     if weights and len(weights) == 1 and _is_site(eqn, operands.index(weights[0])):
         side = operands.index(weights[0])
         if sites := _pieces(eqn, side, weights[0], path, loops):
@@ -417,6 +424,13 @@ def _equation(
     return [DATA] * len(eqn.outvars)
 
 
+def _is_made_anew(derived: ParamValue, weights: Sequence[ParamValue]) -> bool:
+    """Whether a value, which is no view, varies with a loop for known numbers alone."""
+    if derived.view is not None or not derived.leaves:
+        return False
+    return bool({*derived.loops} - {loop for tag in weights for loop in tag.loops})
+
+
 CARRIED: Final = "is carried by a loop that changes it"
 
 
@@ -435,6 +449,9 @@ def _scan(
         operands[num_consts : num_consts + num_carry],
         operands[num_consts + num_carry :],
     )
+    counts = _counts(eqn, carry)
+    for i, (start, step) in counts.items():
+        carry[i] = counter(start, step, loop, reverse=eqn.params["reverse"])
     inside = [_iterated(tag, loop) for tag in xs]
     beside = _entries(eqn.outvars[:num_carry], (*loops, loop))
     while True:
@@ -451,7 +468,7 @@ def _scan(
         changed = [
             i
             for i, tag in enumerate(carry)
-            if isinstance(tag, ParamValue) and out[i] is not tag
+            if isinstance(tag, ParamValue) and out[i] is not tag and i not in counts
         ]
         if not changed:
             break
@@ -464,7 +481,32 @@ def _scan(
     handed = [out[i] for i, tag in enumerate(carry) if tag is DATA]
     _differentiate_plainly(handed, CARRIED, record, beside=beside)
     stacked = [_stacked(tag, loop) for tag in out[num_carry:]]
+    for i, (start, step) in counts.items():
+        carry[i] = constant(now(start) + step * loop.length)
     return [*carry, *stacked]
+
+
+def _counts(eqn: JaxprEqn, carry: Sequence[Tag]) -> dict[int, tuple[ParamValue, int]]:
+    """Return which carries are known integers that grow by a number: start and number."""
+    body = eqn.params["jaxpr"].jaxpr
+    num_consts, num_carry = scan_counts(eqn)
+    made = {var: e for e in body.eqns for var in e.outvars}
+    found = {}
+    for i in range(num_carry):
+        tag, before, after = carry[i], body.invars[num_consts + i], body.outvars[i]
+        last = None if isinstance(after, Literal) else made.get(after)
+        if (
+            not isinstance(tag, ParamValue)
+            or not tag.known
+            or tag.loops
+            or last is None
+        ):
+            continue
+        by = [atom.val for atom in last.invars if isinstance(atom, Literal)]
+        whole = shape_of(before) == () and jnp.issubdtype(dtype_of(before), jnp.integer)
+        if last.primitive.name == "add" and before in last.invars and by and whole:
+            found[i] = tag, int(by[0])
+    return found
 
 
 def _iterated(tag: Tag, loop: Loop) -> Tag:

@@ -113,6 +113,13 @@ def constant(value: Any) -> ParamValue:
     return ParamValue(frozenset(), (), lambda _: value, known=known)
 
 
+def counter(start: ParamValue, step: int, loop: Loop, *, reverse: bool) -> ParamValue:
+    """Tag an integer that starts as a known one and grows by ``step`` an iteration."""
+    turns = np.arange(loop.length)[:: -1 if reverse else 1]
+    numbers = now(start) + step * turns.astype(now(start).dtype)
+    return ParamValue(frozenset(), (loop,), lambda _: jnp.asarray(numbers), known=True)
+
+
 def parameter(index: int, buffer: np.ndarray) -> ParamValue:
     """Tag a parameter; ``buffer`` is shaped like it and stands for its memory."""
     return ParamValue(
@@ -255,10 +262,10 @@ def own_backward(eqn: JaxprEqn) -> bool:
     return any(own_backward(e) for x in inner if isinstance(x, Jaxpr) for e in x.eqns)
 
 
-def _views(
-    eqn: JaxprEqn, inputs: Sequence[ParamValue]
-) -> list[np.ndarray] | list[None]:
+def _views(eqn: JaxprEqn, inputs: Sequence[ParamValue]) -> Sequence[np.ndarray | None]:
     nothing: list[None] = [None] * len(eqn.outvars)
+    if eqn.primitive.name == "dynamic_slice":
+        return [_cut(eqn, *inputs)]
     rule = _VIEW_RULES.get(eqn.primitive.name)
     if rule is None or len(inputs) != 1 or inputs[0].view is None:
         return nothing
@@ -268,6 +275,46 @@ def _views(
     except _NotAViewError:
         return nothing
     return views
+
+
+def _cut(eqn: JaxprEqn, source: ParamValue, *starts: ParamValue) -> np.ndarray | None:
+    """Return the view of a slice from known places on; None if it is none.
+
+    Where a loop walks over an axis, a row at a time and in even steps, that axis becomes
+    the one of the loop.
+    """
+    view, sizes = source.view, eqn.params["slice_sizes"]
+    if view is None or not all(start.known for start in starts):
+        return None
+    lead = len(source.loops)
+    cut: list[slice] = [slice(None)] * lead
+    for axis, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+        where = np.clip(now(start), 0, view.shape[lead + axis] - size)
+        even = _even_steps(where, size)
+        if even is None:
+            return None
+        cut.append(even)
+    walked = [axis for axis, start in enumerate(starts) if start.loops]
+    loops = [*source.loops, *(starts[axis].loops[0] for axis in walked)]
+    if len({*loops}) < len(loops):
+        return None
+    axes = [*range(lead), *(lead + axis for axis in walked)]
+    front = [axes[i] for i in sorted(range(len(loops)), key=lambda i: loops[i])]
+    rest = [axis for axis in range(view.ndim) if axis not in axes]
+    view = view[tuple(cut)].transpose(*front, *rest)
+    return np.expand_dims(view, tuple(len(loops) + axis for axis in walked))
+
+
+def _even_steps(where: np.ndarray, size: int) -> slice | None:
+    """Return the slice that meets, once each, what starts at these places; None if none."""
+    if not where.ndim:
+        return slice(int(where), int(where) + size)
+    steps = np.unique(np.diff(where)) if where.size > 1 else np.ones(1, int)
+    if where.ndim > 1 or not where.size or size > 1 or len(steps) > 1 or not steps[0]:
+        return None
+    step = int(steps[0])
+    end = int(where[-1]) + (1 if step > 0 else -1)
+    return slice(int(where[0]), end if end >= 0 else None, step)
 
 
 class _NotAViewError(Exception):

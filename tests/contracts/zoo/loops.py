@@ -11,10 +11,12 @@ from tests.contracts.zoo.cases import (
     conv,
     convolve,
     dense,
+    dense_and_elementwise,
     derived,
     elementwise,
     embedding,
     entropy,
+    fallback,
     ids,
     score,
     tied,
@@ -181,9 +183,59 @@ def scan_over_parameters_alone(p, e, key):
     return score(e["x"] @ power)
 
 
-@case({"w": embedding(3, 4, 4)}, {"x": x(5, 4)})
+@case({"w": dense(3, 4, 4)}, {"x": x(5, 4)})
 def fori_loop_indexes_the_stack(p, e, key):
     return score(jax.lax.fori_loop(0, 3, lambda i, h: jnp.tanh(h @ p["w"][i]), e["x"]))
+
+
+@case({"w": dense(3, 4, 4), "b": dense_and_elementwise(3, 4)}, {"x": x(5, 4)})
+def fori_loop_indexes_the_stack_from_its_end(p, e, key):
+    def layer(i, h):
+        return jnp.tanh(h @ p["w"][2 - i] + p["b"][i][None])
+
+    out = jax.lax.fori_loop(0, 2, layer, e["x"])
+    return score(out @ p["b"].T)
+
+
+@case({"w": dense(3, 4, 4), "v": dense(3, 2, 4, 4)}, {"x": x(5, 4)})
+def fori_loops_index_a_grid(p, e, key):
+    def outer(i, h):
+        def inner(j, h):
+            return jnp.tanh(h @ p["w"][i] + h @ p["v"][i, j])
+
+        return jax.lax.fori_loop(0, 2, inner, h)
+
+    return score(jax.lax.fori_loop(0, 3, outer, e["x"]))
+
+
+@case({"w": dense(4, 4, 4)}, {"x": x(5, 4)})
+def reversed_scan_counts_and_hands_the_number_on(p, e, key):
+    def layer(carry, _):
+        h, i = carry
+        return (jnp.tanh(h @ p["w"][i]), i + 2), None
+
+    start = e["x"], 0
+    (h, i), _ = jax.lax.scan(layer, start, None, length=2, reverse=True)
+    return score(h @ p["w"][i - 1])
+
+
+@case({"w": tied(3, 4, 4)}, {"x": x(5, 4)})
+def scan_over_a_stack_and_fori_loop_over_part_of_it(p, e, key):
+    h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), e["x"], p["w"])
+    return score(jax.lax.fori_loop(0, 2, lambda i, h: jnp.tanh(h @ p["w"][i + 1]), h))
+
+
+@case({"w": fallback(3, 4, 4)}, {"x": x(5, 4)})
+def fori_loop_beyond_the_end_of_the_stack(p, e, key):
+    return score(jax.lax.fori_loop(0, 5, lambda i, h: jnp.tanh(h @ p["w"][i]), e["x"]))
+
+
+@case({"w": fallback(4, 4)}, {"x": x(5, 4)})
+def fori_loop_scales_a_weight_by_its_number(p, e, key):
+    def layer(i, h):
+        return jnp.tanh(h @ (p["w"] * (i + 1.0)))
+
+    return score(jax.lax.fori_loop(0, 3, layer, e["x"]))
 
 
 @case({"w": dense(3, 3)}, {"x": x(5, 3)})
