@@ -288,9 +288,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         ConfigError: It is damaged, or of another kind.
     """
     manifest = read_json(directory / MANIFEST)
-    if missing := {"sweep", "best", "cells"} - manifest.keys():
+    if missing := [k for k in ("sweep", "best", "cells") if k not in manifest]:
         raise ConfigError(
-            f"{directory / MANIFEST} has no {missing.pop()!r}: it lists no sweep"
+            f"{directory / MANIFEST} has no {missing[0]!r}: it lists no sweep"
         )
     return manifest
 

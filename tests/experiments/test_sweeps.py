@@ -466,9 +466,9 @@ def test_a_wrong_sweep_runs_nothing(case, tmp_path, capsys):
 
 def test_wrong_arguments_are_told(tmp_path, capsys):
     source = sweep_file(tmp_path)
-    (tmp_path / "sweep.json").write_text(
-        json.dumps({"cells": [{"run": "x", "labels": {"lr": 1}}]})
-    )
+    cells = [{"run": "x", "labels": {"lr": 1}}]
+    manifest = {"sweep": source, "best": "max", "cells": cells}
+    (tmp_path / "sweep.json").write_text(json.dumps(manifest))
     wrong = {
         "name one sweep": (ablate, []),
         "nope.py is not a file": (ablate, ["nope.py", "--out=x"]),
