@@ -7,6 +7,7 @@ from tests.mutation import Mutant
 
 ACCOUNTING = "dpjax.privacy.accounting"
 BOUNDS = "dpjax.privacy.bounds"
+CHECKS = "dpjax.checks"
 CHECKPOINT = "dpjax.training.checkpoint"
 CORRELATED = "dpjax.mechanisms.mathematics.correlated"
 DIFFERENCES = "dpjax.mechanisms.mathematics.differences"
@@ -34,6 +35,8 @@ KERNELS = "dpjax.clipping.arithmetic.kernels"
 KEYS = "dpjax.clipping.execution.keys"
 MICROBATCHED = "dpjax.clipping.engines.microbatched"
 ROUNDING = "dpjax.clipping.arithmetic.rounding"
+USES = "dpjax.clipping.analysis.uses"
+VALUES = "dpjax.clipping.analysis.values"
 VMAP = "dpjax.clipping.engines.vmap"
 ADAPTIVE = "dpjax.mechanisms.adaptive_dp_sgd"
 BAND_MF = "dpjax.mechanisms.band_mf"
@@ -65,10 +68,47 @@ _GRAM = (
     "clipping/arithmetic/test_rounding.py"
     "::test_norms_allow_for_sums_over_positions_in_any_order"
 )
+_COUNTED = (
+    "contracts/test_zoo.py::test_engine_equals_per_example_gradients[bookkeeping-{}]"
+)
 _REPEAT = "mechanisms/test_recursion.py"
 _EF = "mechanisms/test_error_feedback.py"
 
 MUTANTS = [
+    # Views of parameters that a loop counts through, and what is computed only once.
+    Mutant(
+        KERNELS,
+        "return min(*part.right.shape[2:], *(x.shape[3] for x in part.left)) > 1",
+        "return True",
+        "clipping/execution/test_bound.py"
+        "::test_the_product_of_two_vectors_is_not_said_to_be_computed_once",
+    ),
+    Mutant(
+        VALUES,
+        "turns = np.arange(loop.length)[:: -1 if reverse else 1]",
+        "turns = np.arange(loop.length)",
+        _COUNTED.format("reversed_scan_counts_and_hands_the_number_on"),
+    ),
+    Mutant(
+        VALUES,
+        "if where.ndim > 1 or not where.size or size > 1 or len(steps) > 1 or not steps[0]:",
+        "if where.ndim > 1 or not where.size or size > 1:",
+        _COUNTED.format("fori_loop_beyond_the_end_of_the_stack"),
+    ),
+    Mutant(
+        USES,
+        "carry[i] = constant(now(start) + step * loop.length)",
+        "carry[i] = constant(now(start))",
+        _COUNTED.format("reversed_scan_counts_and_hands_the_number_on"),
+    ),
+    Mutant(
+        CHECKS,
+        """        if "event" in vars(kind):
+            return
+""",
+        "",
+        "training/test_startup.py",
+    ),
     # How norms allow for rounding.
     Mutant(
         ROUNDING,

@@ -197,7 +197,7 @@ def test_processes_with_different_configs_refuse_and_leave_nothing(tmp_path):
 
 
 ALONE = """
-from dpjax import processes
+from dpjax.parallel import processes
 processes.START_TIMEOUT = 1
 with processes.joined(coordinator_address="{address}", num_processes=2, process_id=0):
     raise AssertionError

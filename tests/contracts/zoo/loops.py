@@ -11,7 +11,6 @@ from tests.contracts.zoo.cases import (
     conv,
     convolve,
     dense,
-    dense_and_elementwise,
     derived,
     elementwise,
     embedding,
@@ -188,7 +187,7 @@ def fori_loop_indexes_the_stack(p, e, key):
     return score(jax.lax.fori_loop(0, 3, lambda i, h: jnp.tanh(h @ p["w"][i]), e["x"]))
 
 
-@case({"w": dense(3, 4, 4), "b": dense_and_elementwise(3, 4)}, {"x": x(5, 4)})
+@case({"w": dense(3, 4, 4), "b": tied(3, 4)}, {"x": x(5, 4)})
 def fori_loop_indexes_the_stack_from_its_end(p, e, key):
     def layer(i, h):
         return jnp.tanh(h @ p["w"][2 - i] + p["b"][i][None])
@@ -208,7 +207,7 @@ def fori_loops_index_a_grid(p, e, key):
     return score(jax.lax.fori_loop(0, 3, outer, e["x"]))
 
 
-@case({"w": dense(4, 4, 4)}, {"x": x(5, 4)})
+@case({"w": dense(5, 4, 4)}, {"x": x(5, 4)})
 def reversed_scan_counts_and_hands_the_number_on(p, e, key):
     def layer(carry, _):
         h, i = carry
