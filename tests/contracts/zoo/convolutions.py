@@ -102,7 +102,8 @@ def conv_depthwise_causal_with_a_multiplier(p, e, key):
     return score(out)
 
 
-@case({"k": conv(2, 2, 2, 3), "v": conv(4, 2, 3, 2)}, {"x": x(5, 5, 2)})
+# What norms allow for rounding clips a little more: by 2.6e-5 here.
+@case({"k": conv(2, 2, 2, 3), "v": conv(4, 2, 3, 2)}, {"x": x(5, 5, 2)}, tolerance=1e-4)
 def conv_even_kernels(p, e, key):
     return score(convolve(jnp.tanh(convolve(e["x"], p["k"])), p["v"], 2))
 
