@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dpjax.checks import check_probability
+from dpjax.checks import check_number, check_probability
 
 Bound = Callable[[ArrayLike, ArrayLike], NDArray[np.float64]]
 """From bounds of TPR and FPR, ``float[k]`` each, to what they show, ``float[k]``."""
@@ -66,9 +66,12 @@ def checked_scores(
     """Return both as ``float64[n]``.
 
     Raises:
-        ValueError: The scores are not two arrays of one length, or hold NaN.
+        ValueError: The scores are not two arrays of numbers of one length, or hold NaN.
     """
-    one, two = np.asarray(inside, np.float64), np.asarray(outside, np.float64)
+    try:
+        one, two = np.asarray(inside, np.float64), np.asarray(outside, np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"scores must be two arrays of numbers: {error}") from None
     if one.ndim != 1 or one.shape != two.shape or not one.size:
         raise ValueError(
             f"scores of shapes {one.shape} and {two.shape} must be two arrays of one "
@@ -189,6 +192,9 @@ def trials_needed(*, epsilon: float, delta: float, confidence: float) -> int:
 
     With fewer, no attack whatever can refute a claim of ``epsilon`` at ``delta``.
     """
+    check_number("epsilon", epsilon)
+    if not epsilon >= 0:
+        raise ValueError(f"epsilon={epsilon} must be at least 0")
     check_probability("confidence", confidence)
     # n right answers of n bound the rate by (error/2)^(1/n): log((x - delta)/(1 - x)).
     rate = (math.exp(epsilon) + delta) / (1 + math.exp(epsilon))

@@ -75,6 +75,8 @@ class Query:
             raise ValueError(
                 f"signs={self.signs} must be one for each of {len(self.points)} points"
             )
+        if isinstance(self.points, tuple) and not self.points:
+            raise ValueError("points=() asks for no gradient; name at least one point")
 
     def empty(self) -> ClippedSum:
         """Return the answer over no examples."""

@@ -241,6 +241,10 @@ def few_shots(*, source: "Source", per_class: int) -> ArraySource:
         ValueError: If a class has fewer.
     """
     check_positive_int("per_class", per_class)
+    if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
+        raise ValueError(
+            f"source={source!r} must be a source of examples, such as ArraySource({{...}})"
+        )
     if "label" not in (fields := source[[0]]):
         raise ValueError(f"source has no 'label', only {sorted(fields)}")
     pieces = [source[rows]["label"] for rows in slices(len(source))]

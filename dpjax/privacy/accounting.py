@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dpjax.checks import check_epsilon, check_mechanism
+from dpjax.checks import check_epsilon, check_mechanism, check_number
 from dpjax.privacy.bounds import Accountant, Named, deltas, named, spent
 
 if TYPE_CHECKING:
@@ -239,7 +239,11 @@ def privacy_profile(
     The whole curve is what an accountant claims; ``epsilon`` is one point of it.
 
     Raises:
-        ValueError: More steps than planned.
+        ValueError: More steps than planned, or a negative epsilon.
     """
     event = named(mechanism.event(_steps(mechanism, steps)))
+    for value in epsilons:
+        check_number("epsilons", value)
+        if not value >= 0:
+            raise ValueError(f"epsilons={value} must be at least 0")
     return deltas(event, epsilons, delta=mechanism.delta)

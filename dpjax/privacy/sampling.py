@@ -13,6 +13,7 @@ This module may not import jax: config errors are answered without it.
 import dataclasses
 import functools
 import math
+from numbers import Integral
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -77,6 +78,7 @@ class Poisson:
 
     def expected_batch_size(self, num_examples: int) -> float:
         """Return ``rate * num_examples``."""
+        check_positive_int("num_examples", num_examples)
         return self.rate * num_examples
 
     def max_participations(self, *, steps: int, num_examples: int) -> int:
@@ -128,6 +130,7 @@ class TruncatedPoisson:
 
     def expected_batch_size(self, num_examples: int) -> float:
         """Return ``rate * num_examples``, the expected size before truncation."""
+        check_positive_int("num_examples", num_examples)
         expected = self.rate * num_examples
         if expected > self.capacity:
             raise ValueError(
@@ -196,6 +199,7 @@ class PeriodicPoisson:
 
     def expected_batch_size(self, num_examples: int) -> float:
         """Return the expected size of a batch, on average over a period."""
+        check_positive_int("num_examples", num_examples)
         rates = self.first_rate + (self.period - 1) * self.rate
         return rates / self.period * num_examples
 
@@ -253,6 +257,7 @@ class CyclicPoisson:
 
     def expected_batch_size(self, num_examples: int) -> float:
         """Return ``rate * num_examples / cycle``."""
+        check_positive_int("num_examples", num_examples)
         return self.rate * num_examples / self.cycle
 
     def max_participations(self, *, steps: int, num_examples: int) -> int:
@@ -291,6 +296,7 @@ class FullBatch:
 
     def expected_batch_size(self, num_examples: int) -> float:
         """Return ``num_examples``."""
+        check_positive_int("num_examples", num_examples)
         return float(num_examples)
 
     def max_participations(self, *, steps: int, num_examples: int) -> int:
@@ -360,6 +366,7 @@ class ShuffledFixed:
         return dp.SelfComposedDpEvent(gaussian, participations)
 
     def _steps_per_epoch(self, num_examples: int) -> int:
+        check_positive_int("num_examples", num_examples)
         if self.batch_size > num_examples:
             raise ValueError(
                 f"batch_size={self.batch_size} exceeds num_examples={num_examples}; "
@@ -378,6 +385,14 @@ def secret_seed(seed: int | None = None) -> int:
 
 
 def _generator(seed: int, step: int) -> np.random.Generator:
+    if not (isinstance(step, Integral) and 0 <= step <= _NO_STEP):
+        raise ValueError(f"step={step!r} must be an integer of at least 0")
+    if not (isinstance(seed, Integral) and 0 <= seed < 2**128):
+        # Its value is a secret.
+        raise ValueError(
+            f"seed of type {type(seed).__name__} must be an integer of 0 to 2**128 - 1; "
+            "make it by dpjax.secret_seed"
+        )
     # The step is the highest counter word: 2**192 blocks lie between two steps.
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, step]))
 

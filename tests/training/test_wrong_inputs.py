@@ -10,7 +10,7 @@ import pytest
 
 import dpjax
 from dpjax import optimizers
-from dpjax.audit import verdict
+from dpjax.audit import estimators, verdict
 from dpjax.data import arrays, augment, images, text, tokenizers
 from dpjax.models import generate, gpt2, inputs, losses, mlp, peft, weights
 from dpjax.models.partition import partition
@@ -70,6 +70,15 @@ def test_a_sampling_is_a_sampling(name):
     for wrong in (0.1, "Poisson", None, dpjax.Poisson):
         with pytest.raises(ValueError, match=r"^sampling=.* must be "):
             dataclasses.replace(SETTINGS[name], sampling=wrong)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    {type(plan.sampling): plan.sampling for plan in SETTINGS.values()}.values(),
+)
+def test_sizes_of_a_sampling_are_numbers(sampling):
+    with pytest.raises(ValueError, match=r"^num_examples='10' must be an integer"):
+        sampling.expected_batch_size("10")
 
 
 def loss(params, example, key):
@@ -395,6 +404,44 @@ WRONG = {
             SGD, trials=9, seed=0, confidence=0.9, attacks=()
         ),
         "attacks=() names none",
+    ),
+    "a loss of nothing": (
+        lambda: dpjax.clipped_grad(lambda *_: None, clip_norm=1.0)(
+            jnp.ones(3), {"x": jnp.ones((4, 3))}, jax.random.key(0)
+        ),
+        "loss returned None; it must return one floating-point scalar",
+    ),
+    "a query of no point": (
+        lambda: dpjax.Query((), clip_norm=1.0, signs=()),
+        "points=() asks for no gradient",
+    ),
+    "a draw before the first": (
+        lambda: dpjax.Poisson(rate=0.5).draw(-1, num_examples=9, seed=1),
+        "step=-1 must be an integer of at least 0",
+    ),
+    "a draw with a seed in letters": (
+        lambda: dpjax.Poisson(rate=0.5).draw(0, num_examples=9, seed="a"),
+        "seed of type str must be an integer",
+    ),
+    "a draw with a negative seed": (
+        lambda: dpjax.ShuffledFixed(batch_size=3).draw(0, num_examples=9, seed=-1),
+        "seed of type int must be an integer of 0 to 2**128 - 1",
+    ),
+    "a negative epsilon of a profile": (
+        lambda: accounting.privacy_profile(SGD, [1.0, -1.0]),
+        "epsilons=-1.0 must be at least 0",
+    ),
+    "shots of no source": (
+        lambda: arrays.few_shots(source=None, per_class=1),
+        "source=None must be a source of examples",
+    ),
+    "trials for a negative epsilon": (
+        lambda: estimators.trials_needed(epsilon=-1.0, delta=1e-5, confidence=0.9),
+        "epsilon=-1.0 must be at least 0",
+    ),
+    "scores in letters": (
+        lambda: estimators.count(["a"], ["b"], threshold=0.5),
+        "scores must be two arrays of numbers: could not convert",
     ),
     "a schedule of words": (
         lambda: dataclasses.replace(

@@ -65,7 +65,8 @@ def scalar(loss: Loss) -> Loss:
 
 
 def _is_scalar(value: Any) -> bool:
-    if not jax.tree_util.treedef_is_leaf(jax.tree.structure(value)):
+    # None is a tree without leaves, which treedef_is_leaf takes for one.
+    if value is None or not jax.tree_util.treedef_is_leaf(jax.tree.structure(value)):
         return False
     return jnp.shape(value) == () and jnp.issubdtype(
         jnp.result_type(value), jnp.floating
