@@ -395,8 +395,10 @@ def _check_values(config: Mapping[str, Any]) -> None:
             _located(
                 "config.model", checks.check_positive_int, keyword, number, join="."
             )
-    rate = config["optimizer"].get("learning_rate")
-    if isinstance(rate, bool) or (isinstance(rate, int | float) and rate < 0):
+    # optax takes None for no scaling at all, and would go up the gradient.
+    rate = config["optimizer"].get("learning_rate", 0.0)
+    number = isinstance(rate, int | float) and not isinstance(rate, bool)
+    if not isinstance(rate, Mapping) and not (number and not rate < 0):
         raise ConfigError(
             f"config.optimizer.learning_rate={rate!r} must be a number of at least 0, or "
             "the spec of a schedule"

@@ -502,6 +502,10 @@ WRONG_VALUES = {
         {"optimizer.learning_rate": -1.0},
         "config.optimizer.learning_rate=-1.0 must be a number of at least 0",
     ),
+    "no learning rate": (
+        {"optimizer.learning_rate": None},
+        "config.optimizer.learning_rate=None must be a number of at least 0",
+    ),
     "a module without source": (
         {"data.source": {"name": "math:pi"}},
         "there is no module 'math'",
