@@ -17,6 +17,12 @@ cancels, that is another value. So both are computed ``apart`` from what their o
 made of. What is computed a second time on purpose, to save memory, is measured a second
 time and scaled to what was measured first (``capped``).
 
+Excess precision: a compiler (XLA's for GPUs does) may leave out a cast to bfloat16 and back.
+What an example's gradient is then depends on the program, but not its bound: norm and sum
+read the same arrays, of the dtype that they have behind the barrier, products of bfloat16
+are exact in float32, and what is rounded on purpose is rounded by ``reduce_precision``, which
+is no cast (``kernels._split``). (Argued from the operations' definitions; no GPU was at hand.)
+
 Theorem. For every float32 input the contribution of an example, as the sum takes it up, has
 an L2 norm of at most ``C (1 + 1e-6)``; an example whose norm is not finite counts as zero.
 The sums of neighbouring batches of B examples differ by as much, and by what rounding may
