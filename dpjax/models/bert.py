@@ -42,6 +42,9 @@ class Encoder:
         scan: Stack the parameters of all blocks and scan over them.
         remat: Recompute the inside of blocks in the backward pass.
 
+    Raises:
+        ValueError: ``vocab_size``, ``length`` or ``segments`` is no positive integer.
+
     References:
         Devlin et al., BERT, https://arxiv.org/abs/1810.04805
         Liu et al., RoBERTa, https://arxiv.org/abs/1907.11692
@@ -59,6 +62,10 @@ class Encoder:
     dtype: str
     scan: bool
     remat: bool
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "length", "segments"):
+            check_positive_int(name, getattr(self, name))
 
     def spec(self) -> Spec:
         """Return the blocks."""

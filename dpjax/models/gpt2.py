@@ -5,6 +5,7 @@ import dataclasses
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from dpjax.checks import check_positive_int
 from dpjax.models.linen import decoder_model
 from dpjax.models.transformer import (
     STD,
@@ -79,6 +80,8 @@ def gpt2(
     References:
         Radford et al., Language Models are Unsupervised Multitask Learners, 2019
     """
+    check_positive_int("vocab_size", vocab_size)
+    check_positive_int("length", length)
     spec = Spec(
         layers=layers,
         width=width,

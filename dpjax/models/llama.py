@@ -5,6 +5,7 @@ import dataclasses
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from dpjax.checks import check_positive_int
 from dpjax.models.linen import decoder_model
 from dpjax.models.transformer import Spec, check_length, dense, embed, norm, run_blocks
 from dpjax.typing import Model
@@ -76,6 +77,8 @@ def llama(
     References:
         Touvron et al., Llama 2, https://arxiv.org/abs/2307.09288
     """
+    check_positive_int("vocab_size", vocab_size)
+    check_positive_int("length", length)
     spec = Spec(
         layers=layers,
         width=width,

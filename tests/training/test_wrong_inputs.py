@@ -12,7 +12,7 @@ import dpjax
 from dpjax import optimizers
 from dpjax.audit import estimators, verdict
 from dpjax.data import arrays, augment, images, text, tokenizers
-from dpjax.models import generate, gpt2, inputs, losses, mlp, peft, weights
+from dpjax.models import bert, generate, gpt2, inputs, llama, losses, mlp, peft, weights
 from dpjax.models.partition import partition
 from dpjax.privacy import accounting, noise
 from dpjax.training import evaluate
@@ -355,6 +355,36 @@ WRONG = {
             jax.random.key(0), {"tokens": np.zeros(3, np.int32)}
         ),
         "position=9 is behind the 3 tokens of an example",
+    ),
+    "a fraction of a token": (
+        lambda: gpt2.gpt2_small(
+            vocab_size=16.5, length=8, dtype="float32", scan=True, remat=False
+        ),
+        "vocab_size=16.5 must be an integer of at least 1",
+    ),
+    "no position": (
+        lambda: bert.bert_base(
+            vocab_size=16, length=0, dtype="float32", scan=True, remat=False
+        ),
+        "length=0 must be an integer of at least 1",
+    ),
+    "a llama of no position": (
+        lambda: llama.llama(
+            vocab_size=16,
+            length=-1,
+            layers=1,
+            width=8,
+            heads=2,
+            kv_heads=1,
+            hidden=8,
+            rotary_base=1e4,
+            epsilon=1e-5,
+            tied=True,
+            dtype="float32",
+            scan=False,
+            remat=False,
+        ),
+        "length=-1 must be an integer of at least 1",
     ),
     "one string for patterns": (
         lambda: partition({"a": jnp.ones(2)}, "a"),
