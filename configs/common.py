@@ -35,8 +35,9 @@ def base() -> ConfigDict:
     config.mesh = ConfigDict(
         {
             "data": config_dict.placeholder(int),  # None: all devices
-            "fsdp": 1,  # devices that share one copy of the parameters
-            "rules": ((".*", "largest"),),  # which dimension they split
+            "fsdp": 1,  # devices that share rows, and one copy of the parameters
+            "model": 1,  # devices that share the products with a weight
+            "rules": ((".*", "largest"),),  # which dimensions are split
         }
     )
     config.run = ConfigDict(

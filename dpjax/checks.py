@@ -185,7 +185,13 @@ def check_positive_int(name: str, value: int) -> None:
 def check_rows(
     physical_batch_size: int, *, devices: int, microbatch_size: int | None
 ) -> None:
-    """Raise ValueError unless every device gets as many rows, in whole microbatches."""
+    """Raise ValueError unless every device gets as many rows, in whole microbatches.
+
+    Args:
+        physical_batch_size: Rows of a chunk.
+        devices: Those among which rows are divided.
+        microbatch_size: Rows that a device takes at once; None for all.
+    """
     rows, rest = divmod(physical_batch_size, devices)
     if rest:
         raise ValueError(
@@ -200,25 +206,30 @@ def check_rows(
         )
 
 
-def check_mesh(*, data: int | None, fsdp: int, rules: Any) -> None:
+def check_mesh(*, data: int | None, fsdp: int, model: int, rules: Any) -> None:
     """Raise ValueError unless these describe a mesh; the devices are not looked at."""
     if data is not None:
         check_positive_int("data", data)
     check_positive_int("fsdp", fsdp)
+    check_positive_int("model", model)
     for rule in rules:
         try:
-            pattern, dimension = rule
+            pattern, *dimensions = rule
             re.compile(pattern)
+            if isinstance(rule, str) or len(dimensions) not in (1, 2):
+                raise ValueError("it has other parts")
         except (TypeError, ValueError, re.error) as error:
             raise ValueError(
-                f"rules: {rule!r} must be a pair (regular expression, dimension): {error}"
+                f"rules: {rule!r} must be (regular expression, dimension over fsdp) or "
+                f"(regular expression, over fsdp, over model): {error}"
             ) from error
-        whole = isinstance(dimension, int) and dimension >= 0
-        if not (whole or dimension in (None, "largest")):
-            raise ValueError(
-                f"rules: dimension={dimension!r} of {pattern!r} must be a number from 0, "
-                "'largest' or None"
-            )
+        for dimension, also in zip(dimensions, ("'largest' or ", ""), strict=False):
+            number = isinstance(dimension, int) and not isinstance(dimension, bool)
+            if not (number or dimension is None or (also and dimension == "largest")):
+                raise ValueError(
+                    f"rules: dimension={dimension!r} of {pattern!r} must be a whole number "
+                    f"(negative from the end), {also}None"
+                )
 
 
 def check_epsilon(epsilon: float) -> None:

@@ -49,7 +49,7 @@ def resolved_config(workdir: Path) -> dict[str, Any]:
         raise ConfigError(f"{workdir} has no config.json: no run of experiments.train")
     config = sweep.read_json(path)
     del config["resolved"]
-    config["mesh"] |= {"data": 1, "fsdp": 1}
+    config["mesh"] |= {"data": 1, "fsdp": 1, "model": 1}
     return config
 
 

@@ -233,7 +233,7 @@ def _mean(metric: Any, source: Any, params: Any) -> float:
     from dpjax.parallel.sharding import make_layout
     from dpjax.training.evaluate import evaluator
 
-    layout = make_layout(data=1, fsdp=1, rules=((".*", None),))
+    layout = make_layout(data=1, fsdp=1, model=1, rules=((".*", None),))
     return evaluator(metric, batch_size=64, layout=layout)(params, source)
 
 

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, Literal
 
-from dpjax.clipping.analysis.tracing import CALLS, callee
 from dpjax.clipping.analysis.uses import Program, analyse
 from dpjax.clipping.planning import costs
 from dpjax.clipping.planning.planner import Choice, choose
 from dpjax.clipping.planning.slots import Slot
 from dpjax.clipping.query import Query
+from dpjax.jaxprs import CALLS, callee
 from dpjax.typing import Batch, Example, Key, Loss, Params
 
 _KINDS = {

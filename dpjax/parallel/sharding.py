@@ -1,18 +1,21 @@
 """Where arrays live: a mesh of devices, rules for parameters, rows of batches.
 
-The mesh has two axes. Rows of a batch are spread over all devices, ``data`` x ``fsdp``.
-Parameters, and everything in the state that is like them, are split over ``fsdp`` as rules
-say, and repeated over ``data``.
+The mesh has three axes. ``data``: replicas, of which each forms a sum of its own without any
+communication with the others. One reduction, after the last chunk of a step, makes one sum
+of them (``ClippedSum.merged``). ``fsdp``: devices that share the rows of a replica, and of
+which each keeps a part of the parameters and of everything that is like them: moments,
+averages, error memories, noise, sums. A weight is put together where it is used, one layer
+after the other, and its sum is taken apart as soon as it is formed (see ``gathering``).
+``model``: devices that share the products with a weight; they see the same rows.
 
-A clipped sum is formed without communication: each device runs the engine on its rows, with
-the whole parameters, and adds to a partial sum of its own. One reduction, after the last
-chunk of a step, makes one sum of them (``ClippedSum.merged``).
+Along ``data`` programs are written for one replica (``jax.shard_map``). Within it they are
+written as for one device, and XLA's partitioner divides the work.
 """
 
 import collections
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,16 +25,18 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from dpjax.models.partition import name_of
+from dpjax.parallel.gathering import gathering
 from dpjax.typing import Batch, Params
 
-AXES = ("data", "fsdp")
-_ROWS = PartitionSpec(AXES)
+AXES = ("data", "fsdp", "model")
+_ROWS = PartitionSpec(("data", "fsdp"))
 _WHOLE = PartitionSpec()
 
-Rule = tuple[str, int | str | None]
-"""A regular expression, searched for in names such as ``block/kernel``, and which dimension
-of the parameters it finds is split: its number, "largest" (the largest that can be split
-evenly, if any), or None."""
+Rule = tuple[str, int | str | None, int | None]
+"""A regular expression, searched for in names such as ``block/kernel``, and which dimensions
+of the parameters it finds are split, over ``fsdp`` and over ``model``: their number, from the
+end if negative; for ``fsdp`` also "largest" (the largest that can be split evenly, if any).
+None for none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,15 +51,31 @@ class Layout:
         """How many devices take part."""
         return self.mesh.size
 
+    @property
+    def replicas(self) -> int:
+        """How many partial sums there are until the end of a step."""
+        return self.mesh.shape["data"]
+
+    @property
+    def row_parts(self) -> int:
+        """Among how many devices the rows of a batch are divided."""
+        return self.replicas * self.mesh.shape["fsdp"]
+
+    @property
+    def split(self) -> bool:
+        """Whether any device has less than whole parameters."""
+        return self.devices > self.replicas
+
     def __str__(self) -> str:
         """Return all that decides how sums are rounded, without spaces."""
         kind = self.mesh.devices.flat[0].device_kind.replace(" ", "_")
-        data, fsdp = self.mesh.devices.shape
-        return f"{data}x{fsdp}/{jax.process_count()}/{kind}"
+        data, fsdp, model = self.mesh.devices.shape
+        shape = f"{data}x{fsdp}" + (f"x{model}" if model > 1 else "")
+        return f"{shape}/{jax.process_count()}/{kind}"
 
     @property
     def by_row(self) -> NamedSharding | None:
-        """The sharding of what has one row, or one partial sum, for each device."""
+        """The sharding of the rows of a batch."""
         return self._named(_ROWS)
 
     @property
@@ -86,32 +107,7 @@ class Layout:
         """
         if self.devices == 1:
             return None
-        known = {
-            jax.tree_util.keystr(path): leaf.shape
-            for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        }
-        names = {
-            jax.tree_util.keystr(path): name_of(path)
-            for path, _ in jax.tree_util.tree_leaves_with_path(params)
-        }
-
-        def sharding(path: Any, leaf: Any) -> NamedSharding | None:
-            text = jax.tree_util.keystr(path)
-            ends = [end for end in known if text.endswith(end)]
-            like = max(ends, key=len, default=None)
-            # Every path ends like that of a single array, which has none; a seed is no
-            # parameter.
-            if like is None or not jnp.issubdtype(leaf.dtype, jnp.inexact):
-                return self.whole
-            leading = len(leaf.shape) - len(known[like])
-            if leading < 0 or known[like] != leaf.shape[leading:]:
-                return self.whole
-            spec = self._spec(names[like], known[like])
-            return self._named(
-                PartitionSpec(*(None,) * leading, *spec) if spec else _WHOLE
-            )
-
-        return jax.tree.map_with_path(sharding, state)
+        return jax.tree.map(self._named, self._specs(state, params))
 
     def put(self, state: PyTree, params: Params) -> PyTree:
         """Place a state that every process holds with the same values."""
@@ -126,6 +122,39 @@ class Layout:
         if shardings is None:
             return state
         return jax.lax.with_sharding_constraint(state, shardings)
+
+    def keep_sums(self, sums: PyTree, params: Params, *, lead: str | None) -> PyTree:
+        """Inside a compiled function: split partial sums as the parameters are split.
+
+        Args:
+            sums: With one leading axis, of replicas.
+            params: What the sums are shaped like.
+            lead: "data" outside ``on_each``; None inside of it.
+        """
+        if self.devices == 1 or (lead is None and not self.split):
+            return sums
+
+        def kept(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+            spec = PartitionSpec(lead, *spec[1:])
+            where = spec if lead is None else NamedSharding(self.mesh, spec)
+            return jax.lax.with_sharding_constraint(leaf, where)
+
+        return jax.tree.map(kept, sums, self._specs(sums, params))
+
+    def gathering(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function of parameters that puts split ones together where it uses them.
+
+        Args:
+            function: Of the parameters and other trees, for ``on_each``.
+        """
+        if not self.split:
+            return function
+
+        def specs(params: Params) -> list[PartitionSpec]:
+            leaves = jax.tree_util.tree_leaves_with_path(params)
+            return [self._spec(name_of(path), leaf.shape) for path, leaf in leaves]
+
+        return gathering(function, specs)
 
     def rows(self, size: int) -> np.ndarray | None:
         """Return which of ``size`` rows are this process's to read; None for all."""
@@ -147,21 +176,22 @@ class Layout:
         return jax.tree.map(spread, batch)
 
     def on_each(self, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-        """Return ``function(shared, split)`` as run on each device, without communication.
+        """Return ``function(shared, split)`` as run by each replica, without communication.
 
         Each gets the whole of ``shared`` and its rows of ``split``; what they return is
         stacked along the rows.
         """
         if self.devices == 1:
             return function
-        # With check_vma=True, parameters that all devices share would make every gradient
-        # inside a sum over all devices, before it is clipped: see
+        # With check_vma=True, parameters that all replicas share would make every gradient
+        # inside a sum over all of them, before it is clipped: see
         # tests/parallel/test_sharding.py.
         return jax.shard_map(
             function,
             mesh=self.mesh,
-            in_specs=(_WHOLE, _ROWS),
-            out_specs=_ROWS,
+            in_specs=(_WHOLE, PartitionSpec("data")),
+            out_specs=PartitionSpec("data"),
+            axis_names={"data"} if self.split else {*AXES},
             check_vma=False,
         )
 
@@ -169,13 +199,31 @@ class Layout:
         # One device needs no placement, and is faster without.
         return None if self.devices == 1 else NamedSharding(self.mesh, spec)
 
+    def _specs(self, state: PyTree, params: Params) -> PyTree:
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        known = {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
+        names = {jax.tree_util.keystr(path): name_of(path) for path, _ in leaves}
+
+        def spec(path: Any, leaf: Any) -> PartitionSpec:
+            text = jax.tree_util.keystr(path)
+            ends = [end for end in known if text.endswith(end)]
+            like = max(ends, key=len, default=None)
+            # Every path ends like that of a single array, which has none; a seed is no
+            # parameter.
+            if like is None or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+                return _WHOLE
+            leading = len(leaf.shape) - len(known[like])
+            if leading < 0 or known[like] != leaf.shape[leading:]:
+                return _WHOLE
+            split = self._spec(names[like], known[like])
+            return PartitionSpec(*(None,) * leading, *split) if split else _WHOLE
+
+        return jax.tree.map_with_path(spec, state)
+
     def _spec(self, name: str, shape: tuple[int, ...]) -> PartitionSpec:
-        parts = self.mesh.shape["fsdp"]
-        for pattern, dimension in self.rules:
+        for pattern, fsdp, model in self.rules:
             if re.search(pattern, name):
-                spec = _split(name, shape, pattern, dimension, parts)
-                # Split in one part and not split are the same to XLA, but not to jit.
-                return spec if parts > 1 else _WHOLE
+                return _spec(name, shape, (pattern, fsdp, model), self.mesh.shape)
         raise ValueError(
             f"no rule is for the parameter {name!r}; end with ('.*', None) to repeat "
             "all others on every device"
@@ -183,57 +231,81 @@ class Layout:
 
 
 def make_layout(
-    *, data: int | None, fsdp: int, rules: Sequence[Sequence[Any]]
+    *, data: int | None, fsdp: int, model: int, rules: Sequence[Sequence[Any]]
 ) -> Layout:
-    """Return the layout of a mesh of ``data`` x ``fsdp`` devices.
+    """Return the layout of a mesh of ``data`` x ``fsdp`` x ``model`` devices.
 
     Args:
-        data: Devices along "data"; None for as many as there are.
-        fsdp: Devices that share one copy of the parameters.
-        rules: See ``Rule``; the first that matches counts.
+        data: Replicas; None for as many as there are devices for.
+        fsdp: Devices of a replica that share its rows and keep a part of the parameters.
+        model: Devices that share the products with a weight.
+        rules: See ``Rule``; the first that matches counts. The last part may be left out.
 
     Raises:
-        ValueError: There are not as many devices, or some processes have more than others.
-            One process may use fewer than it has.
+        ValueError: There are not as many devices, some processes have more than others, or
+            no rule splits over ``model``. One process may use fewer than it has.
     """
     found = jax.device_count()
     counts = collections.Counter(device.process_index for device in jax.devices())
     if len(set(counts.values())) > 1:
         listed = ", ".join(str(counts[process]) for process in sorted(counts))
         raise ValueError(f"the processes have {listed} devices; give each as many")
+    full = [(*rule, None)[:3] for rule in rules]
+    if model > 1 and not any(rule[2] is not None for rule in full):
+        raise ValueError(
+            f"model={model} needs rules that say what is split over it, such as "
+            "dpjax.parallel.rules.TRANSFORMER; model=1 without"
+        )
+    each = fsdp * model
     if data is None:
-        if found % fsdp:
-            raise ValueError(f"fsdp={fsdp} does not divide the {found} devices")
-        data = found // fsdp
-    wanted = data * fsdp
+        if found % each:
+            raise ValueError(
+                f"fsdp={fsdp} x model={model} does not divide the {found} devices"
+            )
+        data = found // each
+    wanted = data * each
     if wanted > found or (wanted < found and jax.process_count() > 1):
         processes = jax.process_count()
         raise ValueError(
-            f"data={data} x fsdp={fsdp} needs {wanted} devices, and there are {found}"
+            f"data={data} x fsdp={fsdp} x model={model} needs {wanted} devices, and there "
+            f"are {found}"
             + (f" in {processes} processes" if processes > 1 else "")
             + "; data=None takes all"
         )
     mesh = jax.make_mesh(
-        (data, fsdp),
+        (data, fsdp, model),
         AXES,
         # With Explicit axes, the default, models with convolutions do not trace.
-        axis_types=(AxisType.Auto, AxisType.Auto),
+        axis_types=(AxisType.Auto,) * len(AXES),
         devices=jax.devices()[:wanted],
     )
-    return Layout(mesh, tuple((pattern, how) for pattern, how in rules))
+    return Layout(mesh, tuple(full))
 
 
-def _split(
-    name: str, shape: tuple[int, ...], pattern: str, dimension: Any, parts: int
+def _spec(
+    name: str, shape: tuple[int, ...], rule: Rule, sizes: Mapping[str, int]
 ) -> PartitionSpec:
-    if dimension == "largest":
-        even = [d for d, size in enumerate(shape) if size % parts == 0]
-        dimension = max(even, key=lambda d: shape[d], default=None)
-    if dimension is None:
-        return _WHOLE
-    if dimension >= len(shape) or shape[dimension] % parts:
-        raise ValueError(
-            f"rule ({pattern!r}, {dimension}) cannot split the parameter {name!r} of "
-            f"shape {shape} over fsdp={parts}; use another dimension, 'largest' or None"
-        )
-    return PartitionSpec(*(None,) * dimension, "fsdp")
+    axes: list[str | None] = [None] * len(shape)
+    asked: tuple[tuple[str, Any], ...] = (("model", rule[2]), ("fsdp", rule[1]))
+    for axis, dimension in asked:
+        parts = sizes[axis]
+        if dimension == "largest":
+            even = [d for d, n in enumerate(shape) if n % parts == 0 and not axes[d]]
+            dimension = max(even, key=lambda d: shape[d], default=None)
+        # Split in one part and not split are the same to XLA, but not to jit.
+        if dimension is None or parts == 1:
+            continue
+        if not -len(shape) <= dimension < len(shape) or shape[dimension] % parts:
+            raise ValueError(
+                f"rule {rule} cannot split the parameter {name!r} of shape {shape} over "
+                f"{axis}={parts}; use another dimension, None, or 'largest' for fsdp"
+            )
+        if axes[dimension] is not None:
+            raise ValueError(
+                f"rule {rule} splits one dimension of the parameter {name!r} of shape "
+                f"{shape} over fsdp and model; choose two"
+            )
+        axes[dimension] = axis
+    while axes and axes[-1] is None:
+        axes.pop()
+    return PartitionSpec(*axes)

@@ -42,7 +42,7 @@ GROUPS: dict[str, tuple[str, ...] | None] = {
         "memory_budget",
         "physical_batch_size",
     ),
-    "mesh": ("data", "fsdp", "rules"),
+    "mesh": ("data", "fsdp", "model", "rules"),
     "run": (
         "seed",
         "log_every",
@@ -74,6 +74,7 @@ FREE_ON_RESUME = (
     # They round sums otherwise: see dpjax.training.ledger for when that is refused.
     "mesh.data",
     "mesh.fsdp",
+    "mesh.model",
 )
 """Keys that may differ when a run is resumed: they change no release."""
 

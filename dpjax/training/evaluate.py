@@ -33,7 +33,9 @@ def evaluator(metric: Metric, *, batch_size: int, layout: Layout) -> Evaluate:
         ValueError: ``batch_size`` is no positive integer.
     """
     check_positive_int("batch_size", batch_size)
-    padded_size = math.ceil(batch_size / layout.devices) * layout.devices
+    padded_size = math.ceil(batch_size / layout.row_parts) * layout.row_parts
+
+    metric = layout.gathering(metric)
 
     def part(params: Params, batch: Batch) -> Array:
         values = jax.vmap(metric, in_axes=(None, 0))(params, batch.examples)

@@ -91,10 +91,12 @@ def build_experiment(config: Mapping[str, Any]) -> Experiment:
         engine=_engine(config["compute"], mechanism),
         model=model,
         train=tuple(config["parameters"]["train"]),
-        loss=augmented(
-            configs.build(config["loss"], model),
-            augment=_told_of(configs.build(config["augment"]["transform"])),
-            views=config["augment"]["views"],
+        loss=layout.gathering(
+            augmented(
+                configs.build(config["loss"], model),
+                augment=_told_of(configs.build(config["augment"]["transform"])),
+                views=config["augment"]["views"],
+            )
         ),
         evaluation_loss=configs.build(config["loss"], model.evaluating()),
         metric=configs.build(config["evaluation"]["metric"], model.evaluating()),
@@ -176,7 +178,7 @@ def _layout(config: Mapping[str, Any]) -> Layout:
         layout = make_layout(**config["mesh"])
         check_rows(
             compute["physical_batch_size"],
-            devices=layout.devices,
+            devices=layout.row_parts,
             microbatch_size=compute["microbatch_size"],
         )
     except ValueError as error:

@@ -35,13 +35,13 @@ class TrainStep(NamedTuple):
     """One training step: query, accumulate over chunks, release, update.
 
     A batch of any size is a number of chunks of one shape, so each function is compiled
-    once for each phase, whatever sizes the sampler draws. Each device has a partial sum of
+    once for each phase, whatever sizes the sampler draws. Each replica has a partial sum of
     its own until all chunks are in.
 
     Attributes:
         place: Spreads the rows of a chunk over the devices.
         phase: Step number -> phase, a static argument of the next two.
-        begin: ``(phase, state) -> `` for each device the sum over no examples.
+        begin: ``(phase, state) -> `` for each replica the sum over no examples.
         accumulate: ``(phase, state, sums, batch, frozen) -> `` sums and statistics.
         finish: ``(state, sums) -> `` the next state and what was released.
         frozen: Parameters that are not trained.
@@ -94,11 +94,13 @@ def make_train_step(
         loss = with_frozen(experiment.loss, frozen)
         clipped, per_example = experiment.engine(loss, asked, batch, key)
         sums = total.merge(clipped).stacked(1)
+        sums = layout.keep_sums(sums, asked.points[0], lead=None)
         return sums, per_example if keep_statistics else None
 
-    @functools.partial(jax.jit, static_argnums=0, out_shardings=layout.by_row)
+    @functools.partial(jax.jit, static_argnums=0)
     def begin(phase: str, state: TrainState) -> ClippedSum:
-        return query(phase, state).empty().stacked(layout.devices)
+        sums = query(phase, state).empty().stacked(layout.replicas)
+        return layout.keep_sums(sums, state.params, lead="data")
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
     def accumulate(

@@ -25,14 +25,18 @@ _LIBRARY = re.compile(r'custom_call_target="[^"]*(?:matmul|conv|gemm)')
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 
 
-class _Instruction(NamedTuple):
+class Instruction(NamedTuple):
+    """One line of HLO: what it does, the type and first shape of its result, and the rest."""
+
     op: str
+    type: str
     shape: list[int]
     operands: list[str]
     rest: str
 
 
-_Computations = Mapping[str, Mapping[str, _Instruction]]
+Computations = Mapping[str, Mapping[str, Instruction]]
+"""Instructions by their name, by the name of the computation."""
 
 
 class _Window(NamedTuple):
@@ -57,15 +61,16 @@ def count(text: str) -> float | None:
     Args:
         text: As printed by ``jax.stages.Compiled.as_text``.
     """
-    computations, entry = _parsed(text)
+    computations, entry = parsed(text)
     try:
         return _of(computations, entry, {})
     except _UnknownError:
         return None
 
 
-def _parsed(text: str) -> tuple[_Computations, str]:
-    computations: dict[str, dict[str, _Instruction]] = {}
+def parsed(text: str) -> tuple[Computations, str]:
+    """Return the computations of an HLO module, and the name of the entry."""
+    computations: dict[str, dict[str, Instruction]] = {}
     entry, inside = "", None
     for line in text.splitlines():
         if found := _COMPUTATION.match(line):
@@ -75,13 +80,13 @@ def _parsed(text: str) -> tuple[_Computations, str]:
             shape = _SHAPE.search(found["type"])
             sizes = [int(n) for n in shape[1].split(",") if n] if shape else []
             operands = re.findall(r"%?([A-Za-z_][\w.-]*)(?=,|$)", found["operands"])
-            inside[found["name"]] = _Instruction(
-                found["op"], sizes, operands, found["rest"]
+            inside[found["name"]] = Instruction(
+                found["op"], found["type"], sizes, operands, found["rest"]
             )
     return computations, entry
 
 
-def _of(computations: _Computations, name: str, known: dict[str, float]) -> float:
+def _of(computations: Computations, name: str, known: dict[str, float]) -> float:
     if name not in known:
         body = computations[name]
         known[name] = sum(
@@ -91,9 +96,9 @@ def _of(computations: _Computations, name: str, known: dict[str, float]) -> floa
 
 
 def _of_instruction(
-    computations: _Computations,
-    body: Mapping[str, _Instruction],
-    instruction: _Instruction,
+    computations: Computations,
+    body: Mapping[str, Instruction],
+    instruction: Instruction,
     known: dict[str, float],
 ) -> float:
     op, rest = instruction.op, instruction.rest
@@ -107,28 +112,38 @@ def _of_instruction(
         return math.prod(body[instruction.operands[0]].shape)
     if op == "custom-call" and _LIBRARY.search(rest):
         raise _UnknownError
-    called = _CALLED.findall(rest)
-    if branches := _BRANCHES.search(rest):
-        called += [name.strip().lstrip("%") for name in branches[1].split(",")]
-    inner = [_of(computations, each, known) for each in called]
-    if op == "while" and sum(inner):
-        trips = _TRIPS.search(rest)
-        if trips is None:
-            raise _UnknownError
-        return int(trips[1]) * sum(inner)
-    return max(inner, default=0.0) if op == "conditional" else sum(inner)
+    inner = [
+        (_of(computations, each, known), turns) for each, turns in called(instruction)
+    ]
+    if any(turns is None and cost for cost, turns in inner):
+        raise _UnknownError
+    costs = [cost * (turns or 0) for cost, turns in inner]
+    return max(costs, default=0.0) if op == "conditional" else sum(costs)
 
 
-def _of_dot(instruction: _Instruction, body: Mapping[str, _Instruction]) -> float:
+def called(instruction: Instruction) -> list[tuple[str, int | None]]:
+    """Return the computations that an instruction calls, and how often.
+
+    None where the compiler does not know.
+    """
+    names = _CALLED.findall(instruction.rest)
+    if branches := _BRANCHES.search(instruction.rest):
+        names += [name.strip().lstrip("%") for name in branches[1].split(",")]
+    turns: int | None = 1
+    if instruction.op == "while":
+        trips = _TRIPS.search(instruction.rest)
+        turns = int(trips[1]) if trips else None
+    return [(name, turns) for name in names]
+
+
+def _of_dot(instruction: Instruction, body: Mapping[str, Instruction]) -> float:
     left = body[instruction.operands[0]].shape
     found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
     contracted = [int(n) for n in found[1].split(",") if n] if found else []
     return 2.0 * math.prod(instruction.shape) * math.prod(left[i] for i in contracted)
 
 
-def _of_convolution(
-    instruction: _Instruction, body: Mapping[str, _Instruction]
-) -> float:
+def _of_convolution(instruction: Instruction, body: Mapping[str, Instruction]) -> float:
     """Count what XLA counts: products with padding and between dilated entries are none."""
     rest = instruction.rest
     found = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", rest)

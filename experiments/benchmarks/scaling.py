@@ -12,7 +12,6 @@ measured. Exit status: 0 done, 2 wrong arguments.
 
 import math
 import os
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,99 +130,24 @@ def programs(name: str, mesh: tuple[int, int], rows: int) -> tuple[Any, Any, Any
         Both programs, and the shapes of the parameters.
     """
     import jax
-    import jax.numpy as jnp
-    import optax
 
-    import dpjax
     from dpjax.clipping import bookkeeping
     from dpjax.parallel.sharding import make_layout
-    from dpjax.privacy.noise import root_key
-    from dpjax.training.experiment import Experiment
-    from dpjax.training.state import TrainState
-    from dpjax.training.step import make_train_step
-    from dpjax.transforms import PrivateState, private
+    from experiments.benchmarks import lowering
     from experiments.benchmarks.workloads import WORKLOADS as RECIPES
 
     recipe = RECIPES[name]()
-    layout = make_layout(data=mesh[0], fsdp=mesh[1], rules=((".*", "largest"),))
-    mechanism = dpjax.DpSgd(
-        clip_norm=1.0,
-        clip_style="flat",
-        noise_multiplier=1.0,
-        sampling=dpjax.Poisson(rate=0.01),
-        steps=1000,
-        num_examples=100_000,
-        delta=1e-6,
+    layout = make_layout(
+        data=mesh[0], fsdp=mesh[1], model=1, rules=((".*", "largest"),)
     )
-    optimizer = optax.adam(1e-3)
-    nothing: Any = None
-    experiment = Experiment(
-        mechanism=mechanism,
-        layout=layout,
-        train=(".*",),
-        engine=bookkeeping,
-        model=nothing,
-        loss=recipe.loss,
-        evaluation_loss=recipe.loss,
-        metric=nothing,
-        optimizer=optimizer,
-        source=nothing,
-        held_out=nothing,
-        data_fingerprint="",
-        inspection=nothing,
-    )
-    config = {
-        "run": {"log_sensitive": False},
-        "evaluation": {"ema_decay": 0.0},
-        "compute": {"physical_batch_size": rows},
-    }
-    transform = private(mechanism, optimizer, noise_key=root_key(0))
-    step: Any = make_train_step(config, experiment, transform)
-
     params, batch = jax.eval_shape(recipe.arrays)
-    number = jax.eval_shape(lambda: jnp.zeros((), jnp.int32))
-    state = TrainState(
-        params=params,
-        private=PrivateState(
-            step=number,
-            noise_key=jax.eval_shape(lambda: jax.random.split(jax.random.key(0))),
-            released=jax.eval_shape(lambda: jnp.zeros((), jnp.uint32)),
-            mechanism=(),
-            optimizer=jax.eval_shape(optimizer.init, params),
-        ),
-        average=(),
-        loss_key=jax.eval_shape(lambda: jax.random.key(0)),
-        init_key=jax.eval_shape(lambda: jax.random.key(0)),
-        sampling_seed=jax.eval_shape(lambda: jnp.zeros(4, jnp.uint32)),
-    )
-    state = _placed(state, layout.of_state(state, params))
-    chunk = jax.tree.map(
+    batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch
     )
-    chunk = _placed(chunk, layout.by_row)
-    sums = jax.eval_shape(step.begin, "gradient", state)
-    sums = _placed(sums, layout.by_row)
-    return (
-        step.accumulate.lower("gradient", state, sums, chunk).compile(),
-        step.finish.lower(state, sums).compile(),
-        params,
+    made = lowering.lowered(
+        recipe.loss, params, batch, layout=layout, engine=bookkeeping
     )
-
-
-def _placed(tree: Any, sharding: Any) -> Any:
-    """Give shapes a sharding, or a tree of them; on one device they need none."""
-    import jax
-
-    if sharding is None:
-        return tree
-    each = sharding
-    if isinstance(sharding, jax.sharding.Sharding):
-        each = jax.tree.map(lambda _: sharding, tree)
-    return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        tree,
-        each,
-    )
+    return made.chunk, made.end, params
 
 
 def costs(program: Any) -> dict[str, Any]:
@@ -234,26 +158,19 @@ def costs(program: Any) -> dict[str, Any]:
         "bytes_accessed": analysis["bytes accessed"],
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
-        "collectives": collectives(program.as_text()),
+        "collectives": by_kind(program.as_text()),
     }
 
 
-_COLLECTIVE = re.compile(
-    r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
-    r"(?:-start)?\("
-)
-_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
+def by_kind(text: str) -> dict[str, dict[str, int]]:
+    """Return for each kind of collective how often one runs, and the bytes they yield."""
+    from experiments.benchmarks.collectives import collectives
 
-
-def collectives(text: str) -> dict[str, dict[str, int]]:
-    """Return for each kind of collective how many there are, and the bytes they yield."""
     found: dict[str, dict[str, int]] = {}
-    for shapes, kind in _COLLECTIVE.findall(text):
-        entry = found.setdefault(kind, {"count": 0, "bytes": 0})
-        entry["count"] += 1
-        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
-            size = math.prod(int(d) for d in dims.split(",") if d)
-            entry["bytes"] += _BYTES[dtype] * size
+    for each in collectives(text):
+        entry = found.setdefault(each.kind, {"count": 0, "bytes": 0})
+        entry["count"] += each.times
+        entry["bytes"] += each.bytes
     return found
 
 

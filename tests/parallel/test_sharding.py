@@ -21,13 +21,18 @@ from jax.sharding import PartitionSpec
 from dpjax.checks import check_rows
 from dpjax.clipping import Query, auto, bookkeeping, ghost, microbatched, vmap
 from dpjax.data.batches import StepBatch, batches
-from dpjax.parallel.sharding import make_layout
+from dpjax.models.gpt2 import gpt2
+from dpjax.models.llama import llama
+from dpjax.models.partition import name_of
+from dpjax.parallel.rules import TRANSFORMER, VOCABULARY
+from dpjax.parallel.sharding import AXES, make_layout
 from dpjax.privacy.noise import root_key
 from dpjax.privacy.sensitive import SEAL, ClippedSum, opened, reveal
 from dpjax.training.experiment import build_experiment
 from dpjax.training.state import init_state, sampling_seed
 from dpjax.training.step import make_train_step
 from dpjax.transforms import private
+from experiments.benchmarks.collectives import collectives
 from tests.checks import (
     assert_close,
     batch_of,
@@ -37,27 +42,21 @@ from tests.checks import (
 )
 from tests.runs import tiny
 
-MESHES = [(1, 1), (8, 1), (4, 2), (2, 4)]
-SPLIT = [mesh for mesh in MESHES if mesh != (1, 1)]
+ALONE = (1, 1, 1)
+SPLIT = [(8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 1, 2)]
+"""Replicated, fully sharded, hybrid, with tensor parallelism, and that alone."""
+MESHES = [ALONE, *SPLIT]
 LARGEST = ((".*", "largest"),)
+BOTH = ((".*", "largest", -1),)
+"""Outputs are split over "model", the largest other dimension over "fsdp"."""
 KEY = jax.random.key(0)
-COLLECTIVE = re.compile(
-    r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
-    r"(?:-start)?\("
-)
 
 
-def layout_of(mesh, rules=LARGEST):
-    return make_layout(data=mesh[0], fsdp=mesh[1], rules=rules)
-
-
-def collectives(text):
-    """Each collective of a compiled program: its kind and the shapes it moves."""
-    return [
-        (kind, tuple(int(d) for d in dims.split(",") if d))
-        for shapes, kind in COLLECTIVE.findall(text)
-        for dims in re.findall(r"\w+\[([\d,]*)\]", shapes)
-    ]
+def layout_of(mesh, rules=None):
+    data, fsdp, model = mesh
+    if rules is None:
+        rules = BOTH if model > 1 else LARGEST
+    return make_layout(data=data, fsdp=fsdp, model=model, rules=rules)
 
 
 # --- Sums ---------------------------------------------------------------------------
@@ -103,6 +102,8 @@ def data(rows=32):
 def sums_on(layout, engine, loss, query, chunks):
     """The sum over ``chunks`` as the loop forms it: partial sums, merged once."""
 
+    loss = layout.gathering(loss)
+
     def add(query, split):
         sums, batch = split
         clipped, statistics = engine(loss, query, batch, KEY)
@@ -110,7 +111,7 @@ def sums_on(layout, engine, loss, query, chunks):
 
     @jax.jit
     def run(query, chunks):
-        sums = query.empty().stacked(layout.devices)
+        sums = query.empty().stacked(layout.replicas)
         statistics = []
         for chunk in chunks:
             sums, found = layout.on_each(add)(query, (sums, chunk))
@@ -134,7 +135,8 @@ def known(name):
 
 
 @pytest.mark.parametrize(
-    ("query", "mesh"), [("residual", (8, 1)), ("difference", (2, 4))]
+    ("query", "mesh"),
+    [("residual", (8, 1, 1)), ("difference", (2, 4, 1)), ("residual", (2, 2, 2))],
 )
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine_sums_the_same_on_every_mesh(engine, query, mesh):
@@ -156,16 +158,16 @@ def test_every_engine_sums_the_same_on_every_mesh(engine, query, mesh):
 def test_each_example_is_in_the_sum_exactly_once(mesh):
     rng = np.random.default_rng(1)
     parts = [
-        batch_of({"x": rng.integers(-9, 9, size=(16, 3)).astype(np.float32)}, mask=mask)
+        batch_of({"x": rng.integers(-9, 9, size=(16, 4)).astype(np.float32)}, mask=mask)
         for mask in (np.ones(16, bool), np.arange(16) < 3)
     ]
-    query = Query(({"w": jnp.zeros(3)},), clip_norm=64.0)
+    query = Query(({"w": jnp.zeros(4)},), clip_norm=64.0)
     sums, _, total = sums_on(layout_of(mesh), vmap, dot, query, parts)
     expected = sum(part.examples["x"][part.mask].sum(axis=0) for part in parts)
     np.testing.assert_array_equal(total.total["w"], expected)
-    # Nothing has been reduced before the end: the parts are each device's own.
+    # Nothing has been reduced before the end: the parts are each replica's own.
     rows = [part.examples["x"] * part.mask[:, None] for part in parts]
-    own = sum(x.reshape(mesh[0] * mesh[1], -1, 3).sum(axis=1) for x in rows)
+    own = sum(x.reshape(mesh[0], -1, 4).sum(axis=1) for x in rows)
     np.testing.assert_array_equal(sums.total["w"], own)
 
 
@@ -180,7 +182,7 @@ def test_a_mesh_of_shared_parameters_sums_gradients_before_they_are_clipped(chec
     """
     params, _, batch = data()
     query = Query((params,), clip_norm=0.5)
-    layout = layout_of((8, 1))
+    layout = layout_of((8, 1, 1))
     naive = jax.shard_map(
         lambda params, batch: jax.lax.psum(
             vmap(two_layers, Query((params,), clip_norm=0.5), batch, KEY)[0].total,
@@ -192,7 +194,7 @@ def test_a_mesh_of_shared_parameters_sums_gradients_before_they_are_clipped(chec
         check_vma=check_vma,
     )
     program = jax.jit(naive).lower(params, batch).compile()
-    moved = {shape for _, shape in collectives(program.as_text())}
+    moved = {s for c in collectives(program.as_text()) for s in c.shapes}
     total = known_total(query, batch)
     error = norm(jax.tree.map(np.subtract, program(params, batch), total))
     per_example = {(4, 4, 8), (4, 8)} - {leaf.shape for leaf in params.values()}
@@ -308,7 +310,8 @@ class Run:
 
     def __init__(self, mesh, **changes):
         config = tiny(
-            **{"mesh.data": mesh[0], "mesh.fsdp": mesh[1], "model.features": ()}
+            **dict(zip(("mesh.data", "mesh.fsdp", "mesh.model"), mesh, strict=True))
+            | {"mesh.rules": BOTH if mesh[2] > 1 else LARGEST, "model.features": ()}
             | {"compute.engine": "vmap"}
             | changes
         )
@@ -356,7 +359,7 @@ def run_of(mechanism, mesh):
     ("mechanism", "mesh"), thinned(itertools.product(MECHANISMS, SPLIT), 4)
 )
 def test_every_mesh_starts_draws_and_adds_noise_alike(mechanism, mesh):
-    start, noise, draws, _ = run_of(mechanism, (1, 1))
+    start, noise, draws, _ = run_of(mechanism, ALONE)
     found_start, found_noise, found_draws, _ = run_of(mechanism, mesh)
     jax.tree.map(np.testing.assert_array_equal, found_start, start)
     assert found_noise == noise
@@ -367,7 +370,7 @@ def test_every_mesh_starts_draws_and_adds_noise_alike(mechanism, mesh):
     ("mechanism", "mesh"), thinned(itertools.product(MECHANISMS, SPLIT), 4)
 )
 def test_every_mesh_trains_the_same_parameters(mechanism, mesh):
-    start, _, _, run = run_of(mechanism, (1, 1))
+    start, _, _, run = run_of(mechanism, ALONE)
     expected, found = run.params(), run_of(mechanism, mesh)[-1].params()
     moved = norm(jax.tree.map(np.subtract, expected, start))
     assert moved > 0.1
@@ -375,31 +378,54 @@ def test_every_mesh_trains_the_same_parameters(mechanism, mesh):
     assert_close(found, expected, rtol=1e-4, scale=moved)
 
 
+@pytest.mark.parametrize("engine", ["vmap", "ghost", "bookkeeping"])
 @pytest.mark.parametrize("mesh", SPLIT)
-def test_a_step_reduces_each_parameter_once_and_moves_no_examples(mesh):
-    run = run_of("DP-SGD", mesh)[-1]
+def test_a_step_reduces_over_replicas_once_and_moves_no_examples(mesh, engine):
+    run = Run(mesh, **{"compute.physical_batch_size": 48, "compute.engine": engine})
     phase, state = "gradient", run.state
-    shapes = sorted(leaf.shape for leaf in jax.tree.leaves(state.params))
     sums = run.step.begin(phase, state)
     chunk = run.step.place(next(run.batches()).chunks[0])
 
     def moved(function, *args):
         text = function.lower(*args).compile().as_text()
-        return [(kind, s) for kind, s in collectives(text) if math.prod(s) > 1]
+        return [c for c in collectives(text) if max(map(math.prod, c.shapes)) > 1]
 
     assert moved(run.step.begin, phase, state) == []
-    # However many chunks a step has: only whole parameters travel, to where they are used.
-    gathered = moved(run.step.accumulate, phase, state, sums, chunk)
-    assert {kind for kind, _ in gathered} <= {"all-gather"}
-    assert {shape for _, shape in gathered} <= set(shapes)
-    assert bool(gathered) == (mesh[1] > 1)
+    # However many chunks a step has, replicas do not meet. Within one, weights travel to
+    # where they are used, and their sums to where they are kept; of rows, one number each.
+    inside = moved(run.step.accumulate, phase, state, sums, chunk)
+    rows = {48 // mesh[0], 48 // mesh[0] // mesh[1]}
+    for one in inside:
+        along = meets(one, run.layout)
+        assert "data" not in along
+        if "fsdp" in along:
+            assert not [
+                s for s in one.shapes if rows & {*s} and math.prod(s) > max(rows)
+            ]
+    assert bool(inside) == run.layout.split
     reduced = moved(run.step.finish, state, sums)
-    assert {kind for kind, _ in reduced} <= {"all-reduce", "reduce-scatter"}
-    assert sorted(shape for _, shape in reduced) == shapes
+    between = [c for c in reduced if "data" in meets(c, run.layout)]
+    assert {c.kind for c in between} <= {"all-reduce", "reduce-scatter"}
+    shapes = [
+        leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(state.params)
+    ]
+    found = sorted(shape for c in between for shape in c.shapes if math.prod(shape) > 1)
+    assert found == (sorted(shapes) if mesh[0] > 1 else [])
+
+
+def meets(collective, layout):
+    """Along which axes of the mesh the devices of a collective differ."""
+    places = {device.id: place for place, device in np.ndenumerate(layout.mesh.devices)}
+    found = set()
+    for group in collective.groups or [[*places]]:
+        axes = np.array([places[i] for i in group])
+        differ = (axes != axes[0]).any(axis=0)
+        found |= {name for name, yes in zip(AXES, differ, strict=True) if yes}
+    return found
 
 
 def test_each_device_draws_noise_for_its_own_part_only():
-    run = run_of("DP-SGD", (2, 4))[-1]
+    run = run_of("DP-SGD", (2, 4, 1))[-1]
     sums = run.step.begin("gradient", run.state)
     text = run.step.finish.lower(run.state, sums).compile().as_text()
     assert "u32[16,10]" in text  # random bits of a quarter of the kernel
@@ -407,7 +433,7 @@ def test_each_device_draws_noise_for_its_own_part_only():
 
 
 def test_moments_and_averages_are_split_like_their_parameters():
-    layout = layout_of((2, 4), (("kernel", 1), (".*", None)))
+    layout = layout_of((2, 4, 1), (("kernel", 1), (".*", None)))
     params = {"a": {"kernel": jnp.ones((3, 8)), "bias": jnp.ones(8)}}
     state = {
         "adam": optax.adam(0.1).init(params),
@@ -435,7 +461,7 @@ def test_moments_and_averages_are_split_like_their_parameters():
 
 
 def test_a_single_array_is_split_and_what_ends_like_it_is_not():
-    layout = layout_of((1, 4), (("params", 0),))
+    layout = layout_of((1, 4, 1), (("params", 0),))
     state = {"params": jnp.ones(4), "seed": jnp.ones(4, jnp.uint32), "key": root_key(0)}
     placed = layout.put(state, jnp.ones(4))
     assert placed["params"].sharding.spec == PartitionSpec("fsdp")
@@ -448,13 +474,14 @@ def test_a_single_array_is_split_and_what_ends_like_it_is_not():
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
-        ({"data": 16, "fsdp": 1}, "data=16 x fsdp=1 needs 16 devices, and there are 8"),
-        ({"data": None, "fsdp": 3}, "fsdp=3 does not divide the 8 devices"),
+        ({"data": 16}, "data=16 x fsdp=1 x model=1 needs 16 devices, and there are 8"),
+        ({"fsdp": 3}, "fsdp=3 x model=1 does not divide the 8 devices"),
+        ({"model": 2}, "model=2 needs rules that say what is split over it"),
     ],
 )
 def test_a_mesh_that_does_not_match_the_devices_is_refused(mesh, message):
     with pytest.raises(ValueError, match=message):
-        make_layout(**mesh, rules=LARGEST)
+        make_layout(**{"data": None, "fsdp": 1, "model": 1} | mesh, rules=LARGEST)
 
 
 def test_processes_with_different_numbers_of_devices_are_refused(monkeypatch):
@@ -463,7 +490,7 @@ def test_processes_with_different_numbers_of_devices_are_refused(monkeypatch):
     with pytest.raises(
         ValueError, match="processes have 1, 3 devices; give each as many"
     ):
-        make_layout(data=None, fsdp=1, rules=LARGEST)
+        make_layout(data=None, fsdp=1, model=1, rules=LARGEST)
 
 
 @pytest.mark.parametrize(
@@ -472,12 +499,16 @@ def test_processes_with_different_numbers_of_devices_are_refused(monkeypatch):
         ((("kernel", 0),), "no rule is for the parameter 'head/bias'"),
         ((("bias", 1), (".*", None)), r"cannot split the parameter 'head/bias'"),
         ((("bias", 0),), r"of shape \(10,\) over fsdp=4; use another dimension"),
+        ((("bias", -2),), "use another dimension"),
+        ((("bias", None, 0), (".*", 1, 1)), "over fsdp and model; choose two"),
+        ((("bias", None, 1), (".*", None, 0)), "over model=2; use another dimension"),
     ],
 )
 def test_rules_that_do_not_fit_the_parameters_are_refused(rules, message):
-    params = {"head": {"bias": jnp.ones(10), "kernel": jnp.ones((4, 10))}}
+    params = {"head": {"bias": jnp.ones(10), "kernel": jnp.ones((4, 8))}}
+    mesh = (1, 4, 2) if any(len(rule) == 3 for rule in rules) else (2, 4, 1)
     with pytest.raises(ValueError, match=message):
-        layout_of((2, 4), rules).of_params(params)
+        layout_of(mesh, rules).of_params(params)
 
 
 def test_rows_that_cannot_be_spread_evenly_are_refused():
@@ -485,3 +516,51 @@ def test_rows_that_cannot_be_spread_evenly_are_refused():
         check_rows(60, devices=8, microbatch_size=None)
     with pytest.raises(ValueError, match="/ 8 devices = 8 rows of each"):
         check_rows(64, devices=8, microbatch_size=3)
+
+
+# --- Rules that ship ----------------------------------------------------------------------
+
+SIZES = {"layers": 2, "width": 16, "heads": 4, "dtype": "float32", "remat": True}
+FAMILIES = {
+    "gpt2": lambda scan: gpt2(vocab_size=51, length=8, scan=scan, **SIZES),
+    "llama": lambda scan: llama(
+        **SIZES | {"vocab_size": 64, "length": 8, "kv_heads": 2, "hidden": 32},
+        rotary_base=1e4,
+        epsilon=1e-5,
+        tied=False,
+        scan=scan,
+    ),
+}
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rules_of_transformers_split_whatever_is_large(family, scan):
+    rules = {"gpt2": TRANSFORMER, "llama": VOCABULARY}[family]
+    example = {"tokens": np.zeros(8, np.int32)}
+    shapes = jax.eval_shape(FAMILIES[family](scan).init, KEY, example)
+    where = layout_of((1, 2, 2), rules).of_params(shapes)
+    for (path, leaf), sharding in zip(
+        jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(where), strict=True
+    ):
+        name, part = name_of(path), math.prod(sharding.shard_shape(leaf.shape))
+        split = {axis for axis in sharding.spec if axis}
+        over = {"fsdp"} if re.search("token|position", name) else {"fsdp", "model"}
+        if family == "llama" and "token" in name:
+            over = {"fsdp", "model"}
+        if "kernel" in name or re.search("token|position", name):
+            assert split == over, name
+            assert part == leaf.size // 2 ** len(over)
+        # The axis of layers is that of the loop over them.
+        assert not (scan and name.startswith("layers") and sharding.spec[:1] != ()) or (
+            sharding.spec[0] is None
+        )
+
+
+def test_a_vocabulary_that_cannot_be_split_is_named():
+    example = {"tokens": np.zeros(8, np.int32)}
+    shapes = jax.eval_shape(FAMILIES["gpt2"](True).init, KEY, example)
+    with pytest.raises(
+        ValueError, match=r"'token/embedding' of shape \(51, 16\) over mod"
+    ):
+        layout_of((1, 2, 2), VOCABULARY).of_params(shapes)

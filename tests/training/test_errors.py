@@ -354,7 +354,7 @@ WRONG_VALUES = {
     ),
     "more devices than there are": (
         {"mesh.data": 16},
-        "config.mesh: data=16 x fsdp=1 needs 16 devices, and there are 8",
+        "config.mesh: data=16 x fsdp=1 x model=1 needs 16 devices, and there are 8",
     ),
     "rows that the mesh does not divide": (
         {"mesh.data": 3},
@@ -363,11 +363,12 @@ WRONG_VALUES = {
     "fsdp zero": ({"mesh.fsdp": 0}, "config.mesh.fsdp=0 must be an integer"),
     "rule no pair": (
         {"mesh.rules": ("kernel",)},
-        "config.mesh.rules: 'kernel' must be a pair",
+        "config.mesh.rules: 'kernel' must be (regular expression, dimension over fsdp) or",
     ),
     "rule no dimension": (
         {"mesh.rules": (("kernel", "smallest"),)},
-        "dimension='smallest' of 'kernel' must be a number from 0, 'largest' or None",
+        "dimension='smallest' of 'kernel' must be a whole number (negative from the end), "
+        "'largest' or None",
     ),
     "rules for other parameters": (
         {"mesh.data": 4, "mesh.fsdp": 2, "mesh.rules": (("conv", 0),)},

@@ -12,7 +12,7 @@ from dpjax.training.evaluate import evaluator
 @pytest.mark.parametrize("devices", [1, 3])
 def test_every_example_counts_once_whatever_the_batches(devices):
     values = np.float32([3, 1, 4, 1, 5, 9, 2, 6, 5, 7])
-    layout = make_layout(data=devices, fsdp=1, rules=[(".*", None)])
+    layout = make_layout(data=devices, fsdp=1, model=1, rules=[(".*", None)])
     for batch_size in (1, 4, 10, 64):
         evaluate = evaluator(
             lambda params, example: params * example["x"],

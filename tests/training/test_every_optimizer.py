@@ -147,7 +147,7 @@ def as_optax_expects():
 
 
 def experiment(optimizer):
-    layout = make_layout(data=1, fsdp=1, rules=((".*", None),))
+    layout = make_layout(data=1, fsdp=1, model=1, rules=((".*", None),))
     return SimpleNamespace(
         mechanism=MECHANISM, layout=layout, engine=None, loss=None, optimizer=optimizer
     )

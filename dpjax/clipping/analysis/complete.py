@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from dpjax.clipping.analysis.sites import Site
-from dpjax.clipping.analysis.tracing import CALLS, callee, scan_counts
 from dpjax.clipping.analysis.values import Loop, Path, shape_of
+from dpjax.jaxprs import CALLS, callee, scan_counts
 
 _DATA: Final = "data"
 Mark = int | str | Loop

@@ -117,23 +117,3 @@ def trace(function: Callable[..., Any], *args: Any) -> ClosedJaxpr:
             "and prints would see private examples, an unknown number of times"
         )
     return closed
-
-
-def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
-    """Return how many operands of a ``scan`` are constants, and how many are carried."""
-    if "ft_in" in eqn.params:  # From JAX 0.11 on.
-        consts, carry, _ = eqn.params["ft_in"].unpack()
-        return len(consts), len(carry)
-    return eqn.params["num_consts"], eqn.params["num_carry"]
-
-
-CALLS = frozenset(
-    {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
-)
-"""Primitives whose jaxpr runs once, on the operands as they are."""
-
-
-def callee(eqn: JaxprEqn) -> ClosedJaxpr:
-    """Return the jaxpr that a call primitive runs."""
-    inner = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
-    return inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ())

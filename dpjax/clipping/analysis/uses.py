@@ -22,12 +22,9 @@ from dpjax.clipping.analysis.convolutions import cuts_well
 from dpjax.clipping.analysis.lookups import picking
 from dpjax.clipping.analysis.sites import Site
 from dpjax.clipping.analysis.tracing import (
-    CALLS,
-    callee,
     check_params,
     one_example,
     scalar,
-    scan_counts,
     trace,
 )
 from dpjax.clipping.analysis.values import (
@@ -37,7 +34,6 @@ from dpjax.clipping.analysis.values import (
     Path,
     Piece,
     Tag,
-    bind,
     constant,
     counter,
     derive,
@@ -49,6 +45,7 @@ from dpjax.clipping.analysis.values import (
     shape_of,
 )
 from dpjax.clipping.query import Query
+from dpjax.jaxprs import CALLS, bind, callee, scan_counts
 from dpjax.privacy.sensitive import accumulation_dtype
 from dpjax.typing import Batch, Key, Loss, Params
 

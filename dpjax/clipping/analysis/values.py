@@ -18,6 +18,7 @@ from jax.extend.core import Jaxpr, JaxprEqn
 from jaxtyping import Array
 
 from dpjax.clipping.analysis.tracing import narrow
+from dpjax.jaxprs import bind
 
 Path = tuple[int, ...]
 """Where an equation stands: its index at each level of nesting."""
@@ -137,13 +138,6 @@ def dtype_of(atom: Any) -> Any:
     return atom.aval.dtype
 
 
-def bind(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """Run one equation."""
-    with eqn.ctx.manager:
-        out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
-    return list(out) if eqn.primitive.multiple_results else [out]
-
-
 def derive(eqn: JaxprEqn, inputs: Sequence[ParamValue]) -> list[ParamValue]:
     """Tag the results of an equation whose inputs no example can change."""
     loops = tuple(sorted({loop for value in inputs for loop in value.loops}))
@@ -155,7 +149,11 @@ def derive(eqn: JaxprEqn, inputs: Sequence[ParamValue]) -> list[ParamValue]:
 
     def run(evaluator: Evaluator) -> list[Any]:
         values = [evaluator(value) for value in inputs]
-        if evaluator.keep_dtype and eqn.primitive.name == "convert_element_type":
+        # Where a weight lies while the loss is computed is not where its gradient belongs.
+        skipped = {"sharding_constraint"}
+        if evaluator.keep_dtype:
+            skipped.add("convert_element_type")
+        if eqn.primitive.name in skipped:
             return values
         if evaluator.keep_dtype and scaled is not None:
             return [values[scaled.side]]

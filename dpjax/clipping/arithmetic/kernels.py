@@ -30,6 +30,7 @@ from dpjax.clipping.arithmetic.rounding import (
     summed,
     unmerged,
 )
+from dpjax.parallel.gathering import is_divided, summed_where_rows_are
 from dpjax.privacy.sensitive import accumulation_dtype
 
 _EXACT = jax.lax.Precision.HIGHEST
@@ -302,7 +303,18 @@ def weighted_sum(
             allowed for it (see ``TERMS``): rounding takes contributions beyond the clip
             norm.
     """
-    return _total([_weighted_sum(part, weights, terms=terms) for part in parts])
+    numbers = [part.total(weights) for part in parts if isinstance(part, Multiple)]
+    factors = [part for part in parts if not isinstance(part, Multiple)]
+
+    def of_rows(operands: tuple[list[Factors], Array]) -> Array:
+        parts, weights = operands
+        return _total([_weighted_sum(part, weights, terms=terms) for part in parts])
+
+    if factors:
+        operands, axes = (factors, weights), ([1] * len(factors), 0)
+        rows = weights.shape[0]
+        numbers.append(summed_where_rows_are(of_rows, operands, axes, rows=rows))
+    return _total(numbers)
 
 
 def prefers_bfloat16() -> bool:
@@ -362,9 +374,9 @@ def _cut(part: Dense | Lookup | Patches) -> Dense | Lookup:
     return part.dense if isinstance(part, Patches) else part
 
 
-def _weighted_sum(part: Part, weights: Array, *, terms: int) -> Float[Array, "H K N"]:
-    if isinstance(part, Multiple):
-        return part.total(weights)
+def _weighted_sum(
+    part: Factors, weights: Array, *, terms: int
+) -> Float[Array, "H K N"]:
     part = _cut(part)
     used = (weights != 0)[None, :, None, None]
     right = jnp.where(used, _wide(part.right) * weights[None, :, None, None], 0.0)
@@ -402,7 +414,7 @@ def _rounded_once(
 
     Its square is ``sum_ts <left_t, left_s> <e_t, e_s>``, whatever the e_t are.
     """
-    lengths = jnp.sqrt(jnp.diagonal(rights, axis1=2, axis2=3))
+    lengths = jnp.sqrt(_diagonal(rights))
     most = jnp.einsum("hbts,hbt,hbs->b", jnp.abs(lefts), lengths, lengths)
     return _BFLOAT16 * jnp.sqrt(most)
 
@@ -579,12 +591,20 @@ def _lengths(part: Dense | Lookup) -> Lengths:
 def _lengths_of_gram(part: Dense | Lookup, lefts: Array, rights: Array) -> Lengths:
     tiny = smallest(lefts.dtype)
     widths = _width(part), part.right.shape[-1]
-    diagonals = [jnp.diagonal(gram, axis1=2, axis2=3) for gram in (lefts, rights)]
+    diagonals = [_diagonal(gram) for gram in (lefts, rights)]
     # As long as what underflowed in the sum of its squares may have been.
     left, right = (
         jnp.sqrt(x + n * tiny) for x, n in zip(diagonals, widths, strict=True)
     )
     return left, right
+
+
+def _diagonal(gram: Float[Array, "H B T T"]) -> Float[Array, "H B T"]:
+    if not is_divided():
+        return jnp.diagonal(gram, axis1=2, axis2=3)
+    # It is a gather, on which XLA's partitioner may abort the process.
+    own = jnp.eye(gram.shape[-1], dtype=bool)
+    return jnp.sum(jnp.where(own, gram, 0.0), axis=-1)
 
 
 def _width(part: Dense | Lookup) -> int:

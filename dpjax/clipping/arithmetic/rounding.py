@@ -37,6 +37,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dpjax.parallel.gathering import is_divided
 from dpjax.privacy.sensitive import accumulation_dtype
 
 Tree = TypeVar("Tree")
@@ -127,6 +128,11 @@ def summed(rows: Float[Array, "B ..."]) -> tuple[Float[Array, "B"], int]:
     """
     shape = rows.shape[1:]
     entries = math.prod(shape)
+    if len(shape) > 1 and is_divided():
+        # Axes that lie on several devices cannot be merged where they are.
+        parts = unmerged(jnp.sum(rows, axis=-1))
+        rest = jnp.sum(parts, axis=range(1, parts.ndim))
+        return rest, shape[-1] + entries // max(shape[-1], 1)
     if entries <= _STAGE:
         return jnp.sum(rows.reshape(rows.shape[0], entries), axis=1), entries
     inner = _inner(shape)

@@ -9,6 +9,7 @@ from dpjax.clipping.execution.execute import run_plan
 from dpjax.clipping.planning.planner import choose
 from dpjax.clipping.query import Query
 from dpjax.clipping.types import Engine
+from dpjax.parallel.gathering import sharers
 from dpjax.privacy.sensitive import ClippedSum, PerExample
 from dpjax.typing import Batch, Key, Loss
 
@@ -58,12 +59,15 @@ def planned(*, memory_budget: float | None = None) -> Engine:
         if batch.mask.shape[0] == 0:
             return vmap(loss, query, batch, key)
         program = analyse(loss, query, batch, key)
+        # Each of the devices that share the rows has as many, and its own memory.
+        devices = sharers()
         choice = choose(
             program,
-            batch.mask.shape[0],
+            max(1, batch.mask.shape[0] // devices),
             memory_budget=memory_budget or default_budget(),
             or_more=memory_budget is None,
         )
+        at_once = choice.microbatch_size * devices
 
         def run(
             loss: Loss, query: Query, batch: Batch, key: Key
@@ -71,8 +75,8 @@ def planned(*, memory_budget: float | None = None) -> Engine:
             del loss
             return run_plan(program, choice.plan, query, batch, key)
 
-        if choice.microbatch_size < batch.mask.shape[0]:
-            run = microbatched(run, size=choice.microbatch_size)
+        if at_once < batch.mask.shape[0]:
+            run = microbatched(run, size=at_once)
         return run(loss, query, batch, key)
 
     return engine

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from dpjax.clipping.execution.statistics import per_example
 from dpjax.clipping.planning.plan import Plan
 from dpjax.clipping.planning.slots import Group, Slot
 from dpjax.clipping.query import Query
+from dpjax.parallel.gathering import sharers
 from dpjax.privacy.sensitive import ClippedSum, PerExample, accumulation_dtype
 from dpjax.typing import Batch, Key
 
@@ -367,13 +369,20 @@ def _of_both(
 
 
 def _contracted(
-    parts: list[Part], weights: Rows, *, terms: int
+    parts: list[Part], weights: Rows, *, terms: int, layers: int
 ) -> Float[Array, "H K N"]:
-    """Return ``kernels.weighted_sum``, which ``vmap`` over weights does in one go."""
+    """Return ``kernels.weighted_sum``, which ``vmap`` over weights does in one go.
+
+    Args:
+        parts: Factors.
+        weights: Of the examples.
+        terms: See ``kernels.weighted_sum``.
+        layers: Into how many weights the first axis of the factors falls.
+    """
 
     @jax.custom_batching.custom_vmap
     def contracted(parts: list[Factors], weights: Rows) -> Float[Array, "H K N"]:
-        return kernels.weighted_sum(parts, weights, terms=terms)
+        return _layer_by_layer(parts, weights, terms=terms, layers=layers)
 
     @contracted.def_vmap
     def _(
@@ -394,12 +403,52 @@ def _contracted(
 
         wider = [dataclasses.replace(part, right=copies(part.right)) for part in parts]
         used = (weights != 0).any(axis=0).astype(weights.dtype)
-        total = kernels.weighted_sum(wider, used, terms=terms)
+        total = _layer_by_layer(wider, used, terms=terms, layers=layers)
         return jnp.stack(jnp.split(total, size, axis=-1)), True
 
     numbers = [part.total(weights) for part in parts if isinstance(part, Multiple)]
     rest = [part for part in parts if not isinstance(part, Multiple)]
     return sum(numbers, contracted(rest, weights))
+
+
+def _rows_by_layer(
+    rows: Float[Array, "B H K N"], weights: Rows, *, layers: int
+) -> Float[Array, "H K N"]:
+    """Return ``kernels.weighted_rows`` in the way of ``_layer_by_layer``."""
+    if layers == 1 or sharers() == 1:
+        return kernels.weighted_rows(rows, weights)
+    size = rows.shape[1] // layers
+
+    def of_layer(i: Array) -> Array:
+        layer = jax.lax.dynamic_slice_in_dim(rows, i * size, size, axis=1)
+        return kernels.weighted_rows(layer, weights)
+
+    sums = jax.lax.map(of_layer, jnp.arange(layers))
+    return sums.reshape(-1, *sums.shape[2:])
+
+
+def _layers(group: Group) -> int:
+    """Return how many weights of one layer a group has: its loops turn so often."""
+    return math.prod(loop.length for loop in group.sites[0].value.loops)
+
+
+def _layer_by_layer(
+    parts: list[Factors], weights: Rows, *, terms: int, layers: int
+) -> Float[Array, "H K N"]:
+    """Return ``kernels.weighted_sum``; of rows that devices share, for a layer at a time.
+
+    Each of these devices has a whole sum before it is reduced and taken apart: no more than
+    one layer's.
+    """
+    if layers == 1 or sharers() == 1:
+        return kernels.weighted_sum(parts, weights, terms=terms)
+
+    def of_layer(parts: list[Factors]) -> Array:
+        return kernels.weighted_sum(parts, weights, terms=terms)
+
+    split = jax.tree.map(lambda x: x.reshape(layers, -1, *x.shape[1:]), parts)
+    sums = jax.lax.map(of_layer, split)
+    return sums.reshape(-1, *sums.shape[2:])
 
 
 def _weighted_sums(
@@ -417,7 +466,9 @@ def _weighted_sums(
     slot_of = {group: slot.index for slot in plan.slots for group in slot.groups}
     for i, group in enumerate(plan.methods):
         if i in known.once:
-            total = kernels.weighted_rows(known.once[i], weights[slot_of[group]])
+            total = _rows_by_layer(
+                known.once[i], weights[slot_of[group]], layers=_layers(group)
+            )
             first = group.sites[0]
             sums[first.path] = layouts.weight_gradient(first, total)
     again = {
@@ -457,10 +508,13 @@ def _sums_of_values(
                 continue
             method = plan.methods[group]
             if method == "keep":
-                total = kernels.weighted_rows(values.kept[place[group]], rows)
+                kept = values.kept[place[group]]
+                total = _rows_by_layer(kept, rows, layers=_layers(group))
             else:
                 terms = kernels.TERMS[method]
-                total = _contracted(values.factors[place[group]], rows, terms=terms)
+                factors = values.factors[place[group]]
+                layers = _layers(group)
+                total = _contracted(factors, rows, terms=terms, layers=layers)
             sums[first.path] = layouts.weight_gradient(first, total)
     formed: dict[int, Array] = {}
     for rows in distinct:

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from dpjax.clipping.analysis.uses import Site
-from dpjax.clipping.analysis.values import bind
 from dpjax.clipping.arithmetic import kernels, layouts
 from dpjax.clipping.arithmetic.rounding import Norms
+from dpjax.jaxprs import bind
 
 
 def apply(site: Site, weight: Array, data: Array) -> Array:

@@ -7,10 +7,10 @@ import jax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jaxtyping import Array
 
-from dpjax.clipping.analysis.tracing import CALLS, callee, scan_counts
 from dpjax.clipping.analysis.uses import Affine, Program, Site, free_axis
-from dpjax.clipping.analysis.values import Path, bind
+from dpjax.clipping.analysis.values import Path
 from dpjax.clipping.execution import hooks
+from dpjax.jaxprs import CALLS, bind, callee, scan_counts
 
 Visit = Callable[[Site, Any, Any, Any], tuple[Array, Any]]
 """``(site, weight, data, extra) -> (output, saved)``: how to run a site."""

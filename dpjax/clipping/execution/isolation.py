@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxprs_in_params
 from jaxtyping import Array, Bool
 
-from dpjax.clipping.analysis.values import bind
+from dpjax.jaxprs import bind
 
 _CONVOLUTION = "conv_general_dilated"
 _OPAQUE = ("custom_vmap_call", "shard_map")

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
-from dpjax.clipping.analysis.tracing import CALLS, callee, scan_counts
 from dpjax.clipping.analysis.uses import Program, Site
 from dpjax.clipping.arithmetic import layouts
 from dpjax.clipping.arithmetic.kernels import FEW_POSITIONS, prefers_turns
 from dpjax.clipping.planning.plan import Method, Plan
 from dpjax.clipping.planning.slots import Group
+from dpjax.jaxprs import CALLS, callee, scan_counts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,11 +26,13 @@ def test_a_step_reduces_one_gradient_and_shares_the_flops(monkeypatch):
 
 def test_collectives_are_counted_by_kind_with_all_their_arrays():
     text = """
-      %a = (f32[2,3]{1,0}, pred[]) all-reduce(%x, %y), replica_groups={}
-      %b = bf16[8]{0} all-gather-start(%z)
-      %c = f32[4]{0} add(%all-reduce, %d)
-    """
-    assert scaling.collectives(text) == {
+ENTRY %main (x: f32[2,3]) -> f32[4] {
+  %a = (f32[2,3]{1,0}, pred[]) all-reduce(%x, %y), replica_groups={}
+  %b = bf16[8]{0} all-gather-start(%z)
+  %c = f32[4]{0} add(%all-reduce, %d)
+}
+"""
+    assert scaling.by_kind(text) == {
         "all-reduce": {"count": 1, "bytes": 25},
         "all-gather": {"count": 1, "bytes": 16},
     }

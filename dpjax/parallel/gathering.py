@@ -1,0 +1,244 @@
+"""Parameters that are split over devices, put together where they are used and no earlier.
+
+Left to itself, XLA moves activations between devices wherever that looks cheaper than moving
+weights: rows of examples are then no longer where they were. Here every use says that it
+wants the whole weight. Inside a scan over layers that is one layer's; inside ``remat`` it is
+put together again for the backward pass.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, jaxprs_in_params
+from jax.sharding import AxisType, PartitionSpec
+
+from dpjax.jaxprs import CALLS, bind, callee, scan_counts
+from dpjax.typing import Params
+
+FSDP = "fsdp"
+"""The axis of the mesh whose devices share rows, and keep a part of each weight."""
+
+
+def sharers() -> int:
+    """Return among how many devices the rows of the program that is traced are divided.
+
+    By XLA: what ``jax.shard_map`` divides, the program sees a part of only.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return mesh.shape[FSDP] if kinds.get(FSDP) is AxisType.Auto else 1
+
+
+def is_divided() -> bool:
+    """Return whether XLA divides the program that is traced among devices at all."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return any(kind is AxisType.Auto and mesh.shape[name] > 1 for name, kind in kinds)
+
+
+def summed_where_rows_are(
+    function: Callable[[Any], jax.Array], operands: Any, axes: Any, *, rows: int
+) -> jax.Array:
+    """Return ``function(operands)``, a sum over rows, without moving any of them.
+
+    Left to itself, XLA gathers all rows on each device where they are written to places of
+    a table.
+
+    Args:
+        function: Of a tree whose arrays have rows -> the sum over them.
+        operands: The tree.
+        axes: Which axis the rows are, for all arrays below each node of ``operands``.
+        rows: How many there are; of a single one, nothing is divided.
+    """
+    if rows % sharers() or sharers() == 1:
+        return function(operands)
+    specs = jax.tree.map(lambda axis: PartitionSpec(*[None] * axis, FSDP), axes)
+    return jax.shard_map(
+        lambda local: jax.lax.psum(function(local), FSDP),
+        in_specs=(specs,),
+        out_specs=PartitionSpec(),
+        axis_names={FSDP},
+        check_vma=False,
+    )(operands)
+
+
+def gathering(
+    function: Callable[..., Any], spec_of: Callable[[Params], Sequence[PartitionSpec]]
+) -> Callable[..., Any]:
+    """Return a function of parameters that are split over devices; its values are the same.
+
+    Weights are put together along ``FSDP`` where they are used; along other axes they stay
+    split. Where no program is divided it is the function itself.
+
+    Args:
+        function: Of parameters and other trees, such as a loss of one example.
+        spec_of: How each leaf of the parameters is split.
+    """
+
+    def gathered(params: Params, *others: Any) -> Any:
+        args = (params, *others)
+        if not is_divided():
+            return function(*args)
+        closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
+        specs = [spec if FSDP in spec else None for spec in spec_of(params)]
+        values = jax.tree.leaves(args)
+        specs += [None] * (len(values) - len(specs))
+        out = _run(closed, values, specs)
+        return jax.tree.unflatten(jax.tree.structure(shape), out)
+
+    return gathered
+
+
+def _run(
+    closed: ClosedJaxpr,
+    inputs: Sequence[Any],
+    specs: Sequence[PartitionSpec | None],
+) -> list[Any]:
+    env: dict[Any, Any] = {}
+    split: dict[Any, PartitionSpec] = {}
+    env.update(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    env.update(zip(closed.jaxpr.invars, inputs, strict=True))
+    for var, spec in zip(closed.jaxpr.invars, specs, strict=True):
+        if spec is not None:
+            split[var] = spec
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, Literal) else env[atom]
+
+    def spec_of(atom: Any) -> PartitionSpec | None:
+        return None if isinstance(atom, Literal) else split.get(atom)
+
+    for eqn in closed.jaxpr.eqns:
+        values = [read(atom) for atom in eqn.invars]
+        found = [spec_of(atom) for atom in eqn.invars]
+        first = found[0] if found else None
+        if first is not None and _narrows(eqn):
+            # Half of the bytes travel if the cast comes first.
+            split[eqn.outvars[0]] = first
+            out = bind(eqn, values)
+        elif _picks(eqn):
+            out = [_picked(eqn, *map(_whole, values, found))]
+        else:
+            out = _equation(eqn, values, found)
+        env.update(zip(eqn.outvars, out, strict=True))
+    return [_whole(read(x), spec_of(x)) for x in closed.jaxpr.outvars]
+
+
+def _equation(
+    eqn: JaxprEqn,
+    values: list[Any],
+    specs: list[PartitionSpec | None],
+) -> list[Any]:
+    if any(spec is not None for spec in specs) or _picks_inside(eqn):
+        if eqn.primitive.name == "scan":
+            return _scan(eqn, values, specs)
+        if eqn.primitive.name in CALLS:
+            return _call(eqn, values, specs)
+    return bind(eqn, [*map(_whole, values, specs)])
+
+
+def _call(
+    eqn: JaxprEqn,
+    values: list[Any],
+    specs: list[PartitionSpec | None],
+) -> list[Any]:
+    def call(values: list[Any]) -> list[Any]:
+        return _run(callee(eqn), values, specs)
+
+    if "prevent_cse" in eqn.params:
+        call = jax.checkpoint(
+            call,
+            prevent_cse=eqn.params["prevent_cse"],
+            policy=eqn.params["policy"],
+        )
+    return call(values)
+
+
+def _scan(
+    eqn: JaxprEqn,
+    values: list[Any],
+    specs: list[PartitionSpec | None],
+) -> list[Any]:
+    consts, carry = scan_counts(eqn)
+    first = consts + carry
+    for i, spec in enumerate(specs):
+        # What is carried changes, and a split axis of the loop is no loop's.
+        if spec is not None and (consts <= i < first or (i >= first and spec[0])):
+            values[i], specs[i] = _whole(values[i], spec), None
+    inside = [*specs[:first], *(s and PartitionSpec(*s[1:]) for s in specs[first:])]
+
+    def step(carried: list[Any], slices: list[Any]) -> tuple[list, list]:
+        inputs = [*values[:consts], *carried, *slices]
+        out = _run(eqn.params["jaxpr"], inputs, inside)
+        return out[:carry], out[carry:]
+
+    carried, ys = jax.lax.scan(
+        step,
+        values[consts:first],
+        values[first:],
+        length=eqn.params["length"],
+        reverse=eqn.params["reverse"],
+        unroll=eqn.params["unroll"],
+    )
+    return [*carried, *ys]
+
+
+def _whole(value: Any, spec: PartitionSpec | None) -> Any:
+    if spec is None:
+        return value
+    rest = (None if axis == FSDP else axis for axis in spec)
+    return jax.lax.with_sharding_constraint(value, PartitionSpec(*rest))
+
+
+def _picks(eqn: JaxprEqn) -> bool:
+    """Whether an equation takes one entry along one axis, as cross-entropies do."""
+    if eqn.primitive.name != "gather" or any(n != 1 for n in eqn.params["slice_sizes"]):
+        return False
+    how = eqn.params["dimension_numbers"]
+    return len(how.start_index_map) == 1 and not how.offset_dims
+
+
+def _picks_inside(eqn: JaxprEqn) -> bool:
+    inner = [e for jaxpr in jaxprs_in_params(eqn.params) for e in jaxpr.eqns]
+    return any(_picks(e) or _picks_inside(e) for e in inner)
+
+
+def _picked(eqn: JaxprEqn, operand: jax.Array, starts: jax.Array) -> jax.Array:
+    """Take the entry by comparing all places with the one that is asked for.
+
+    Where the axis is split over devices, XLA's partitioner aborts the process on the gather
+    (in a program that is written for one of several replicas).
+    """
+    how, mode = eqn.params["dimension_numbers"], eqn.params["mode"]
+    (axis,) = how.start_index_map
+    size = operand.shape[axis]
+    places = starts[..., 0]
+    # [indices..., size]: axes that the operand has no share in are repeated.
+    shared = how.operand_batching_dims
+    where = how.start_indices_batching_dims
+    ordered = operand.transpose(*(shared[i] for i in np.argsort(where)), axis)
+    rest = [i for i in range(places.ndim) if i not in where]
+    rows = jnp.broadcast_to(jnp.expand_dims(ordered, rest), (*places.shape, size))
+    known = (places >= 0) & (places < size)
+    fill = mode == jax.lax.GatherScatterMode.FILL_OR_DROP
+    if not fill:
+        places, known = jnp.clip(places, 0, size - 1), True
+    every = jax.lax.broadcasted_iota(places.dtype, rows.shape, rows.ndim - 1)
+    chosen = places[..., None] == every
+    found = jnp.sum(jnp.where(chosen, rows, 0), axis=-1, dtype=operand.dtype)
+    if not fill:
+        return found
+    nothing = eqn.params["fill_value"]
+    if nothing is None:
+        nothing = jnp.nan if jnp.issubdtype(operand.dtype, jnp.inexact) else 0
+    return jnp.where(known, found, nothing)
+
+
+def _narrows(eqn: JaxprEqn) -> bool:
+    if eqn.primitive.name != "convert_element_type":
+        return False
+    before: Any = eqn.invars[0].aval
+    return eqn.params["new_dtype"].itemsize < before.dtype.itemsize
