@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from dpjax.clipping.arithmetic.factors import centred_count, clip_factors
 from dpjax.clipping.arithmetic.kernels import Factors, Part, Patches
 from dpjax.clipping.arithmetic.multiples import Multiple
 from dpjax.clipping.arithmetic.rounding import Norms, apart, capped, row_norms
+from dpjax.clipping.execution import layered
 from dpjax.clipping.execution.keys import example_keys
 from dpjax.clipping.execution.numbers import multiples
 from dpjax.clipping.execution.passes import (
@@ -31,7 +31,6 @@ from dpjax.clipping.execution.statistics import per_example
 from dpjax.clipping.planning.plan import Plan
 from dpjax.clipping.planning.slots import Group, Slot
 from dpjax.clipping.query import Query
-from dpjax.parallel.gathering import sharers
 from dpjax.privacy.sensitive import ClippedSum, PerExample, accumulation_dtype
 from dpjax.typing import Batch, Key
 
@@ -126,6 +125,7 @@ def _collect(program: Program, plan: Plan, inputs: Inputs) -> _Known:
             *multiples(program, inputs.leaves, group, backward.factors),
         ]
         for i, group in enumerate(plan.methods)
+        if group.sites[0].path not in plan.formed
     }
     kept, once = _kept(plan, factors)
     slots = [slot for slot in plan.slots if slot.materialised]
@@ -137,6 +137,10 @@ def _collect(program: Program, plan: Plan, inputs: Inputs) -> _Known:
     }
     dropped = {index: pulled[index] for index in plan.dropped}
     measured = {i: row_norms(rows) for i, rows in once.items()}
+    place = {group.sites[0].path: i for i, group in enumerate(plan.methods)}
+    for path, rows in backward.formed.items():
+        loops = len(program.sites[path].loops)
+        measured[place[path]] = layered.formed_norms(rows, loops=loops)
     values = _Values(
         backward.losses, factors, kept, measured, whole, dropped, backward.probes
     )
@@ -151,7 +155,7 @@ def _kept(
     kept: dict[int, Array] = {}
     once: dict[int, Array] = {}
     for i, method in enumerate(plan.methods.values()):
-        if method == "keep":
+        if method == "keep" and i in factors:
             parts = factors.pop(i)
             found = once if kernels.computed_once(parts) else kept
             found[i] = jax.lax.optimization_barrier(kernels.gradients(parts))
@@ -382,7 +386,7 @@ def _contracted(
 
     @jax.custom_batching.custom_vmap
     def contracted(parts: list[Factors], weights: Rows) -> Float[Array, "H K N"]:
-        return _layer_by_layer(parts, weights, terms=terms, layers=layers)
+        return layered.weighted_sum(parts, weights, terms=terms, layers=layers)
 
     @contracted.def_vmap
     def _(
@@ -403,52 +407,12 @@ def _contracted(
 
         wider = [dataclasses.replace(part, right=copies(part.right)) for part in parts]
         used = (weights != 0).any(axis=0).astype(weights.dtype)
-        total = _layer_by_layer(wider, used, terms=terms, layers=layers)
+        total = layered.weighted_sum(wider, used, terms=terms, layers=layers)
         return jnp.stack(jnp.split(total, size, axis=-1)), True
 
     numbers = [part.total(weights) for part in parts if isinstance(part, Multiple)]
     rest = [part for part in parts if not isinstance(part, Multiple)]
     return sum(numbers, contracted(rest, weights))
-
-
-def _rows_by_layer(
-    rows: Float[Array, "B H K N"], weights: Rows, *, layers: int
-) -> Float[Array, "H K N"]:
-    """Return ``kernels.weighted_rows`` in the way of ``_layer_by_layer``."""
-    if layers == 1 or sharers() == 1:
-        return kernels.weighted_rows(rows, weights)
-    size = rows.shape[1] // layers
-
-    def of_layer(i: Array) -> Array:
-        layer = jax.lax.dynamic_slice_in_dim(rows, i * size, size, axis=1)
-        return kernels.weighted_rows(layer, weights)
-
-    sums = jax.lax.map(of_layer, jnp.arange(layers))
-    return sums.reshape(-1, *sums.shape[2:])
-
-
-def _layers(group: Group) -> int:
-    """Return how many weights of one layer a group has: its loops turn so often."""
-    return math.prod(loop.length for loop in group.sites[0].value.loops)
-
-
-def _layer_by_layer(
-    parts: list[Factors], weights: Rows, *, terms: int, layers: int
-) -> Float[Array, "H K N"]:
-    """Return ``kernels.weighted_sum``; of rows that devices share, for a layer at a time.
-
-    Each of these devices has a whole sum before it is reduced and taken apart: no more than
-    one layer's.
-    """
-    if layers == 1 or sharers() == 1:
-        return kernels.weighted_sum(parts, weights, terms=terms)
-
-    def of_layer(parts: list[Factors]) -> Array:
-        return kernels.weighted_sum(parts, weights, terms=terms)
-
-    split = jax.tree.map(lambda x: x.reshape(layers, -1, *x.shape[1:]), parts)
-    sums = jax.lax.map(of_layer, split)
-    return sums.reshape(-1, *sums.shape[2:])
 
 
 def _weighted_sums(
@@ -466,11 +430,15 @@ def _weighted_sums(
     slot_of = {group: slot.index for slot in plan.slots for group in slot.groups}
     for i, group in enumerate(plan.methods):
         if i in known.once:
-            total = _rows_by_layer(
-                known.once[i], weights[slot_of[group]], layers=_layers(group)
+            total = layered.weighted_rows(
+                known.once[i], weights[slot_of[group]], layers=layered.layers(group)
             )
             first = group.sites[0]
             sums[first.path] = layouts.weight_gradient(first, total)
+    for path, rows in known.backward.formed.items():
+        slot = program.slot(*program.sites[path].value.leaves)
+        loops = len(program.sites[path].loops)
+        sums[path] = layered.formed_sum(rows, weights[slot], loops=loops)
     again = {
         group.sites[0].path: weights[slot.index]
         for slot in plan.slots
@@ -509,11 +477,11 @@ def _sums_of_values(
             method = plan.methods[group]
             if method == "keep":
                 kept = values.kept[place[group]]
-                total = _rows_by_layer(kept, rows, layers=_layers(group))
+                total = layered.weighted_rows(kept, rows, layers=layered.layers(group))
             else:
                 terms = kernels.TERMS[method]
                 factors = values.factors[place[group]]
-                layers = _layers(group)
+                layers = layered.layers(group)
                 total = _contracted(factors, rows, terms=terms, layers=layers)
             sums[first.path] = layouts.weight_gradient(first, total)
     formed: dict[int, Array] = {}

@@ -93,6 +93,38 @@ def probe(site: Site, out: Array, data: Array, extra: Norms, *, direct: bool) ->
     return probed(out, jax.lax.stop_gradient(data), extra)
 
 
+def formed(site: Site, out: Array, data: Array, extra: Array) -> Array:
+    """Return ``out``; the gradient with respect to ``extra`` is that of the weight.
+
+    Args:
+        site: Each iteration of its loops must have weights of its own.
+        out: Output of the site.
+        data: Its data operand.
+        extra: Zeros like the weight, at least float32.
+    """
+    inner = _without_loops(site)
+
+    @jax.custom_vjp
+    def kept(out: Array, data: Array, extra: Array) -> Array:
+        del data, extra
+        return out
+
+    def forward(out: Array, data: Array, extra: Array) -> tuple[Array, Array]:
+        return kept(out, data, extra), data
+
+    def backward(data: Array, g: Array) -> tuple[Array, None, Array]:
+        parts = [layouts.factors(inner, data[None], g[None])]
+        return g, None, layouts.weight_gradient(inner, kernels.gradients(parts))[0]
+
+    kept.defvjp(forward, backward)
+    return kept(out, jax.lax.stop_gradient(data), extra)
+
+
+def _without_loops(site: Site) -> Site:
+    value = dataclasses.replace(site.value, loops=())
+    return dataclasses.replace(site, loops=(), value=value)
+
+
 def summed(
     site: Site,
     weight: Array,
@@ -119,9 +151,7 @@ def summed(
             out longer is scaled back to it.
         direct: As the norm was found: see ``probe``.
     """
-    inner = dataclasses.replace(
-        site, loops=(), value=dataclasses.replace(site.value, loops=())
-    )
+    inner = _without_loops(site)
 
     def over_batch(data: Array, g: Array, scale: Array, allowed: Array) -> Array:
         parts = [layouts.factors(inner, data, g)]

@@ -44,51 +44,58 @@ class Backward(NamedTuple):
         factors: Of the sites that are not probed.
         plain: ``[B, ...]`` gradients of the inputs that are differentiated plainly.
         probes: Norms at the probed sites, ``[B, *loops]``.
+        formed: Gradients at sites of ``plan.formed``, ``[*loops, B, *weight]``.
     """
 
     losses: Rows
     factors: dict[Path, Factors]
     plain: dict[int, Array]
     probes: dict[Path, Norms]
+    formed: dict[Path, Array]
 
 
 def first_backward(program: Program, plan: Plan, inputs: Inputs) -> Backward:
     """Run the loss and its gradient, keeping the factors of every site."""
-    probed = plan.probed
-    tapped = [site for path, site in program.sites.items() if path not in probed]
+    probed, formed = plan.probed, plan.formed
+    apart = probed.keys() | formed
+    tapped = [site for path, site in program.sites.items() if path not in apart]
     plain = {leaf: inputs.leaves[leaf] for leaf in program.plain}
     taps = {site.path: jnp.zeros(_looped(site), _dtype_of(site)) for site in tapped}
     zeros = {path: _zero_norms(program.sites[path]) for path in probed}
+    blank = {path: _zero_weight(program.sites[path]) for path in formed}
 
     def loss(
-        extras: tuple[Any, Any, Any], example: Example, key: Key
+        extras: tuple[Any, Any, Any, Any], example: Example, key: Key
     ) -> tuple[Array, Any]:
-        taps, plain, zeros = extras
+        taps, plain, zeros, blank = extras
 
         def visit(site: Site, weight: Array, data: Array, extra: Any) -> tuple:
             out = hooks.apply(site, weight, data)
+            if site.path in formed:
+                return hooks.formed(site, out, data, extra), ()
             if site.path not in probed:
                 return hooks.tap(out, extra), data
             direct = probed[site.path] == "direct"
             return hooks.probe(site, out, data, extra, direct=direct), ()
 
         one = Inputs(_replaced(inputs.leaves, plain), example, key)
-        (value, first), saved = _forward(program, one, visit, taps | zeros)
+        (value, first), saved = _forward(program, one, visit, taps | zeros | blank)
         return value, (first, saved)
 
     # The batch axis stands after the loops, where the loops leave it anyway.
     batch_axes = {site.path: len(site.loops) for site in tapped}
-    nothing = dict.fromkeys(probed, 0)
-    (cotangents, plain, norms), (losses, saved) = jax.vmap(
+    formed_axes = {path: len(program.sites[path].loops) for path in formed}
+    nothing = dict.fromkeys(apart, 0)
+    (cotangents, plain, norms, rows), (losses, saved) = jax.vmap(
         isolated(jax.grad(loss, has_aux=True)),
         in_axes=(None, 0, 0),
-        out_axes=((batch_axes, 0, 0), (0, batch_axes | nothing)),
-    )((taps, plain, zeros), inputs.examples, inputs.keys)
+        out_axes=((batch_axes, 0, 0, formed_axes), (0, batch_axes | nothing)),
+    )((taps, plain, zeros, blank), inputs.examples, inputs.keys)
     factors = {
         site.path: layouts.factors(site, saved[site.path], cotangents[site.path])
         for site in tapped
     }
-    return Backward(losses, factors, plain, norms)
+    return Backward(losses, factors, plain, norms, rows)
 
 
 def second_backward(
@@ -107,13 +114,7 @@ def second_backward(
         return {}
     allowed = {path: norms[path].longest for path in weights}
     examples, weights = jax.lax.optimization_barrier((inputs.examples, dict(weights)))
-    sums = {
-        path: jnp.zeros(
-            program.sites[path].weight_shape,
-            accumulation_dtype(_dtype_of(program.sites[path])),
-        )
-        for path in weights
-    }
+    sums = {path: _zero_weight(program.sites[path]) for path in weights}
 
     def loss(
         sums: Any, weights: Any, allowed: Any, example: Example, key: Key
@@ -201,6 +202,10 @@ def _dtype_of(site: Site) -> Any:
 
 def _looped(site: Site) -> list[int]:
     return [*(loop.length for loop in site.loops), *site.out_shape]
+
+
+def _zero_weight(site: Site) -> Array:
+    return jnp.zeros(site.weight_shape, accumulation_dtype(_dtype_of(site)))
 
 
 def _zero_norms(site: Site) -> Norms:

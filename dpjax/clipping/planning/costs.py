@@ -11,7 +11,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from dpjax.clipping.analysis.uses import Program, Site
 from dpjax.clipping.arithmetic import layouts
 from dpjax.clipping.arithmetic.kernels import FEW_POSITIONS, prefers_turns
-from dpjax.clipping.planning.plan import Method, Plan
+from dpjax.clipping.planning.plan import Method, Plan, is_formed_inside
 from dpjax.clipping.planning.slots import Group
 from dpjax.jaxprs import CALLS, callee, scan_counts
 
@@ -92,6 +92,9 @@ def group_cost(group: Group, method: Method) -> Cost:
     weight, factors = weight_bytes(group), factor_bytes(group)
     h, t, k, n = _group_sizes(group)
     product = 2 * h * t * k * n
+    if method == "keep" and is_formed_inside(group):
+        turns = math.prod(loop.length for loop in group.sites[0].loops)
+        return Cost(product, 3 * factors + 3 * weight, weight, 2 * factors / turns)
     if method == "keep":
         kept = Cost(product, factors + 3 * weight, weight + _kept_bytes(group), 0)
         in_turn = prefers_turns() and t > FEW_POSITIONS

@@ -31,6 +31,15 @@ class Plan:
     probed: Mapping[Path, Method]
     dropped: frozenset[int]
 
+    @property
+    def formed(self) -> frozenset[Path]:
+        """Sites in loops at which gradients that are kept are formed, turn by turn."""
+        return frozenset(
+            group.sites[0].path
+            for group, method in self.methods.items()
+            if method == "keep" and is_formed_inside(group)
+        )
+
 
 Planner = Callable[[Program], Plan]
 
@@ -83,3 +92,15 @@ def can_probe(slot: Slot) -> bool:
         return False
     (site,) = slot.sites
     return site.loops == site.value.loops
+
+
+def is_formed_inside(group: Group) -> bool:
+    """Whether a gradient that is kept is whole after one turn of the loops around it.
+
+    Its factors are then not kept until the loops have ended. (Patches of images are cut one
+    example after the other, and a table is long: these stay outside.)
+    """
+    site = group.sites[0]
+    alone = len(group.sites) == 1 and not group.numbers
+    simple = site.kind in ("dot_general", "copy") and not site.is_number
+    return alone and simple and bool(site.loops) and site.loops == site.value.loops
