@@ -14,6 +14,7 @@ written as for one device, and XLA's partitioner divides the work.
 
 import collections
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -108,6 +109,22 @@ class Layout:
         if self.devices == 1:
             return None
         return jax.tree.map(self._named, self._specs(state, params))
+
+    def bytes_each(self, state: PyTree, params: Params) -> float:
+        """Return how many bytes one device has of a state, or of sums of one replica.
+
+        Args:
+            state: Arrays or their shapes.
+            params: The parameters, or their shapes.
+        """
+
+        def size(leaf: Any, spec: PartitionSpec) -> float:
+            parts = math.prod(self.mesh.shape[axis] for axis in spec if axis)
+            width = 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else 0
+            return leaf.size * (width or leaf.dtype.itemsize) / parts
+
+        sizes = jax.tree.map(size, state, self._specs(state, params))
+        return float(sum(jax.tree.leaves(sizes)))
 
     def put(self, state: PyTree, params: Params) -> PyTree:
         """Place a state that every process holds with the same values."""

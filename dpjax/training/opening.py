@@ -14,7 +14,7 @@ from dpjax.parallel.sharding import Layout
 from dpjax.privacy.fingerprint import combined_fingerprint
 from dpjax.privacy.noise import root_key
 from dpjax.training import config as configs
-from dpjax.training import report, terminal
+from dpjax.training import memory, report, terminal
 from dpjax.training.about import About, about, versions
 from dpjax.training.checkpoint import Checkpoints
 from dpjax.training.experiment import Experiment, build_experiment
@@ -69,6 +69,7 @@ def opened(
         NoiseReuseError: The ledger does not go with the checkpoints.
     """
     shapes = check_parts(experiment)
+    need = memory.checked(config, experiment, shapes)
     mechanism, run = experiment.mechanism, config["run"]
     identity = report.identity(config, mechanism, experiment.data_fingerprint)
     _check_same_everywhere(identity)
@@ -103,7 +104,7 @@ def opened(
             # Before any release, so that its keys cannot be lost and drawn anew.
             saved.save(0, state, metadata=identity, wait=True)
         if processes.is_first():
-            print(_start_block(config, experiment, shapes))
+            print(_start_block(config, experiment, shapes, need))
         facts = about(
             config,
             shapes,
@@ -124,7 +125,10 @@ def plan(config: Mapping[str, Any]) -> str:
     mechanism = experiment.mechanism
     shapes = check_parts(experiment)
     _tell_operator(config, experiment)
-    start = _start_block(config, experiment, shapes)
+    need = memory.checked(config, experiment, shapes)
+    if experiment.layout.devices > 1:
+        need = memory.compiled(config, experiment, shapes)
+    start = _start_block(config, experiment, shapes, need)
     found = experiment.inspection
     card = report.card_of(config, mechanism, mechanism.steps, inspection=found)
     if config["run"]["self_check"]:
@@ -140,13 +144,21 @@ def _tell_operator(config: Mapping[str, Any], experiment: Experiment) -> None:
 
 
 def _start_block(
-    config: Mapping[str, Any], experiment: Experiment, shapes: tuple[Params, Params]
+    config: Mapping[str, Any],
+    experiment: Experiment,
+    shapes: tuple[Params, Params],
+    need: memory.Need,
 ) -> str:
     trained, frozen = (
         sum(leaf.size for leaf in jax.tree.leaves(part)) for part in shapes
     )
-    mechanism = experiment.mechanism
-    return report.start_block(config, mechanism, trained=trained, frozen=frozen)
+    return report.start_block(
+        config,
+        experiment.mechanism,
+        trained=trained,
+        frozen=frozen,
+        memory=memory.told(need, experiment.layout),
+    )
 
 
 def _check_same_everywhere(identity: Mapping[str, Any]) -> None:

@@ -340,9 +340,22 @@ def metric_name(config: Mapping[str, Any]) -> str:
 
 
 def start_block(
-    config: Mapping[str, Any], mechanism: Mechanism, *, trained: int, frozen: int
+    config: Mapping[str, Any],
+    mechanism: Mechanism,
+    *,
+    trained: int,
+    frozen: int,
+    memory: str,
 ) -> str:
-    """Return the plan of a run, before its first step, with numbers of parameters."""
+    """Return the plan of a run, before its first step.
+
+    Args:
+        config: Of the run.
+        mechanism: The plan.
+        trained: How many parameters are trained.
+        frozen: How many are not.
+        memory: What each device holds, in words.
+    """
     sampling = mechanism.sampling
     size = config["compute"]["microbatch_size"]
     engine = config["compute"]["engine"] if mechanism.private else "plain"
@@ -357,6 +370,7 @@ def start_block(
     }
     if "noise_multiplier" in facts(mechanism):
         rows["noise multiplier"] = f"{facts(mechanism)['noise_multiplier']:.4f}"
+    rows["each device"] = memory
     rows["at the end"] = card_of(config, mechanism, mechanism.steps).headline()
     return _block("plan", rows)
 

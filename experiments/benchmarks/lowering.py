@@ -3,20 +3,15 @@
 import time
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import optax
 
 import dpjax
 from dpjax.clipping import Engine
 from dpjax.models.partition import partition
 from dpjax.parallel.sharding import Layout
-from dpjax.privacy.noise import root_key
+from dpjax.training import memory
 from dpjax.training.experiment import Experiment
-from dpjax.training.state import TrainState
-from dpjax.training.step import make_train_step
-from dpjax.transforms import PrivateState, private
-from dpjax.typing import Batch, Loss, Params
+from dpjax.typing import Example, Loss, Params
 
 MECHANISM = dpjax.DpSgd(
     clip_norm=1.0,
@@ -46,8 +41,9 @@ class Lowered(NamedTuple):
 def lowered(
     loss: Loss,
     params: Params,
-    batch: Batch,
+    example: Example,
     *,
+    rows: int,
     layout: Layout,
     engine: Engine,
     train: tuple[str, ...] = (".*",),
@@ -58,13 +54,13 @@ def lowered(
     Args:
         loss: Of one example.
         params: Shapes of all parameters.
-        batch: Shapes of one chunk.
+        example: Shapes of one example.
+        rows: Of a chunk.
         layout: The devices.
         engine: Which sums.
         train: Patterns of the parameters that are trained.
         ends: Whether to compile the end of a step, too.
     """
-    optimizer = optax.adam(1e-3)
     nothing: Any = None
     experiment = Experiment(
         mechanism=MECHANISM,
@@ -75,7 +71,7 @@ def lowered(
         loss=layout.gathering(loss),
         evaluation_loss=loss,
         metric=nothing,
-        optimizer=optimizer,
+        optimizer=optax.adam(1e-3),
         source=nothing,
         held_out=nothing,
         data_fingerprint="",
@@ -84,61 +80,14 @@ def lowered(
     config = {
         "run": {"log_sensitive": False},
         "evaluation": {"ema_decay": 0.0},
-        "compute": {"physical_batch_size": batch.mask.shape[0]},
+        "compute": {"physical_batch_size": rows},
     }
-    transform = private(MECHANISM, optimizer, noise_key=root_key(0))
-    trained, frozen = partition(params, train)
-    step: Any = make_train_step(config, experiment, transform)
-    state = _state(trained, optimizer)
-    state = placed(state, layout.of_state(state, trained))
-    frozen = placed(frozen, layout.of_params(frozen))
-    chunk = placed(batch, layout.by_row)
-    begin = step.begin.lower("gradient", state).compile()
-    sums = placed(begin.out_info, begin.output_shardings)
+    shapes = partition(params, train)
+    step, arguments = memory.lowering(config, experiment, shapes, example)
     start = time.perf_counter()
-    accumulate = step.accumulate.lower("gradient", state, sums, chunk, frozen).compile()
+    chunk = step.accumulate.lower(*arguments).compile()
     seconds = time.perf_counter() - start
-    end = step.finish.lower(state, sums).compile() if ends else None
-    return Lowered(accumulate, end, seconds)
-
-
-def placed(tree: Any, sharding: Any) -> Any:
-    """Give shapes a sharding, or a tree of them; on one device they need none."""
-    if sharding is None:
-        return tree
-    each = sharding
-    if isinstance(sharding, jax.sharding.Sharding):
-        each = jax.tree.map(lambda _: sharding, tree)
-    return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        tree,
-        each,
-    )
-
-
-def _state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    def make() -> Any:
-        key = jax.random.key(0)
-        return {
-            "step": jnp.zeros((), jnp.int32),
-            "keys": jax.random.split(key),
-            "released": jnp.zeros((), jnp.uint32),
-            "key": key,
-            "seed": jnp.zeros(4, jnp.uint32),
-        }
-
-    shapes = jax.eval_shape(make)
-    return TrainState(
-        params=params,
-        private=PrivateState(
-            step=shapes["step"],
-            noise_key=shapes["keys"],
-            released=shapes["released"],
-            mechanism=(),
-            optimizer=jax.eval_shape(optimizer.init, params),
-        ),
-        average=(),
-        loss_key=shapes["key"],
-        init_key=shapes["key"],
-        sampling_seed=shapes["seed"],
+    _, state, sums, *_ = arguments
+    return Lowered(
+        chunk, step.finish.lower(state, sums).compile() if ends else None, seconds
     )

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dpjax.clipping import Engine, bookkeeping, ghost, plain, planned
@@ -20,7 +19,7 @@ from dpjax.models.partition import flatten
 from dpjax.models.peft import lora
 from dpjax.parallel.rules import VOCABULARY
 from dpjax.parallel.sharding import AXES, Layout, make_layout
-from dpjax.typing import Batch, Model, Params
+from dpjax.typing import Model, Params
 from experiments.benchmarks import flops, lowering
 from experiments.benchmarks.collectives import Collective, collectives
 
@@ -121,15 +120,11 @@ def compiled(workload: Workload, layout: Layout, engine: Engine) -> dict[str, An
     examples = layout.row_parts
     example = {"tokens": np.zeros(LENGTH, np.int32)}
     params = jax.eval_shape(workload.model.init, jax.random.key(0), example)
-    batch = Batch(
-        {"tokens": jax.ShapeDtypeStruct((examples, LENGTH), jnp.int32)},
-        jax.ShapeDtypeStruct((examples,), bool),
-        jax.ShapeDtypeStruct((examples,), jnp.int32),
-    )
     made = lowering.lowered(
         causal_lm(workload.model),
         params,
-        batch,
+        example,
+        rows=examples,
         layout=layout,
         engine=engine,
         train=workload.train,

@@ -141,11 +141,11 @@ def programs(name: str, mesh: tuple[int, int], rows: int) -> tuple[Any, Any, Any
         data=mesh[0], fsdp=mesh[1], model=1, rules=((".*", "largest"),)
     )
     params, batch = jax.eval_shape(recipe.arrays)
-    batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch
+    example = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch.examples
     )
     made = lowering.lowered(
-        recipe.loss, params, batch, layout=layout, engine=bookkeeping
+        recipe.loss, params, example, rows=rows, layout=layout, engine=bookkeeping
     )
     return made.chunk, made.end, params
 
