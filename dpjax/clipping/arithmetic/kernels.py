@@ -331,7 +331,8 @@ def weighted_rows(
         # One pass over the rows: masking them first would copy them all.
         each = zip(used, weights, rows, strict=True)
         return _total([jnp.where(u, w * row, 0.0) for u, w, row in each])
-    if jax.default_backend() == "cpu":
+    # What lies on several devices cannot be made flat where it is.
+    if jax.default_backend() == "cpu" and not is_divided():
         # As in weighted_sum, so that a bias shares the weighted outputs of its layer.
         flat = rows.reshape(1, rows.shape[0], 1, -1)
         ones = jnp.ones_like(flat[..., :1])

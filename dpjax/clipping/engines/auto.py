@@ -66,6 +66,7 @@ def planned(*, memory_budget: float | None = None) -> Engine:
             max(1, batch.mask.shape[0] // devices),
             memory_budget=memory_budget or default_budget(),
             or_more=memory_budget is None,
+            sharers=devices,
         )
         at_once = choice.microbatch_size * devices
 

@@ -27,6 +27,7 @@ class Device:
             CPU; infinite where an allocator keeps them.
         round: Seconds that one more microbatch costs at least.
         looped_convolution: Slow-down of a convolution inside a loop.
+        link: Bytes per second from and to devices that share parameters.
     """
 
     flops: float
@@ -34,12 +35,19 @@ class Device:
     fresh: float
     round: float
     looped_convolution: float
+    link: float
 
 
 DEVICES = {
-    "cpu": Device(8e10, 1e10, fresh=1.2e10, round=2e-4, looped_convolution=4.0),
-    "gpu": Device(2e14, 2e12, fresh=math.inf, round=2e-5, looped_convolution=1.0),
-    "tpu": Device(1e14, 1e12, fresh=math.inf, round=2e-5, looped_convolution=1.0),
+    "cpu": Device(
+        8e10, 1e10, fresh=1.2e10, round=2e-4, looped_convolution=4.0, link=1e10
+    ),
+    "gpu": Device(
+        2e14, 2e12, fresh=math.inf, round=2e-5, looped_convolution=1.0, link=2e11
+    ),
+    "tpu": Device(
+        1e14, 1e12, fresh=math.inf, round=2e-5, looped_convolution=1.0, link=1e11
+    ),
 }
 CACHED = 2**26
 """Temporaries up to this many bytes come from memory that was used before."""
@@ -226,6 +234,18 @@ def example_cost(program: Program, plan: Plan) -> Cost:
 def parameter_bytes(program: Program) -> int:
     """Return the bytes of one float32 copy of the parameters."""
     return 4 * sum(math.prod(shape) for shape in program.shapes)
+
+
+def layer_bytes(program: Program) -> float:
+    """Return the bytes of the largest parameter that is used at once.
+
+    Of one that a loop uses in turn, those of a turn.
+    """
+    turns = dict.fromkeys(range(len(program.names)), 1)
+    for site in program.sites.values():
+        for leaf in site.value.leaves:
+            turns[program.slot(leaf)] = math.prod(x.length for x in site.value.loops)
+    return max(4 * math.prod(program.shapes[i]) / n for i, n in turns.items())
 
 
 def constant_bytes(program: Program) -> int:

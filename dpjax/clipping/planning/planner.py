@@ -45,6 +45,7 @@ def choose(
     *,
     memory_budget: float,
     or_more: bool = False,
+    sharers: int = 1,
     on: Device | None = None,
 ) -> Choice:
     """Return the estimated fastest plan whose temporaries fit the budget.
@@ -54,10 +55,12 @@ def choose(
 
     Args:
         program: The analysed loss.
-        examples: Size of the batch; microbatches are of sizes that divide it.
-        memory_budget: Bytes.
+        examples: Size of the batch; microbatches are of sizes that divide it. Of a batch
+            that devices share, that of each.
+        memory_budget: Bytes, of each device.
         or_more: If no plan fits, allow a quarter more than the leanest takes; the leanest
             itself may cost twice the time for a tenth of the memory.
+        sharers: Devices that share a batch and the parameters.
         on: The device; JAX's default one if None.
 
     Raises:
@@ -68,7 +71,7 @@ def choose(
     choices = [
         choice
         for plan in candidates(program, on)
-        for choice in estimates(program, plan, sizes, examples, on)
+        for choice in estimates(program, plan, sizes, examples, on, sharers=sharers)
     ]
     least = min(choice.peak for choice in choices)
     if least > memory_budget:
@@ -118,17 +121,28 @@ def candidates(program: Program, on: Device) -> Iterator[Plan]:
 
 
 def estimates(
-    program: Program, plan: Plan, sizes: Sequence[int], examples: int, on: Device
+    program: Program,
+    plan: Plan,
+    sizes: Sequence[int],
+    examples: int,
+    on: Device,
+    *,
+    sharers: int = 1,
 ) -> Iterator[Choice]:
     """Yield what a plan is expected to cost with so many examples at once."""
     cost = costs.example_cost(program, plan)
     params = costs.parameter_bytes(program)
     # Read anew by the forward and the backward pass of each microbatch.
     reread = 3 * params + 2 * costs.constant_bytes(program)
+    held, moved = 2 * params, 0.0
+    if sharers > 1:
+        # Put together for each pass, a layer at a time; the sum is taken apart.
+        held = 2 * params / sharers + 2 * costs.layer_bytes(program)
+        moved = (5 if plan.probed else 3) * params / on.link
     for size in sizes:
-        peak = size * cost.bytes + cost.single + 2 * params
+        peak = size * cost.bytes + cost.single + held
         looped = size < examples and costs.convolves(program)
         total = examples * cost.seconds(on) * (on.looped_convolution if looped else 1.0)
-        total += examples / size * (reread / on.bandwidth + on.round)
+        total += examples / size * (reread / on.bandwidth + on.round + moved)
         total += max(peak - costs.CACHED, 0.0) / on.fresh
         yield Choice(plan, size, total, peak)
