@@ -1,6 +1,6 @@
 """Measure what clipping costs, against the fastest gradient without privacy.
 
-    python -m experiments.benchmark --suite=clipping|compiling|mechanisms|throughput
+    python -m experiments.benchmark --suite=clipping|compiling|mechanisms|throughput|scale
         --out=FILE.json [--workloads=A,B] [--engines=A,B] [--device=cpu|gpu]
         [--rounds=N] [--plot=FILE.png]
 
@@ -9,6 +9,8 @@
 --suite=mechanisms  steps of DP-SGD, DiceSGD and DIFF2, whole and their clipped sums alone,
                     relative to DP-SGD by the same engine
 --suite=throughput  examples per second of every engine, and the largest batch; GPU only
+--suite=scale       what one of 8 to 256 devices holds, computes and exchanges, of models up
+                    to 8e9 parameters; compiled for virtual CPU devices, never run
 --out=FILE.json   receives the rows and how they were measured
 --workloads=A,B   all that suit the device if not given
 --engines=A,B     all if not given; in clipping, vmap is always measured as the reference
@@ -30,10 +32,11 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments.benchmarks.scaling import DEVICES
 from experiments.shared import options
 
 _OPTIONS = ("suite", "out", "workloads", "engines", "device", "rounds", "plot")
-_SUITES = ("clipping", "compiling", "mechanisms", "throughput")
+_SUITES = ("clipping", "compiling", "mechanisms", "throughput", "scale")
 _PLATFORMS = {"cpu": "cpu", "gpu": "cuda"}
 
 
@@ -56,7 +59,7 @@ def main(argv: list[str]) -> int:
 def _run(plan: Plan, argv: list[str]) -> int:
     from dpjax.parallel.allocator import keep_freed_memory
     from dpjax.training.about import device
-    from experiments.benchmarks import steps, suite, throughput
+    from experiments.benchmarks import scale, scaling, steps, suite, throughput
     from experiments.shared import report, timing
     from experiments.sweeps import sweep
 
@@ -73,6 +76,7 @@ def _run(plan: Plan, argv: list[str]) -> int:
         "compiling": suite.measure_compiling,
         "mechanisms": steps.measure,
         "throughput": throughput.measure,
+        "scale": scale.measure,
     }[plan.suite]
     for name in plan.workloads:
         rows, baseline = measure(name, engines=plan.engines, rounds=plan.rounds)
@@ -81,6 +85,9 @@ def _run(plan: Plan, argv: list[str]) -> int:
         # After each, for a later one may run out of memory or patience.
         sweep.write_json(plan.out, results)
         report.print_table(rows)
+    if plan.suite == "scale":
+        plan.out.with_suffix(".md").write_text(scaling.page(results))
+        print(plan.out.with_suffix(".md"))
     if plan.plot is not None:
         report.draw(results["rows"]).savefig(plan.plot, dpi=150)
         print(plan.plot)
@@ -102,7 +109,20 @@ def _plan(argv: list[str]) -> Plan:
     out = options.file("out", given.get("out"), ".json")
     plot = options.file("plot", given["plot"], ".png") if "plot" in given else None
     device = given.get("device")
-    _prepare_jax(device)
+    if name == "scale" and device not in (None, "cpu"):
+        raise ValueError(
+            f"--device={device}: --suite=scale counts on virtual CPU devices"
+        )
+    _prepare_jax("cpu" if name == "scale" else device)
+    if name == "scale":
+        os.environ["JAX_NUM_CPU_DEVICES"] = str(DEVICES)
+        from experiments.benchmarks import scale
+
+        workloads = options.choices(
+            "workloads", given.get("workloads"), scale.WORKLOADS
+        )
+        engines = options.choices("engines", given.get("engines"), scale.ENGINES)
+        return Plan(name, workloads, engines, rounds, out, plot)
 
     from dpjax.clipping import ENGINES
     from experiments.benchmarks.workloads import GPU_ONLY, WORKLOADS

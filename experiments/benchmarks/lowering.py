@@ -30,11 +30,13 @@ class Lowered(NamedTuple):
     Attributes:
         chunk: ``TrainStep.accumulate``.
         end: ``TrainStep.finish``; None if it was not asked for.
+        sum_bytes: What one device has of a partial sum.
         seconds: Wall time of tracing and compiling ``chunk``.
     """
 
     chunk: Any
     end: Any
+    sum_bytes: float
     seconds: float
 
 
@@ -88,6 +90,6 @@ def lowered(
     chunk = step.accumulate.lower(*arguments).compile()
     seconds = time.perf_counter() - start
     _, state, sums, *_ = arguments
-    return Lowered(
-        chunk, step.finish.lower(state, sums).compile() if ends else None, seconds
-    )
+    end = step.finish.lower(state, sums).compile() if ends else None
+    size = memory.needed(config, experiment, shapes).sums
+    return Lowered(chunk, end, size, seconds)

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from dpjax.clipping import Engine, bookkeeping, ghost, plain, planned
+from dpjax.models.gpt2 import gpt2_small
 from dpjax.models.llama import llama
 from dpjax.models.losses import causal_lm
 from dpjax.models.partition import flatten
@@ -23,8 +24,6 @@ from dpjax.typing import Model, Params
 from experiments.benchmarks import flops, lowering
 from experiments.benchmarks.collectives import Collective, collectives
 
-DEVICES: Final = 64
-"""How many devices there must be."""
 LENGTH: Final = 1024
 """Tokens of an example."""
 BUDGET: Final = 40e9
@@ -37,7 +36,10 @@ ENGINES: Final[dict[str, Engine]] = {
     "auto": planned(memory_budget=BUDGET),
     "auto_lean": planned(),
 }
-LAYOUTS: Final = ((1, 8, 1), (2, 4, 1), (1, 4, 2), (1, 64, 1), (8, 8, 1), (8, 4, 2))
+LAYOUTS: Final = (
+    *((8, 1, 1), (1, 8, 1), (2, 4, 1), (1, 4, 2)),
+    *((1, 64, 1), (8, 8, 1), (8, 4, 2), (32, 8, 1)),
+)
 """Meshes of data x fsdp x model."""
 
 
@@ -65,36 +67,51 @@ def llama_8b_lora() -> Workload:
     return Workload(model, (r".*/lora_[ab]",))
 
 
+def gpt2_124m() -> Workload:
+    """Return GPT-2 small, with its vocabulary padded to what devices can share."""
+    model = gpt2_small(
+        vocab_size=50304, length=LENGTH, dtype="float32", scan=True, remat=True
+    )
+    return Workload(model, (".*",))
+
+
 WORKLOADS: Final[dict[str, Callable[[], Workload]]] = {
+    "gpt2_124m": gpt2_124m,
     "llama_1b": llama_1b,
     "llama_8b": llama_8b,
     "llama_8b_lora": llama_8b_lora,
 }
 
 
-def measure(name: str, *, engines: Sequence[str]) -> list[dict[str, Any]]:
+def measure(
+    name: str, *, engines: Sequence[str], rounds: int
+) -> tuple[list[dict[str, Any]], str]:
     """Compile one workload by each engine on each layout.
 
     Args:
         name: Of the workload.
         engines: Names, of ``ENGINES``; "plain" is compiled in any case.
+        rounds: Not used: each program is compiled once.
 
     Returns:
-        Rows. ``peak_bytes`` is what one device holds at most, arguments and temporaries;
-        ``temporaries`` without the former. Ratios are to the row of "plain".
-        ``collective_bytes`` are those of the results of collectives on one device, in one
-        chunk of one row for each device. ``layer_gathered`` is the largest gathered array
-        over the largest parameter of one layer; ``rows_moved`` bytes of what has an axis of
-        examples, and more than a number for each, and travels between devices that do not
-        share the examples; ``data_reductions`` collectives between replicas in a chunk.
+        Rows, and the name of what they are relative to. ``peak_bytes`` is what one device
+        holds at most, arguments and temporaries; ``temporaries`` without the former. Ratios
+        are to the row of "plain". ``collective_bytes`` are those of the results of
+        collectives on one device, in one chunk of one row for each device.
+        ``layer_gathered`` is the largest gathered array over the largest parameter of one
+        layer; ``rows_moved`` bytes of what has an axis of examples, and more than a number
+        for each, and travels between devices that do not share the examples;
+        ``data_reductions`` collectives between replicas in a chunk.
+        Of "plain" also ``end_bytes``, what the end of a step reads and writes.
     """
+    del rounds
     workload, rows = WORKLOADS[name](), []
     for mesh in LAYOUTS:
         layout = make_layout(
             data=mesh[0], fsdp=mesh[1], model=mesh[2], rules=VOCABULARY
         )
         found = {
-            engine: compiled(workload, layout, ENGINES[engine])
+            engine: compiled(workload, layout, engine)
             for engine in dict.fromkeys(["plain", *engines])
         }
         base = found["plain"]
@@ -104,18 +121,22 @@ def measure(name: str, *, engines: Sequence[str]) -> list[dict[str, Any]]:
                 "layout": "x".join(map(str, mesh)),
                 "engine": engine,
                 "devices": layout.devices,
-                "peak_ratio": row["peak_bytes"] / base["peak_bytes"],
-                "temporaries_ratio": row["temporaries"] / base["temporaries"],
-                "flops_ratio": row["flops"] / base["flops"],
-                "collective_ratio": row["collective_bytes"] / base["collective_bytes"],
+                "peak_ratio": _ratio(row, base, "peak_bytes"),
+                "temporaries_ratio": _ratio(row, base, "temporaries"),
+                "flops_ratio": _ratio(row, base, "flops"),
+                "collective_ratio": _ratio(row, base, "collective_bytes"),
                 **row,
             }
             for engine, row in found.items()
         ]
-    return rows
+    return rows, "plain"
 
 
-def compiled(workload: Workload, layout: Layout, engine: Engine) -> dict[str, Any]:
+def _ratio(row: dict[str, Any], base: dict[str, Any], key: str) -> float | None:
+    return row[key] / base[key] if base[key] else None
+
+
+def compiled(workload: Workload, layout: Layout, engine: str) -> dict[str, Any]:
     """Return what one chunk costs a device: one row for each that shares them."""
     examples = layout.row_parts
     example = {"tokens": np.zeros(LENGTH, np.int32)}
@@ -126,9 +147,9 @@ def compiled(workload: Workload, layout: Layout, engine: Engine) -> dict[str, An
         example,
         rows=examples,
         layout=layout,
-        engine=engine,
+        engine=ENGINES[engine],
         train=workload.train,
-        ends=False,
+        ends=engine == "plain",
     )
     text, memory = made.chunk.as_text(), made.chunk.memory_analysis()
     moved = collectives(text)
@@ -143,6 +164,9 @@ def compiled(workload: Workload, layout: Layout, engine: Engine) -> dict[str, An
         "temporaries": memory.temp_size_in_bytes,
         "flops": flops.count(text),
         "collective_bytes": sum(c.bytes for c in moved),
+        "collectives": sum(c.times for c in moved),
+        "sum_bytes": made.sum_bytes,
+        "end_bytes": made.end and made.end.cost_analysis()["bytes accessed"],
         "layer_gathered": max(gathered, default=0) / largest_layer(params),
         "rows_moved": sum(c.bytes for c in moved if moves_rows(c, layout, examples)),
         "data_reductions": sum("data" in meets(c, layout) for c in moved),

@@ -1,30 +1,17 @@
-"""Count what a training step costs each device, and model it for many accelerators.
-
-    python -m experiments.benchmarks.scaling --out=FILE.json [--workloads=A,B]
-
---out=FILE.json   receives the counts and the model; FILE.md beside it, the page to read
---workloads=A,B   gpt,wrn16_4 if not given; see experiments/benchmarks/workloads.py
-
-The step is the training loop's own, compiled for 1, 2, 4 and 8 virtual CPU devices and not
-run: FLOPs, bytes and collectives are read from the compiled programs. Wall time is not
-measured. Exit status: 0 done, 2 wrong arguments.
-"""
+"""The page on many devices: what was counted, and a model of what it would take."""
 
 import math
-import os
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
-from experiments.shared import options
+from experiments.shared import report
 
-WORKLOADS: Final = ("gpt", "wrn16_4")
-ROWS: Final = 16
-"""Rows of a chunk over all devices (strong scaling)."""
-ROWS_EACH: Final = 2
-"""Rows of a chunk on each device (weak scaling)."""
+DEVICES: Final = 256
+"""How many virtual devices there must be."""
 MODELLED: Final = (8, 64, 512)
+BATCH: Final = 4096
+"""Examples that a batch is expected to have."""
+_MODELLED_ENGINES: Final = ("plain", "auto", "auto_lean")
 
 
 class Accelerator(NamedTuple):
@@ -46,186 +33,67 @@ class Accelerator(NamedTuple):
     latency: float = 10e-6
 
 
-class Plan(NamedTuple):
-    """A run whose cost is modelled: batches expected, and rows of a chunk on a device."""
-
-    batch: int
-    rows: int
+Row = Mapping[str, Any]
 
 
-PLANS: Final = {"gpt": Plan(4096, 16), "wrn16_4": Plan(4096, 16)}
-
-
-def main(argv: list[str]) -> int:
-    """Run the command; return its exit status."""
-    return options.command(argv, __doc__, _asked, lambda asked: _run(argv, *asked))
-
-
-def _asked(argv: list[str]) -> tuple[list[str], Path]:
-    given = options.read(argv, ("out", "workloads"))
-    out = options.file("out", given.get("out"), ".json")
-    return options.choices("workloads", given.get("workloads"), WORKLOADS), out
-
-
-def _run(argv: list[str], names: list[str], out: Path) -> int:
-    os.environ["JAX_NUM_CPU_DEVICES"] = "8"
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    from experiments.shared import timing
-    from experiments.sweeps import sweep
-
-    results: dict[str, Any] = timing.provenance(
-        module="experiments.benchmarks.scaling",
-        argv=argv,
-        packages=("jax", "jaxlib", "dpjax"),
-        device="cpu, virtual devices",
-    )
-    results["counts"] = [
-        count(name, mesh, rows) for name in names for mesh, rows in settings()
-    ]
-    results["assumptions"] = Accelerator()._asdict()
-    results["model"] = [
-        row
-        for name in names
-        for row in modelled([c for c in results["counts"] if c["workload"] == name])
-    ]
-    sweep.write_json(out, results)
-    out.with_suffix(".md").write_text(page(results))
-    print(out.with_suffix(".md"))
-    return 0
-
-
-def settings() -> Iterator[tuple[tuple[int, int], int]]:
-    """Yield each mesh (data, fsdp) and the rows of its chunks."""
-    found = {
-        (mesh, rows): None
-        for devices in (1, 2, 4, 8)
-        for mesh in ((devices, 1), (1, devices))
-        for rows in (ROWS, ROWS_EACH * devices)
-    }
-    yield from found
-
-
-def count(name: str, mesh: tuple[int, int], rows: int) -> dict[str, Any]:
-    """Return what one chunk, and the end of a step, cost each of the devices."""
-    import jax
-
-    chunk, end, params = programs(name, mesh, rows)
-    leaves = jax.tree.leaves(params)
-    size = 4 * sum(leaf.size for leaf in leaves)
-    return {
-        "workload": name,
-        "data": mesh[0],
-        "fsdp": mesh[1],
-        "rows": rows,
-        "params_bytes": size,
-        "chunk": costs(chunk),
-        "end": costs(end),
-    }
-
-
-def programs(name: str, mesh: tuple[int, int], rows: int) -> tuple[Any, Any, Any]:
-    """Compile the loop's ``accumulate`` and ``finish``; nothing is allocated.
-
-    Returns:
-        Both programs, and the shapes of the parameters.
-    """
-    import jax
-
-    from dpjax.clipping import bookkeeping
-    from dpjax.parallel.sharding import make_layout
-    from experiments.benchmarks import lowering
-    from experiments.benchmarks.workloads import WORKLOADS as RECIPES
-
-    recipe = RECIPES[name]()
-    layout = make_layout(
-        data=mesh[0], fsdp=mesh[1], model=1, rules=((".*", "largest"),)
-    )
-    params, batch = jax.eval_shape(recipe.arrays)
-    example = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch.examples
-    )
-    made = lowering.lowered(
-        recipe.loss, params, example, rows=rows, layout=layout, engine=bookkeeping
-    )
-    return made.chunk, made.end, params
-
-
-def costs(program: Any) -> dict[str, Any]:
-    """Return FLOPs, bytes and collectives of one device in a compiled program."""
-    analysis, memory = program.cost_analysis(), program.memory_analysis()
-    return {
-        "flops": analysis["flops"],
-        "bytes_accessed": analysis["bytes accessed"],
-        "arguments": memory.argument_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        "collectives": by_kind(program.as_text()),
-    }
-
-
-def by_kind(text: str) -> dict[str, dict[str, int]]:
-    """Return for each kind of collective how often one runs, and the bytes they yield."""
-    from experiments.benchmarks.collectives import collectives
-
-    found: dict[str, dict[str, int]] = {}
-    for each in collectives(text):
-        entry = found.setdefault(each.kind, {"count": 0, "bytes": 0})
-        entry["count"] += each.times
-        entry["bytes"] += each.bytes
-    return found
-
-
-def modelled(counts: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def modelled(rows: list[dict[str, Any]], on: Accelerator) -> Iterator[dict[str, Any]]:
     """Yield the modelled time of a step for each number of accelerators.
 
-    FLOPs and bytes are those counted on one device, for each row or each parameter.
+    Each node holds one replica, or each accelerator does: counted on a mesh of 1x8x1 and of
+    8x1x1.
     """
-    (one,) = [c for c in counts if c["data"] * c["fsdp"] == 1 and c["rows"] == ROWS]
-    for devices in MODELLED:
-        for fsdp in (1, 8):
-            yield step_model(one, PLANS[one["workload"]], devices, fsdp, Accelerator())
+    for layout, fsdp in (("8x1x1", 1), ("1x8x1", 8)):
+        for row in rows:
+            if row["layout"] != layout or row["engine"] not in _MODELLED_ENGINES:
+                continue
+            plain = _plain(rows, row)
+            for devices in MODELLED:
+                yield step_model(row, plain, devices=devices, fsdp=fsdp, on=on)
 
 
 def step_model(
-    one: dict[str, Any], plan: Plan, devices: int, fsdp: int, on: Accelerator
+    row: Row, plain: Row, *, devices: int, fsdp: int, on: Accelerator
 ) -> dict[str, Any]:
     """Return the modelled seconds of one step, by part.
 
     Args:
-        one: Counts of one device.
-        plan: The batches.
-        devices: Accelerators, of which ``fsdp`` share the parameters.
-        fsdp: At most a node.
+        row: Counts of a chunk with one row on each device.
+        plain: Those without privacy; how a step ends is counted there.
+        devices: Accelerators.
+        fsdp: How many of them share the parameters: at most a node.
         on: The hardware.
     """
-    chunks = expected_chunks(plan.batch, plan.rows * devices)
-    compute = chunks * plan.rows * one["chunk"]["flops"] / one["rows"] / on.flops
-    size = one["params_bytes"]
-    # A ring: all but one part of what is gathered goes over the links of a device.
-    gather = (size * (fsdp - 1) / fsdp / on.fast + on.latency * fsdp) * (fsdp > 1)
-    end = one["end"]["bytes_accessed"] / fsdp / on.memory
+    chunks = expected_chunks(BATCH, devices)
+    hops = on.latency * row["collectives"] * fsdp * (fsdp > 1)
     seconds = {
-        "compute": compute,
-        "gather": chunks * gather,
-        "reduce": reduction(size, devices, on),
-        "end": end,
+        "compute": chunks * row["flops"] / on.flops,
+        "exchange": chunks * (row["collective_bytes"] / on.fast + hops),
+        "reduce": reduction(row["sum_bytes"], devices // fsdp, fsdp, on),
+        "end": plain["end_bytes"] / on.memory,
     }
     total = sum(seconds.values())
-    ideal = plan.batch * one["chunk"]["flops"] / one["rows"] / on.flops / devices
     return {
-        "workload": one["workload"],
+        "workload": row["workload"],
+        "engine": row["engine"],
         "devices": devices,
         "fsdp": fsdp,
         "chunks": chunks,
         "seconds": seconds | {"step": total},
-        "efficiency": ideal / total,
-        "in_each_chunk": ideal / (total + (chunks - 1) * reduction(size, devices, on)),
+        "efficiency": BATCH * plain["flops"] / on.flops / devices / total,
     }
 
 
-def reduction(size: int, devices: int, on: Accelerator) -> float:
-    """Return the seconds of one all-reduce: within nodes, then between them."""
-    within = min(devices, on.node)
-    nodes = devices // within
+def reduction(size: float, replicas: int, fsdp: int, on: Accelerator) -> float:
+    """Return the seconds of one all-reduce over replicas: within nodes, then between them.
+
+    Args:
+        size: Bytes that each device has of a sum.
+        replicas: How many sums there are.
+        fsdp: Devices that share one; those of a node reduce nothing with one another.
+        on: The hardware.
+    """
+    within = min(replicas, on.node // fsdp)
+    nodes = replicas // within
     seconds = 2 * size * (within - 1) / within / on.fast
     seconds += 2 * size / within * (nodes - 1) / nodes / on.slow
     return seconds + on.latency * 2 * (within + math.ceil(math.log2(nodes)) - 1)
@@ -241,106 +109,143 @@ def expected_chunks(batch: float, rows: int) -> float:
     return sum(beyond(chunk * rows) for chunk in range(last))
 
 
-def page(results: dict[str, Any]) -> str:
-    """Return the page to read."""
-    strong, weak = (_count_table(results["counts"], kind) for kind in (True, False))
-    assumed = ", ".join(f"{k} {v:g}" for k, v in results["assumptions"].items())
+def page(results: Mapping[str, Any]) -> str:
+    """Return the page to read, of the results of ``--suite=scale``."""
+    rows, on = results["rows"], Accelerator()
     return _PAGE.format(
         command=results["command"],
         commit=(results["git"]["commit"] or "unknown")[:7],
         versions=", ".join(f"{k} {v}" for k, v in results["versions"].items()),
-        rows=ROWS,
-        each=ROWS_EACH,
-        strong=strong,
-        weak=weak,
-        assumed=assumed,
-        model=_model_table(results["model"]),
+        counts=_counted(rows),
+        strong=_strong(rows),
+        batch=BATCH,
+        assumed=", ".join(f"{k} {v:g}" for k, v in on._asdict().items()),
+        model=_model_table([*modelled(rows, on)]),
     )
 
 
-def _count_table(counts: list[dict[str, Any]], strong: bool) -> str:  # noqa: FBT001
-    lines = [
-        "| workload | data x fsdp | rows of each | chunk: GFLOP | gathered MB | "
-        "end: MFLOP | reduced MB (collectives) | parameters, moments, sum: MB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+def _plain(rows: list[dict[str, Any]], row: Row) -> dict[str, Any]:
+    same = ("workload", "layout")
+    return next(
+        other
+        for other in rows
+        if other["engine"] == "plain" and all(other[k] == row[k] for k in same)
+    )
+
+
+def _counted(rows: list[dict[str, Any]]) -> str:
+    head = [
+        *(
+            "workload",
+            "data x fsdp x model",
+            "engine",
+            "peak GB",
+            "peak",
+            "temporaries",
+        ),
+        *("FLOPs", "collectives", "largest gather / layer", "compile s"),
     ]
-    for c in counts:
-        devices = c["data"] * c["fsdp"]
-        if c["rows"] != (ROWS if strong else ROWS_EACH * devices):
-            continue
-        chunk, end = c["chunk"], c["end"]
-        gathered = sum(v["bytes"] for v in chunk["collectives"].values())
-        reduced = sum(v["bytes"] for v in end["collectives"].values())
-        number = sum(v["count"] for v in end["collectives"].values())
-        lines.append(
-            f"| {c['workload']} | {c['data']}x{c['fsdp']} | {c['rows'] // devices} | "
-            f"{chunk['flops'] / 1e9:.2f} | {gathered / 1e6:.1f} | "
-            f"{end['flops'] / 1e6:.0f} | {reduced / 1e6:.1f} ({number}) | "
-            f"{end['arguments'] / 1e6:.1f} |"
-        )
-    return "\n".join(lines)
+    lines = [
+        [
+            row["workload"],
+            row["layout"],
+            row["engine"],
+            f"{row['peak_bytes'] / 1e9:.2f}",
+            *(
+                _ratio(row[f"{name}_ratio"])
+                for name in ("peak", "temporaries", "flops")
+            ),
+            _ratio(row["collective_ratio"]),
+            f"{row['layer_gathered']:.2f}",
+            f"{row['compile_s']:.1f}",
+        ]
+        for row in rows
+    ]
+    return report.markdown(head, lines)
+
+
+def _strong(rows: list[dict[str, Any]]) -> str:
+    head = ["workload", "layout", "chunks", "TFLOP", "GB exchanged", "GB held"]
+    lines = []
+    for row in rows:
+        if row["engine"] == "auto" and row["layout"][-2:] == "x1":
+            chunks = expected_chunks(BATCH, row["devices"])
+            lines.append(
+                [
+                    row["workload"],
+                    row["layout"],
+                    f"{chunks:.1f}",
+                    f"{chunks * row['flops'] / 1e12:.0f}",
+                    f"{chunks * row['collective_bytes'] / 1e9:.0f}",
+                    f"{(row['peak_bytes'] - row['temporaries']) / 1e9:.2f}",
+                ]
+            )
+    return report.markdown(head, lines)
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _model_table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| workload | accelerators | data x fsdp | chunks | compute ms | gather ms | "
-        "reduce ms | end ms | step ms | efficiency | reduced in each chunk |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    head = [
+        *("workload", "engine", "accelerators", "fsdp", "chunks", "compute s"),
+        *("exchange s", "reduce s", "end s", "step s", "efficiency"),
     ]
-    for row in rows:
-        parts = " | ".join(f"{1e3 * s:.2f}" for s in row["seconds"].values())
-        lines.append(
-            f"| {row['workload']} | {row['devices']} | "
-            f"{row['devices'] // row['fsdp']}x{row['fsdp']} | {row['chunks']:.2f} | "
-            f"{parts} | {row['efficiency']:.0%} | {row['in_each_chunk']:.0%} |"
-        )
-    return "\n".join(lines)
+    lines = [
+        [
+            row["workload"],
+            row["engine"],
+            str(row["devices"]),
+            str(row["fsdp"]),
+            f"{row['chunks']:.1f}",
+            *(f"{seconds:.3f}" for seconds in row["seconds"].values()),
+            f"{row['efficiency']:.0%}",
+        ]
+        for row in rows
+    ]
+    return report.markdown(head, lines)
 
 
 _PAGE: Final = """# What more devices cost
 
     {command}
 
-Commit {commit}; {versions}. Counts are read from the compiled programs of the training loop
-(DP-SGD, Adam, engine bookkeeping, float32) for virtual CPU devices. No time was measured: two
-cores cannot tell how devices scale. Another backend may fuse, and so count, otherwise.
+Commit {commit}; {versions}. Everything is read from the training loop's own programs (DP-SGD,
+Adam, float32, 1024 tokens, one row of a chunk on each device or on each group that shares
+products), compiled for virtual CPU devices and not run: no time was measured, and no model
+was allocated. Another backend may fuse, and so count, otherwise; XLA's CPU compiler has no
+reduce-scatter, so that an all-reduce stands in its place, here and without privacy.
 
-A step is some chunks, each without any communication but the gathering of split parameters
-(fsdp), and one end: the reduction, the noise, the update. Numbers are of one device.
+`peak` is arguments (parameters, moments, sum, batch) and temporaries; ratios are to the same
+program of the gradient without privacy on the same layout. `auto` plans for a device of 80 GB,
+of which it may take half; `auto_lean` for the leanest plan there is. FLOPs count loops as
+often as they turn, collectives by the bytes of their results on one device.
 
-## Strong scaling: {rows} rows in a chunk
+{counts}
+- No gathered array is larger than the largest parameter of a layer, whatever the engine. The
+  gradient without privacy gathers the rows of all devices for the token table, private sums
+  gather none: what has an axis of examples and travels is one number for each.
+- Replicas do not meet within a chunk; a step ends with one reduction over `data`.
+- **One pass, or the memory of none.** With adapters `auto` costs nothing beside training
+  without privacy. Where all parameters are trained there is a choice. One backward pass
+  (`auto` with room, `bookkeeping`) has the FLOPs and collectives of training without privacy,
+  but has to hold, for each row, the gradient or what it is made of until the norm is known: 4
+  bytes times parameters (4.4 GB of 1.1e9) or 4 x 1024 x (inputs + outputs) for each product
+  (31 MB for 2048 x 5632, whose gradient is 46 MB). Two passes (`ghost`, `auto_lean`) hold
+  neither, and gather and compute twice. 1.15 of the peak and 1.10 of the FLOPs at once are not
+  to be had: the second pass alone is three products in four.
+
+## Strong scaling: a batch of {batch} in chunks of one row for each device
 
 {strong}
-
-FLOPs of a chunk fall as rows are shared. With fsdp, noise, update and memory fall too. What is
-reduced is one gradient, whatever the number of devices or chunks, and some scalars.
-
-## Weak scaling: {each} rows on each device
-
-{weak}
-
 ## A model at 8, 64 and 512 accelerators
 
-NOT measured. FLOPs and bytes are those counted on one device; the hardware is assumed:
-{assumed}
-(per second and device; `fast` links are within a node, `slow` ones beyond; latency in seconds
-for each hop). Parameters are gathered and sums reduced along rings, in float32,
-and nothing overlaps. Batches are Poisson, 4096 examples expected, in chunks of 16 rows on
-each device; `chunks` is the expected number, the last of them padded. Efficiency is the time
-that the expected examples would take if only their own FLOPs counted, over the time of the
-step.
+NOT measured. FLOPs and bytes are those counted above; the hardware is assumed: {assumed} (per
+second and device; `fast` links are within a node, `slow` ones beyond; latency in seconds for
+each hop). Nothing overlaps, and gathers are float32: of bfloat16 models weights travel as
+such, half of it. Batches are Poisson, {batch} examples expected; the last chunk is padded.
+Efficiency is the time that their FLOPs without privacy would take, over the time of the step:
+what is below that of `plain` is the price of privacy.
 
-{model}
-
-- The last column is the efficiency if every chunk were reduced, as accumulation under plain
-  `jit` does. Where a step is one or two chunks there is little to gain; with many there is.
-- At 512 accelerators one chunk holds 8192 rows, and most of it is padding: fewer rows on a
-  device, or larger batches, are what helps. That choice changes no privacy.
-- The end is bound by memory, and counted as the CPU backend reads and writes, which fuses
-  little of the noise: on an accelerator it should be several times shorter.
-- Each device keeps one whole partial sum, and one copy of the whole parameters while it works
-  on a chunk: fsdp saves moments, averages and noise, not these.
-"""
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+{model}"""

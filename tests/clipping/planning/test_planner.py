@@ -235,7 +235,7 @@ def test_a_leaner_plan_must_save_twice_what_it_costs(
     program, on = program_of(width=64, positions=64), DEVICES["cpu"]
     fast, lean, *_ = candidates(program, on)
 
-    def estimates(program, plan, sizes, examples, on):
+    def estimates(program, plan, sizes, examples, on, *, sharers):
         if plan is fast:
             yield planner.Choice(plan, 16, 1.0, 1.0)
         elif plan is lean:
