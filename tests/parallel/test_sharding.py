@@ -135,10 +135,9 @@ def known(name):
 
 
 @pytest.mark.parametrize(
-    ("query", "mesh"),
-    [("residual", (8, 1, 1)), ("difference", (2, 4, 1)), ("residual", (2, 2, 2))],
+    ("engine", "query", "mesh"),
+    thinned(itertools.product(ENGINES, ("residual", "difference"), SPLIT), 3),
 )
-@pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine_sums_the_same_on_every_mesh(engine, query, mesh):
     query, batch, (total, residual, count, norms) = known(query)
     _, (statistics,), found = sums_on(
@@ -152,6 +151,23 @@ def test_every_engine_sums_the_same_on_every_mesh(engine, query, mesh):
     np.testing.assert_allclose(reveal(statistics)["norms"], norms, rtol=1e-4)
     assert float(found.seal) == np.float32(SEAL)
     assert float(found.l2_bound) == np.float32(query.clip_norm)
+
+
+@pytest.mark.parametrize(
+    ("engine", "mesh"), thinned(itertools.product(ENGINES, SPLIT), 3)
+)
+def test_one_example_moves_the_sum_by_the_clip_norm_on_every_mesh(engine, mesh):
+    """Gradients that devices would add up before they clip are longer, or clipped too far."""
+    _, _, batch = data()
+    alone = batch._replace(mask=np.arange(len(batch.mask)) == 3)
+    huge = dataclasses.replace(known("residual")[0], clip_norm=0.01, residual=False)
+    norms = known("residual")[2][3]
+    _, (statistics,), found = sums_on(
+        layout_of(mesh), ENGINES[engine], two_layers, huge, [alone]
+    )
+    assert norm(found.total) == pytest.approx(0.01, rel=1e-3)
+    assert norm(found.total) <= 0.01 * (1 + 1e-6)
+    np.testing.assert_allclose(reveal(statistics)["norms"][3], norms[3], rtol=1e-4)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -305,6 +321,16 @@ MECHANISMS = {
 }
 
 
+ENGINE_OF = {
+    "DP-SGD": "ghost",
+    "DiceSGD": "bookkeeping",
+    "DIFF2": "bookkeeping",
+    "adaptive": "auto",
+    "BandMF": "vmap",
+}
+"""Each engine runs on each mesh; all products would show no more."""
+
+
 class Run:
     """Some steps of the real loop's parts on a mesh, with few parameters."""
 
@@ -342,7 +368,7 @@ class Run:
 @functools.cache
 def run_of(mechanism, mesh):
     """Noise of a step without examples, draws, and parameters after three steps."""
-    run = Run(mesh, **MECHANISMS[mechanism])
+    run = Run(mesh, **{"compute.engine": ENGINE_OF[mechanism]} | MECHANISMS[mechanism])
     start = run.params()
     run.state, noise, _ = run.step(run.state, StepBatch(0, ()))
     draws, seen = [], run.batches()
