@@ -20,6 +20,8 @@ from dpjax.typing import Params
 
 FSDP = "fsdp"
 """The axis of the mesh whose devices share rows, and keep a part of each weight."""
+MODEL = "model"
+"""The axis of the mesh whose devices share the products with a weight."""
 
 
 def sharers() -> int:
@@ -27,16 +29,23 @@ def sharers() -> int:
 
     By XLA: what ``jax.shard_map`` divides, the program sees a part of only.
     """
+    return _parts(FSDP)
+
+
+def product_parts() -> int:
+    """Return among how many devices the products with a weight are divided, likewise."""
+    return _parts(MODEL)
+
+
+def _parts(axis: str) -> int:
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    return mesh.shape[FSDP] if kinds.get(FSDP) is AxisType.Auto else 1
+    return mesh.shape[axis] if kinds.get(axis) is AxisType.Auto else 1
 
 
 def is_divided() -> bool:
     """Return whether XLA divides the program that is traced among devices at all."""
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return any(kind is AxisType.Auto and mesh.shape[name] > 1 for name, kind in kinds)
+    return sharers() > 1 or product_parts() > 1
 
 
 def summed_where_rows_are(
@@ -83,7 +92,7 @@ def gathering(
         if not is_divided():
             return function(*args)
         closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
-        specs = [spec if FSDP in spec else None for spec in spec_of(params)]
+        specs = [spec if any(spec) else None for spec in spec_of(params)]
         values = jax.tree.leaves(args)
         specs += [None] * (len(values) - len(specs))
         out = _run(closed, values, specs)

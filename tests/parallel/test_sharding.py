@@ -590,3 +590,56 @@ def test_a_vocabulary_that_cannot_be_split_is_named():
         ValueError, match=r"'token/embedding' of shape \(51, 16\) over mod"
     ):
         layout_of((1, 2, 2), VOCABULARY).of_params(shapes)
+
+
+# --- Tensor parallelism ---------------------------------------------------------------------
+
+
+def columns_and_rows(params, example, key):
+    """A product that is divided by its outputs, and one by its inputs."""
+    hidden = jnp.tanh(example["x"] @ params["up"])
+    return jnp.sum(jnp.square(hidden @ params["down"]))
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("engine", ["bookkeeping", "ghost"])
+def test_norms_of_divided_weights_cost_one_number_of_each_example(engine, scan):
+    rng = np.random.default_rng(0)
+    lead = (3,) if scan else ()
+    params = {
+        "up": jnp.asarray(rng.normal(size=(*lead, 6, 16)), jnp.float32),
+        "down": jnp.asarray(rng.normal(size=(*lead, 16, 6)), jnp.float32),
+    }
+    batch = batch_of({"x": rng.normal(size=(8, 5, 6)).astype(np.float32)})
+
+    def loss(params, example, key):
+        if not scan:
+            return columns_and_rows(params, example, key)
+
+        @jax.checkpoint
+        def layer(x, weights):
+            return x + jnp.tanh(x @ weights["up"]) @ weights["down"], None
+
+        return jnp.sum(jnp.square(jax.lax.scan(layer, example["x"], params)[0]))
+
+    rules = (("up", None, -1), ("down", None, -2))
+    layout = layout_of((2, 1, 4), rules)
+    query = Query((params,), clip_norm=0.1)
+
+    def add(query, batch):
+        total, statistics = ENGINES[engine](layout.gathering(loss), query, batch, KEY)
+        return total.stacked(1), statistics
+
+    placed = dataclasses.replace(query, points=(layout.put(params, params),))
+    program = jax.jit(layout.on_each(add))
+    lowered = program.lower(placed, layout.place(batch, 8)).compile()
+    sums, statistics = lowered(placed, layout.place(batch, 8))
+    total, _, _, norms = reference(loss, query, batch, KEY)
+    assert_close(sums.merged().total, total, rtol=1e-5, scale=norm(total))
+    np.testing.assert_allclose(reveal(statistics)["norms"], norms, rtol=1e-4)
+    # Activations travel, [4, 5, 6] of a replica, as in any training; no Gram matrix does.
+    # (Of stacked factors, which are seen for all layers at once, they do.)
+    moved = {s for c in collectives(lowered.as_text()) for s in c.shapes}
+    grams = {s for s in moved if s[-2:] == (5, 5)}
+    assert not grams or (scan and engine == "bookkeeping")
+    assert any(s[-2:] == (5, 6) for s in moved)

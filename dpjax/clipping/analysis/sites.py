@@ -37,6 +37,8 @@ class Site:
         loops: All loops around it, outermost first. The data and the gradient of the
             output have one leading axis for each.
         piece: Which part of the weight it is, if the weight is put together.
+        blocks: Among how many devices the products with the weight are divided, along the
+            axis that ``value.divided`` says; 1 if they are not, or if lookups see it, too.
     """
 
     path: Path
@@ -45,6 +47,7 @@ class Site:
     value: ParamValue
     loops: tuple[Loop, ...]
     piece: Piece | None = None
+    blocks: int = 1
 
     @property
     def kind(self) -> str:

@@ -46,6 +46,7 @@ from dpjax.clipping.analysis.values import (
 )
 from dpjax.clipping.query import Query
 from dpjax.jaxprs import CALLS, bind, callee, scan_counts
+from dpjax.parallel.gathering import product_parts
 from dpjax.privacy.sensitive import accumulation_dtype
 from dpjax.typing import Batch, Key, Loss, Params
 
@@ -170,6 +171,7 @@ def analyse(loss: Loss, query: Query, batch: Batch, key: Key) -> Program:
         record = walked(frozenset(parts))
     _drop_sites_of_plain_leaves(record)
     _complete(closed, len(params), record)
+    _divide(record)
     return Program(
         closed=closed,
         names=names,
@@ -195,6 +197,19 @@ def _complete(closed: ClosedJaxpr, num_params: int, record: _Record) -> None:
             return
         record.plain |= dict.fromkeys(missing, "reaches the loss by a way of its own")
         _drop_sites_of_plain_leaves(record)
+
+
+def _divide(record: _Record) -> None:
+    """Note at which products devices share a weight that nothing but products sees."""
+    parts = product_parts()
+    if parts == 1:
+        return
+    others = [s.value for s in record.sites.values() if s.kind != "dot_general"]
+    others += [s.value for s in record.sites.values() if s.value.divided is None]
+    seen = _leaves(*others)
+    for path, site in record.sites.items():
+        if not site.value.leaves & seen:
+            record.sites[path] = dataclasses.replace(site, blocks=parts)
 
 
 def _drop_sites_of_plain_leaves(record: _Record) -> None:

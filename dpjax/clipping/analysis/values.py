@@ -19,6 +19,7 @@ from jaxtyping import Array
 
 from dpjax.clipping.analysis.tracing import narrow
 from dpjax.jaxprs import bind
+from dpjax.parallel.gathering import MODEL
 
 Path = tuple[int, ...]
 """Where an equation stands: its index at each level of nesting."""
@@ -54,6 +55,7 @@ class ParamValue:
         known: Whether it depends on no input of the loss at all.
         pieces: Views that it is put together from, side by side on one axis.
         narrow: Whether it is made from the parameters in less than float32 somewhere.
+        divided: Of a view that devices share along an axis: its stride, and its size.
         linear: Whether its gradient goes back to the parameters linearly: a backward pass of
             the loss's own (``own_backward``) need not.
     """
@@ -66,6 +68,7 @@ class ParamValue:
     known: bool = False
     pieces: tuple["Piece", ...] = ()
     narrow: bool = False
+    divided: tuple[int, int] | None = None
     linear: bool = True
 
 
@@ -185,10 +188,22 @@ def derive(eqn: JaxprEqn, inputs: Sequence[ParamValue]) -> list[ParamValue]:
             known=known,
             pieces=pieces,
             narrow=below,
+            divided=None if view is None else _divided(eqn, inputs[0]),
             linear=linear,
         )
         for i, view in enumerate(views)
     ]
+
+
+def _divided(eqn: JaxprEqn, source: ParamValue) -> tuple[int, int] | None:
+    """Return along which axis of a view devices share products, by its stride and size."""
+    if eqn.primitive.name != "sharding_constraint" or source.view is None:
+        return source.divided
+    spec = getattr(eqn.params["sharding"], "spec", ())
+    if MODEL not in spec:
+        return None
+    axis = len(source.loops) + spec.index(MODEL)
+    return source.view.strides[axis], source.view.shape[axis]
 
 
 def _pieces(eqn: JaxprEqn, inputs: Sequence[ParamValue]) -> tuple[Piece, ...]:

@@ -81,13 +81,67 @@ def _factors(site: Site, data: Array, cotangent: Array) -> Factors:
     right = grouped(cotangent, *axes.out)
     if site.kind == "gather":
         return _lookup(site, left, right)
+    side = _divided_side(site)
+    if side is None:
+        return Dense((left,), right)
+    blocks = (site.blocks, 1) if side == "k" else (1, site.blocks)
+    left, right = (
+        _in_blocks(x, n, site.blocks)
+        for x, n in zip((left, right), blocks, strict=True)
+    )
     return Dense((left,), right)
+
+
+def _divided_side(site: Site) -> str | None:
+    """Return whether "k" or "n" is divided among devices, and so in blocks; None if none.
+
+    Blocks are weights of their own, with a norm each: what devices have to exchange for
+    the norm of an example is then one number of each. (Where all layers are seen at once,
+    they are first of all layers.)
+    """
+    if site.blocks == 1 or site.kind != "dot_general" or site.loops:
+        return None
+    view = site.value.view
+    assert view is not None
+    # Loops are the first axes of the view, also of a site that is seen without them.
+    lead = view.ndim - len(shape_of(site.eqn.invars[site.side]))
+    for side, axes in zip("kn", _axes(site).weight[1:], strict=True):
+        # Blocks are contiguous in the merged axes if the divided one is the first.
+        first = lead + axes[0] if axes else None
+        if first is not None and (
+            (view.strides[first], view.shape[first]) == site.value.divided
+        ):
+            return side if view.shape[first] % site.blocks == 0 else None
+    return None
+
+
+def _in_blocks(array: Array, split: int, blocks: int) -> Float[Array, "H B T C"]:
+    """Divide the last axis, if ``split`` is not 1, and put the blocks before H."""
+    h, b, t, c = array.shape
+    parts = array.reshape(h, b, t, split, c // split)
+    moved = jnp.moveaxis(parts, 3, 0)
+    shape = (blocks, h, b, t, c // split)
+    return jnp.broadcast_to(moved, shape).reshape(blocks * h, b, t, c // split)
+
+
+def _joined_blocks(site: Site, gradient: Float[Array, "... H K N"]) -> Array:
+    """Undo ``_in_blocks`` in a gradient."""
+    side = _divided_side(site)
+    if side is None:
+        return gradient
+    *lead, h, k, n = gradient.shape
+    parts = gradient.reshape(*lead, site.blocks, h // site.blocks, k, n)
+    axis = len(lead)
+    moved = jnp.moveaxis(parts, axis, axis + (1 if side == "k" else 2))
+    k, n = (k * site.blocks, n) if side == "k" else (k, n * site.blocks)
+    return moved.reshape(*lead, h // site.blocks, k, n)
 
 
 def weight_gradient(
     site: Site, gradient: Float[Array, "... H K N"]
 ) -> Float[Array, "..."]:
     """Return a gradient of factors as one of the weight, ``[..., *site.weight_shape]``."""
+    gradient = _joined_blocks(site, gradient)
     lead = gradient.shape[:-3]
     loops = len(site.value.loops)
     shape = site.weight_shape[loops:]
