@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, jaxprs_in_params
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxprs_in_params
 from jax.sharding import AxisType, PartitionSpec
 
 from dpjax.jaxprs import CALLS, bind, callee, scan_counts
@@ -85,6 +85,9 @@ def gathering(
     Args:
         function: Of parameters and other trees, such as a loss of one example.
         spec_of: How each leaf of the parameters is split.
+
+    Raises:
+        ValueError: See ``check_divisible``; by what is returned, where it is divided.
     """
 
     def gathered(params: Params, *others: Any) -> Any:
@@ -92,6 +95,7 @@ def gathering(
         if not is_divided():
             return function(*args)
         closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
+        check_divisible(closed.jaxpr)
         specs = [spec if any(spec) else None for spec in spec_of(params)]
         values = jax.tree.leaves(args)
         specs += [None] * (len(values) - len(specs))
@@ -99,6 +103,22 @@ def gathering(
         return jax.tree.unflatten(jax.tree.structure(shape), out)
 
     return gathered
+
+
+def check_divisible(jaxpr: Jaxpr) -> None:
+    """Raise ValueError if XLA's partitioner would divide a loss of one example wrongly.
+
+    Of a convolution it returns wrong gradients for all examples but those of the first
+    device, without a word: see tests/parallel/test_gathering.py.
+    """
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "conv_general_dilated":
+            raise ValueError(
+                "fsdp and model must be 1 for a loss with convolutions, whose gradients XLA "
+                "does not divide rightly; data=None takes all devices"
+            )
+        for inner in jaxprs_in_params(eqn.params):
+            check_divisible(inner)
 
 
 def _run(
@@ -141,12 +161,24 @@ def _equation(
     values: list[Any],
     specs: list[PartitionSpec | None],
 ) -> list[Any]:
-    if any(spec is not None for spec in specs) or _picks_inside(eqn):
+    indexes = _indexes_inside(eqn)
+    if any(spec is not None for spec in specs) or indexes:
         if eqn.primitive.name == "scan":
             return _scan(eqn, values, specs)
         if eqn.primitive.name in CALLS:
             return _call(eqn, values, specs)
-    return bind(eqn, [*map(_whole, values, specs)])
+    if indexes and product_parts() > 1:
+        # XLA's partitioner aborts the process where an axis that is indexed is split (in a
+        # program that is written for one of several replicas). Inside of a loop that ends
+        # by a condition, a branch or a derivative of one's own nothing may be split at all.
+        return [*map(_undivided, bind(eqn, [*map(_undivided, values)]))]
+    values = [*map(_whole, values, specs)]
+    if _indexes(eqn) and product_parts() > 1:
+        values = [
+            _undivided(value) if spec is None else value
+            for value, spec in zip(values, specs, strict=True)
+        ]
+    return bind(eqn, values)
 
 
 def _call(
@@ -202,17 +234,39 @@ def _whole(value: Any, spec: PartitionSpec | None) -> Any:
     return jax.lax.with_sharding_constraint(value, PartitionSpec(*rest))
 
 
+def _undivided(value: Any) -> Any:
+    """Constrain an array not to be split; rows, which ``vmap`` adds later, may be."""
+    if not jnp.ndim(value) or not jnp.issubdtype(value.dtype, np.number):
+        return value
+    return jax.lax.with_sharding_constraint(value, PartitionSpec(*[None] * value.ndim))
+
+
+def _indexes(eqn: JaxprEqn) -> bool:
+    """Whether an equation, its batched form or its derivative is a gather or scatter."""
+    name = eqn.primitive.name
+    return name in _INDEXING or name.startswith("scatter")
+
+
+_INDEXING = {"gather", "dynamic_slice", "dynamic_update_slice", "sort", "top_k"}
+
+
+def _indexes_inside(eqn: JaxprEqn) -> bool:
+    inner = [e for jaxpr in jaxprs_in_params(eqn.params) for e in jaxpr.eqns]
+    return any(_indexes(e) or _indexes_inside(e) for e in inner)
+
+
 def _picks(eqn: JaxprEqn) -> bool:
-    """Whether an equation takes one entry along one axis, as cross-entropies do."""
+    """Whether an equation takes one number along one axis, as cross-entropies do."""
     if eqn.primitive.name != "gather" or any(n != 1 for n in eqn.params["slice_sizes"]):
         return False
     how = eqn.params["dimension_numbers"]
-    return len(how.start_index_map) == 1 and not how.offset_dims
-
-
-def _picks_inside(eqn: JaxprEqn) -> bool:
-    inner = [e for jaxpr in jaxprs_in_params(eqn.params) for e in jaxpr.eqns]
-    return any(_picks(e) or _picks_inside(e) for e in inner)
+    operand: Any = eqn.invars[0].aval
+    return (
+        how.start_index_map == how.collapsed_slice_dims
+        and len(how.start_index_map) == 1
+        and not how.offset_dims
+        and jnp.issubdtype(operand.dtype, jnp.inexact)
+    )
 
 
 def _picked(eqn: JaxprEqn, operand: jax.Array, starts: jax.Array) -> jax.Array:
@@ -225,6 +279,8 @@ def _picked(eqn: JaxprEqn, operand: jax.Array, starts: jax.Array) -> jax.Array:
     (axis,) = how.start_index_map
     size = operand.shape[axis]
     places = starts[..., 0]
+    if size > jnp.iinfo(places.dtype).max:  # Bytes, say, among 300 classes.
+        places = places.astype(jnp.int32)
     # [indices..., size]: axes that the operand has no share in are repeated.
     shared = how.operand_batching_dims
     where = how.start_indices_batching_dims
@@ -240,10 +296,7 @@ def _picked(eqn: JaxprEqn, operand: jax.Array, starts: jax.Array) -> jax.Array:
     found = jnp.sum(jnp.where(chosen, rows, 0), axis=-1, dtype=operand.dtype)
     if not fill:
         return found
-    nothing = eqn.params["fill_value"]
-    if nothing is None:
-        nothing = jnp.nan if jnp.issubdtype(operand.dtype, jnp.inexact) else 0
-    return jnp.where(known, found, nothing)
+    return jnp.where(known, found, eqn.params["fill_value"])
 
 
 def _narrows(eqn: JaxprEqn) -> bool:

@@ -11,6 +11,7 @@ from jax.interpreters import partial_eval
 from dpjax.checks import check_accounted
 from dpjax.models.partition import flatten, partition
 from dpjax.optimizers import evaluation_params, owning
+from dpjax.parallel.gathering import check_divisible
 from dpjax.training import config as configs
 from dpjax.training.experiment import Experiment
 from dpjax.typing import Example, Key, Model, Params, Source
@@ -26,8 +27,9 @@ def check_parts(experiment: Experiment) -> tuple[Params, Params]:
         ConfigError: Loss or metric does not fit the model and the data, that for training
             or that for evaluation; the model is evaluated with dropout; the optimizer needs
             more than released gradients; the mechanism releases what it does not account; the
-        parameters have no names to be exported by,
-            cannot be split as the mesh asks, or no part of them can be trained as asked.
+            parameters have no names to be exported by,
+            cannot be split as the mesh asks, or no part of them can be trained as asked; the
+            loss cannot be divided among devices.
     """
     try:
         check_accounted(experiment.mechanism)
@@ -58,6 +60,12 @@ def check_parts(experiment: Experiment) -> tuple[Params, Params]:
         experiment.layout.of_params(params)
     except ValueError as error:
         raise configs.ConfigError(f"config.mesh.rules: {error}") from error
+    if experiment.layout.split:
+        traced = jax.make_jaxpr(experiment.loss)(params, blank, key)
+        try:
+            check_divisible(traced.jaxpr)
+        except ValueError as error:
+            raise configs.ConfigError(f"config.mesh: {error}") from error
     try:
         trained, frozen = jax.eval_shape(lambda key: starts(experiment, key), key)
     except ValueError as error:
