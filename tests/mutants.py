@@ -30,9 +30,13 @@ TRAIN = "dpjax.training.train"
 TRANSFORMS = "dpjax.transforms"
 EXECUTE = "dpjax.clipping.execution.execute"
 FACTORS = "dpjax.clipping.arithmetic.factors"
+GATHERING = "dpjax.parallel.gathering"
+HOOKS = "dpjax.clipping.execution.hooks"
 ISOLATION = "dpjax.clipping.execution.isolation"
 KERNELS = "dpjax.clipping.arithmetic.kernels"
 KEYS = "dpjax.clipping.execution.keys"
+LAYERED = "dpjax.clipping.execution.layered"
+LAYOUTS = "dpjax.clipping.arithmetic.layouts"
 MICROBATCHED = "dpjax.clipping.engines.microbatched"
 ROUNDING = "dpjax.clipping.arithmetic.rounding"
 USES = "dpjax.clipping.analysis.uses"
@@ -1007,8 +1011,80 @@ MUTANTS = [
     ),
     Mutant(
         SHARDING,
-        "            in_specs=(_WHOLE, _ROWS),",
+        '            in_specs=(_WHOLE, PartitionSpec("data")),',
         "            in_specs=(_WHOLE, _WHOLE),",
         "parallel/test_sharding.py::test_each_example_is_in_the_sum_exactly_once",
+    ),
+    # Layouts: parts of sums and of norms, on devices that share rows or products.
+    Mutant(
+        GATHERING,
+        "lambda local: jax.lax.psum(function(local), FSDP)",
+        "lambda local: jax.lax.pmean(function(local), FSDP)",
+        "parallel/test_sharding.py::test_every_engine_sums_the_same_on_every_mesh",
+    ),
+    Mutant(
+        GATHERING,
+        "lambda local: jax.lax.psum(function(local), FSDP)",
+        "lambda local: function(local)",
+        "parallel/test_sharding.py::test_every_engine_sums_the_same_on_every_mesh",
+    ),
+    Mutant(
+        SHARDING,
+        '            axis_names={"data"} if self.split else {*AXES},',
+        "            axis_names={*AXES},",
+        "parallel/test_sharding.py::"
+        "test_a_step_reduces_over_replicas_once_and_moves_no_examples",
+    ),
+    Mutant(
+        STEP,
+        "sums = query(phase, state).empty().stacked(layout.replicas)",
+        "sums = query(phase, state).empty().stacked(layout.row_parts)",
+        "parallel/test_sharding.py::test_every_mesh_trains_the_same_parameters",
+    ),
+    Mutant(
+        LAYERED,
+        "    squares, slack = (jnp.sum(x, axis=0) for x in each)",
+        "    squares, slack = (jnp.max(x, axis=0) for x in each)",
+        "clipping/execution/test_layered.py",
+    ),
+    Mutant(
+        LAYERED,
+        "lambda turn: kernels.weighted_rows(turn, weights), _turns(rows, loops)",
+        "lambda turn: turn.sum(axis=0), _turns(rows, loops)",
+        "clipping/execution/test_layered.py",
+    ),
+    Mutant(
+        HOOKS,
+        "return g, None, layouts.weight_gradient(inner, kernels.gradients(parts))[0]",
+        "return g, None, 0.9 * layouts.weight_gradient("
+        "inner, kernels.gradients(parts))[0]",
+        "clipping/execution/test_layered.py",
+    ),
+    Mutant(
+        LAYOUTS,
+        '    moved = jnp.moveaxis(parts, axis, axis + (1 if side == "k" else 2))',
+        "    moved = jnp.moveaxis(parts, axis, axis + 1)",
+        "parallel/test_sharding.py::"
+        "test_norms_of_divided_weights_cost_one_number_of_each_example",
+    ),
+    Mutant(
+        LAYOUTS,
+        '    blocks = (site.blocks, 1) if side == "k" else (1, site.blocks)',
+        '    blocks = (1, site.blocks) if side == "k" else (site.blocks, 1)',
+        "parallel/test_sharding.py::"
+        "test_norms_of_divided_weights_cost_one_number_of_each_example",
+    ),
+    Mutant(
+        "dpjax.training.memory",
+        "    if need.total <= limit:\n        return need",
+        "    if True:\n        return need",
+        "training/test_memory.py",
+    ),
+    Mutant(
+        ROUNDING,
+        "        return rest, shape[-1] + entries // max(shape[-1], 1)",
+        "        return rest, 1",
+        "parallel/test_sharding.py::"
+        "test_norms_of_rows_on_several_devices_are_never_too_small",
     ),
 ]

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 
 from dpjax.checks import check_rows
 from dpjax.clipping import Query, auto, bookkeeping, ghost, microbatched, vmap
+from dpjax.clipping.arithmetic.rounding import row_norms
 from dpjax.data.batches import StepBatch, batches
 from dpjax.models.gpt2 import gpt2
 from dpjax.models.llama import llama
@@ -643,3 +644,23 @@ def test_norms_of_divided_weights_cost_one_number_of_each_example(engine, scan):
     grams = {s for s in moved if s[-2:] == (5, 5)}
     assert not grams or (scan and engine == "bookkeeping")
     assert any(s[-2:] == (5, 6) for s in moved)
+
+
+def test_norms_of_rows_on_several_devices_are_never_too_small():
+    """Small entries that are lost beside large ones: norms have to allow for them."""
+    rows = np.full((8, 40, 3000), 2e-4, np.float32)
+    rows[:, :, ::1500] = 1.0
+    layout = layout_of((1, 2, 2), BOTH)
+
+    def measured(_, rows):
+        return row_norms(jax.lax.with_sharding_constraint(rows, SPLIT_ROWS))
+
+    found = jax.jit(layout.on_each(measured))((), rows)
+    true = np.square(rows.astype(np.float64)).sum(axis=(1, 2))
+    squares = np.asarray(found.squares, np.float64)
+    assert (squares != true).any()
+    assert (squares + found.slack >= true).all()
+    assert (np.abs(squares - true) <= found.slack).all()
+
+
+SPLIT_ROWS = PartitionSpec("fsdp", None, "model")
