@@ -192,6 +192,21 @@ class Layout:
 
         return jax.tree.map(spread, batch)
 
+    def to_each(self, batch: Batch) -> Batch:
+        """Give every replica all rows of a batch, which every process holds."""
+        if self.devices == 1:
+            return batch
+        where = self._named(PartitionSpec("data"))
+        assert where is not None
+
+        def repeated(rows: np.ndarray) -> jax.Array:
+            all_rows = np.concatenate([rows] * self.replicas)
+            return jax.make_array_from_callback(
+                all_rows.shape, where, lambda index: all_rows[index]
+            )
+
+        return jax.tree.map(repeated, batch)
+
     def on_each(self, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         """Return ``function(shared, split)`` as run by each replica, without communication.
 

@@ -88,7 +88,7 @@ def build_experiment(config: Mapping[str, Any]) -> Experiment:
     return Experiment(
         mechanism=mechanism,
         layout=layout,
-        engine=_engine(config["compute"], mechanism),
+        engine=_engine(config["compute"], mechanism, layout),
         model=model,
         train=tuple(config["parameters"]["train"]),
         loss=layout.gathering(
@@ -199,9 +199,11 @@ def _check_held_out(
         )
 
 
-def _engine(compute: Mapping[str, Any], mechanism: Mechanism) -> Engine:
+def _engine(compute: Mapping[str, Any], mechanism: Mechanism, layout: Layout) -> Engine:
     # Without privacy the fair baseline is one ordinary gradient, whatever the engine.
     size = compute["microbatch_size"]
+    if size is not None:  # Of each device; an engine sees the rows of a replica.
+        size *= layout.row_parts // layout.replicas
     if not mechanism.private:
         return resolve_engine(plain, microbatch_size=size)
     if isinstance(mechanism, DpZero) and compute["memory_budget"] is not None:

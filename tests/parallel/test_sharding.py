@@ -451,6 +451,25 @@ def meets(collective, layout):
     return found
 
 
+def test_microbatches_are_of_so_many_rows_on_each_device():
+    run = Run((2, 4, 1), **{"compute.microbatch_size": 2, "compute.engine": "auto"})
+    sums = run.step.begin("gradient", run.state)
+    chunk = run.step.place(next(run.batches()).chunks[0])
+    text = run.step.accumulate.lower("gradient", run.state, sums, chunk).as_text()
+    # 64 rows: 8 on each device, in 4 microbatches of 8 rows of a replica.
+    assert "tensor<4x8x8x8x1xf32>" in text
+    alone = Run(ALONE)
+    whole, _ = alone.step.accumulate(
+        "gradient",
+        alone.state,
+        alone.step.begin("gradient", alone.state),
+        next(alone.batches()).chunks[0],
+    )
+    found, _ = run.step.accumulate("gradient", run.state, sums, chunk)
+    total = whole.merged().total
+    assert_close(found.merged().total, total, rtol=1e-5, scale=norm(total))
+
+
 def test_each_device_draws_noise_for_its_own_part_only():
     run = run_of("DP-SGD", (2, 4, 1))[-1]
     sums = run.step.begin("gradient", run.state)

@@ -47,10 +47,12 @@ def verify(
             lambda step, index=index: np.array([index]),
             steps=range(1),
             physical_batch_size=size,
-            rows=experiment.layout.rows(size),
             prefetch=0,
         )
-        ((chunk,),) = (batch.chunks for batch in stream)
+        # Every process reads this one example; all other rows are padding.
+        ((whole,),) = (batch.chunks for batch in stream)
+        rows = experiment.layout.rows(size)
+        chunk = whole if rows is None else jax.tree.map(lambda x, r=rows: x[r], whole)
         sums, _ = train_step.accumulate(
             phase,
             state,
@@ -58,7 +60,7 @@ def verify(
             train_step.place(chunk),
             train_step.frozen,
         )
-        alone = jax.tree.map(lambda x: x[:1], chunk)._replace(mask=np.ones(1, bool))
+        alone = jax.tree.map(lambda x: x[:1], whole)
         _compare(experiment, phase, state, train_step.frozen, alone, sums)
 
 
@@ -71,23 +73,26 @@ def _compare(
     sums: ClippedSum,
 ) -> None:
     mechanism, loss = experiment.mechanism, experiment.loss
+    layout = experiment.layout
 
     def query(state: Any) -> Any:
         return mechanism.query(phase, state.params, state.private.mechanism)
 
+    def reference(shared: tuple[Any, Params, Any], alone: Batch) -> ClippedSum:
+        asked, frozen, key = shared
+        clipped, _ = vmap(with_frozen(loss, frozen), asked, alone, key)
+        return layout.keep_sums(clipped.stacked(1), asked.points[0], lead=None)
+
     @jax.jit
     def norms(state: Any, frozen: Params, alone: Batch, sums: ClippedSum) -> Any:
         key = jax.random.fold_in(state.loss_key, state.private.step)
-        truth, _ = vmap(with_frozen(loss, frozen), query(state), alone, key)
-        ours = sums.merged()
-        apart = jax.tree.map(jnp.subtract, ours.total, truth.total)
-        return (
-            jax.tree.map(jnp.linalg.norm, jax.tree.map(jnp.ravel, apart)),
-            jax.tree.map(jnp.linalg.norm, jax.tree.map(jnp.ravel, truth.total)),
-            truth.l2_bound,
-        )
+        # Each replica has the same example.
+        truth = layout.on_each(reference)((query(state), frozen, key), alone).merged()
+        true = jax.tree.map(lambda x: x / layout.replicas, truth.total)
+        apart = jax.tree.map(jnp.subtract, sums.merged().total, true)
+        return _lengths(apart), _lengths(true), truth.l2_bound
 
-    apart, true, bound = norms(state, frozen, alone, sums)
+    apart, true, bound = norms(state, frozen, layout.to_each(alone), sums)
     whole = optax.tree.norm(true)
     if query(state).slope is not None:
         whole = whole + 10 * bound  # a difference of losses, each of which is rounded
@@ -107,3 +112,8 @@ def _compare(
                 "with it; use config.compute.engine='vmap' and report the loss "
                 "(config.run.verify=False skips this check)"
             )
+
+
+def _lengths(tree: Params) -> Params:
+    # Not by ravel, which would gather what is split over devices.
+    return jax.tree.map(lambda x: jnp.sqrt(jnp.sum(jnp.square(x))), tree)

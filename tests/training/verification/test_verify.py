@@ -52,6 +52,12 @@ def test_a_wrong_gradient_stops_the_run_and_the_parameter_is_named(
     assert not any(digit in str(error.value) for digit in "0123456789")
 
 
+def test_a_wrong_gradient_stops_a_run_whose_parameters_are_split(tmp_path, monkeypatch):
+    wrong, mesh = scaled(0.0, part="head/bias"), {"mesh.data": 2, "mesh.fsdp": 4}
+    with pytest.raises(SelfCheckError, match="parameter 'head/bias'"):
+        start(tmp_path, monkeypatch, wrong, **mesh)
+
+
 def test_a_wrong_norm_stops_the_run(tmp_path, monkeypatch):
     with pytest.raises(SelfCheckError, match="is not that of per-example gradients"):
         start(tmp_path, monkeypatch, too_long, **{"mechanism.clip_norm": 1e-2})
@@ -63,11 +69,12 @@ def test_only_the_key_lets_a_wrong_engine_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "devices"),
-    thinned([("auto", 2), ("auto", 1), ("ghost", 1), ("ghost", 2)], 2),
+    ("name", "data", "fsdp"),
+    thinned([("auto", 2, 1), ("auto", 1, 1), ("ghost", 2, 4), ("ghost", 2, 1)], 2),
 )
-def test_what_ships_passes(name, devices, tmp_path):
-    changes = {"run.verify": True, "compute.engine": name, "mesh.data": devices}
+def test_what_ships_passes(name, data, fsdp, tmp_path):
+    changes = {"run.verify": True, "compute.engine": name}
+    changes |= {"mesh.data": data, "mesh.fsdp": fsdp}
     train(tiny(**{"mechanism.steps": 1} | changes), tmp_path)
 
 
