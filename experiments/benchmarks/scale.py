@@ -5,6 +5,7 @@ to fit anywhere. Each is compared with the same program, on the same layout, of 
 without privacy.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 
 from dpjax.clipping import Engine, bookkeeping, ghost, plain, planned
+from dpjax.clipping.planning.planner import MemoryBudgetError
 from dpjax.models.gpt2 import gpt2_small
 from dpjax.models.llama import llama
 from dpjax.models.losses import causal_lm
@@ -94,14 +96,14 @@ def measure(
         rounds: Not used: each program is compiled once.
 
     Returns:
-        Rows, and the name of what they are relative to. ``peak_bytes`` is what one device
-        holds at most, arguments and temporaries; ``temporaries`` without the former. Ratios
-        are to the row of "plain". ``collective_bytes`` are those of the results of
-        collectives on one device, in one chunk of one row for each device.
-        ``layer_gathered`` is the largest gathered array over the largest parameter of one
-        layer; ``rows_moved`` bytes of what has an axis of examples, and more than a number
-        for each, and travels between devices that do not share the examples;
-        ``data_reductions`` collectives between replicas in a chunk.
+        Rows, none for an engine without a plan within its budget, and the name of what they
+        are relative to. ``peak_bytes`` is what one device holds at most, arguments and
+        temporaries; ``temporaries`` without the former. Ratios are to the row of "plain".
+        ``collective_bytes`` are those of the results of collectives on one device, in one
+        chunk of one row for each device. ``layer_gathered`` is the largest gathered array
+        over the largest parameter of one layer; ``rows_moved`` bytes of what has an axis of
+        examples, and more than a number for each, and travels between devices that do not
+        share the examples; ``data_reductions`` collectives between replicas in a chunk.
         Of "plain" also ``end_bytes``, what the end of a step reads and writes.
     """
     del rounds
@@ -110,10 +112,10 @@ def measure(
         layout = make_layout(
             data=mesh[0], fsdp=mesh[1], model=mesh[2], rules=VOCABULARY
         )
-        found = {
-            engine: compiled(workload, layout, engine)
-            for engine in dict.fromkeys(["plain", *engines])
-        }
+        found = {}
+        for engine in dict.fromkeys(["plain", *engines]):
+            with contextlib.suppress(MemoryBudgetError):
+                found[engine] = compiled(workload, layout, engine)
         base = found["plain"]
         rows += [
             {

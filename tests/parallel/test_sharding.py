@@ -467,7 +467,8 @@ def test_microbatches_are_of_so_many_rows_on_each_device():
     )
     found, _ = run.step.accumulate("gradient", run.state, sums, chunk)
     total = whole.merged().total
-    assert_close(found.merged().total, total, rtol=1e-5, scale=norm(total))
+    # Fast norms allow for rounding, and clip a little further.
+    assert_close(found.merged().total, total, rtol=1e-4, scale=norm(total))
 
 
 def test_each_device_draws_noise_for_its_own_part_only():
