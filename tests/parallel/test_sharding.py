@@ -684,3 +684,27 @@ def test_norms_of_rows_on_several_devices_are_never_too_small():
 
 
 SPLIT_ROWS = PartitionSpec("fsdp", None, "model")
+
+
+def test_weights_travel_in_the_dtype_of_the_computation():
+    model = FAMILIES["gpt2"](True)
+    low = gpt2(vocab_size=51, length=8, scan=True, **SIZES | {"dtype": "bfloat16"})
+    example = {"tokens": np.zeros(8, np.int32)}
+    params = jax.eval_shape(model.init, KEY, example)
+    layout = layout_of((1, 8, 1), TRANSFORMER)
+
+    def moved(model):
+        def loss(params, rows):
+            logits = jax.vmap(lambda t: model.apply(params, {"tokens": t}, KEY))(rows)
+            return jnp.sum(logits.astype(jnp.float32))[None]
+
+        text = (
+            jax.jit(layout.on_each(layout.gathering(loss)))
+            .lower(params, np.zeros((8, 8), np.int32))
+            .as_text()
+        )
+        whole = r"sharding_constraint .* \[{}, {}\]> : tensor<16x64x(\w+)>"
+        return {*re.findall(whole, text)}
+
+    assert moved(model) == {"f32"}
+    assert moved(low) == {"bf16"}
