@@ -89,9 +89,17 @@ def check_indices(indices: Sequence[int], *, length: int) -> np.ndarray:
     return rows.astype(np.int64)
 
 
-def slices(length: int) -> Iterator[list[int]]:
-    """Yield the indices [0, length) in pieces: a scan that needs little memory."""
-    for start in range(0, length, 1024):
+def slices(length: int, *, most: int | None = None) -> Iterator[list[int]]:
+    """Yield the indices [0, length) in pieces: a scan that needs little memory.
+
+    Args:
+        length: How many there are.
+        most: If there are more, only evenly spaced pieces of about so many in all.
+    """
+    count = math.ceil(length / 1024)
+    chosen = count if most is None or length <= most else math.ceil(most / 1024)
+    for piece in range(chosen):
+        start = piece * count // chosen * 1024
         yield list(range(start, min(start + 1024, length)))
 
 

@@ -1,4 +1,4 @@
-"""One pass over a data set before training: what would train silently, and wrongly."""
+"""A look at a data set before training: what would train silently, and wrongly."""
 
 import hashlib
 from collections.abc import Mapping
@@ -16,29 +16,38 @@ FIXES = {
 """What to do about integers outside ``[0, limit)``, by the key of the record."""
 
 
+MOST = 2**24
+"""Records that are read: of more, a sample. 128 MiB of digests, and minutes of reading."""
+
+
 class Inspection(NamedTuple):
-    """What was counted. Both depend on single examples: private where the data are.
+    """What was counted. All but ``read`` depends on single examples: private as they are.
 
     Attributes:
         duplicates: Examples that are equal, in every bit, to one before them.
         copies: How many times the most frequent example is there; 1 if none is repeated.
+        read: Records among which was counted.
+        whole: Whether these are all.
     """
 
     duplicates: int
     copies: int
+    read: int
+    whole: bool
 
     def __repr__(self) -> str:
         return "Inspection(private where the data are)"
 
 
 def inspect(source: Source, *, limits: Mapping[str, int]) -> Inspection:
-    """Read every record once, and refuse what no loss can use.
+    """Read every record once, or a sample of very many; refuse what no loss can use.
 
     None of it would fail later: an example whose gradient is not finite is left out of
     every sum, and under jit a label outside gives NaN, or another class.
 
     Args:
-        source: The data set; 8 bytes of memory for each record.
+        source: The data set; 8 bytes of memory for each record read. Of more than ``MOST``
+            records, evenly spaced pieces of so many in all.
         limits: Key -> how many values its integers may have, 0 and up. A "label" is one
             integer for each record.
 
@@ -48,7 +57,7 @@ def inspect(source: Source, *, limits: Mapping[str, int]) -> Inspection:
             ends up in logs.
     """
     seen = []
-    for indices in slices(len(source)):
+    for indices in slices(len(source), most=MOST):
         records = {key: np.asarray(x) for key, x in source[indices].items()}
         for key, array in records.items():
             _check_finite(key, array)
@@ -57,7 +66,13 @@ def inspect(source: Source, *, limits: Mapping[str, int]) -> Inspection:
         digests = [_digest(row) for row in zip(*_rows(records), strict=True)]
         seen.append(np.array(digests, np.uint64))
     _, counts = np.unique(np.concatenate(seen), return_counts=True)
-    return Inspection(int((counts - 1).sum()), int(counts.max()))
+    read = int(counts.sum())
+    return Inspection(
+        duplicates=read - len(counts),
+        copies=int(counts.max()),
+        read=read,
+        whole=read == len(source),
+    )
 
 
 def _check_finite(key: str, array: np.ndarray) -> None:

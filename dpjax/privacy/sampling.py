@@ -90,7 +90,8 @@ class Poisson:
         """Return the ``int64[k]`` indices of ``step``; k ~ Binomial(N, rate).
 
         A Binomial size followed by a uniform subset of that size is exactly N
-        independent coins, in O(k) instead of O(N).
+        independent coins, in O(k) instead of O(N): 0.1 s and 25 MB for a million of a
+        billion. (Rates above 1/50 are drawn from an array of 8 N bytes.)
         """
         rng = _generator(seed, step)
         size = rng.binomial(num_examples, self.rate)
@@ -239,7 +240,8 @@ class CyclicPoisson:
     independently with probability ``rate``. So an example can be in a batch at every
     ``cycle``-th step only, which correlated noise needs (``BandMf``); with independent
     noise, plain ``Poisson`` costs less. With ``rate=1`` the batches are the parts
-    themselves, in a fixed order, and nothing is amplified.
+    themselves, in a fixed order, and nothing is amplified. The parts are held in memory,
+    8 bytes for each example.
 
     Attributes:
         cycle: Parts, and steps from one turn of an example to its next.
@@ -327,7 +329,8 @@ class ShuffledFixed:
     analysis of the Poisson kind, so none is claimed: an example takes part in at most
     one step an epoch, and that many plain Gaussians are accounted. With batches of
     fixed size, removing an example would move others, so the guarantee is for replacing
-    an example by one whose gradient is zero.
+    an example by one whose gradient is zero. The order of an epoch is held in memory,
+    8 bytes for each example, and that of the epoch before.
 
     Attributes:
         batch_size: Examples in each batch.

@@ -43,7 +43,7 @@ class Experiment:
         source: Training data.
         held_out: Evaluation data.
         data_fingerprint: Of the training data; a resume on other data is refused.
-        inspection: What one pass over the training data counted; as private as they are.
+        inspection: What a look at the training data counted; as private as they are.
     """
 
     mechanism: Mechanism

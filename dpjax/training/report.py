@@ -281,8 +281,9 @@ def card_of(
         )
     public = config["data"]["provenance"] == "public"
     if public and inspection is not None and inspection.duplicates:
+        among = "" if inspection.whole else f" of the {inspection.read} looked at"
         flags.append(
-            f"{inspection.duplicates} examples repeat earlier ones, one of them "
+            f"{inspection.duplicates} examples{among} repeat earlier ones, one of them "
             f"{inspection.copies} times in all"
         )
     start, assumptions = config["parameters"]["provenance"], []
@@ -306,12 +307,13 @@ def card_of(
 
 
 def inspected(inspection: Inspection) -> list[str]:
-    """Return what one pass over the data found, for the operator."""
+    """Return what a look at the data found, for the operator."""
+    among = "" if inspection.whole else f", of the {inspection.read} looked at"
     if not inspection.duplicates:
-        return ["no training example is repeated"]
+        return [f"no training example is repeated{among}"]
     return [
-        f"{inspection.duplicates} training examples are copies of others; one is there "
-        f"{inspection.copies} times, and protected as a group of as many"
+        f"{inspection.duplicates} training examples are copies of others{among}; one is "
+        f"there {inspection.copies} times, and protected as a group of as many"
     ]
 
 

@@ -1,6 +1,7 @@
 """One contract body over all samplings."""
 
 import math
+import tracemalloc
 
 import dp_accounting as dp
 import numpy as np
@@ -55,6 +56,28 @@ def test_no_example_takes_part_more_often_than_is_said(sampling, steps):
     assert taken.max() <= most
     if not sampling.amplified:
         assert taken.max() == most
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Poisson(rate=1e-3),
+        TruncatedPoisson(rate=1e-3, capacity=1_000_500),
+        PeriodicPoisson(period=4, first_rate=1e-3, rate=1e-5),
+    ],
+    ids=lambda sampling: type(sampling).__name__,
+)
+def test_a_million_of_a_billion_examples_are_drawn_in_little_memory(sampling):
+    tracemalloc.start()
+    drawn = sampling.draw(0, num_examples=10**9, seed=1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6
+    assert abs(len(drawn) - 1e6) < 6e3
+    assert len(np.unique(drawn)) == len(drawn)
+    # Uniform: no tenth has more or less than its share.
+    shares = np.bincount(drawn // 10**8, minlength=10) / len(drawn)
+    assert np.abs(shares - 0.1).max() < 6 * math.sqrt(0.09 / 1e6)
 
 
 @all_samplings

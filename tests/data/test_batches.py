@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import dpjax
+from dpjax.data import batches as data_batches
 from dpjax.data.arrays import ArraySource
 from dpjax.data.batches import (
     batches,
@@ -253,6 +254,17 @@ def test_overlap_sees_records_that_are_padded_otherwise_or_have_more_columns(len
     mask, weights = other > 0, np.ones((600, length), np.float32)
     held_out = ArraySource({"tokens": other, "mask": mask, "weights": weights})
     assert overlap(source, held_out) == pytest.approx(500 / 600, abs=0.01)
+
+
+def test_overlap_of_very_many_records_is_estimated_from_a_part(monkeypatch):
+    monkeypatch.setattr(data_batches, "MOST", 5000)
+    rows = np.arange(20_480, dtype=np.float32)
+    source = ArraySource({"x": rows})
+    assert overlap(source, ArraySource({"x": rows + 0.5})) == 0.0
+    assert overlap(source, ArraySource({"x": rows})) == pytest.approx(1, abs=0.02)
+    half = np.where(np.arange(20_480) % 160 < 80, rows, rows + 0.5)
+    found = overlap(source, ArraySource({"x": half.astype(np.float32)}))
+    assert found == pytest.approx(0.5, abs=0.05)
 
 
 class _Source:

@@ -2,6 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpjax.data import inspection
 from dpjax.data.arrays import ArraySource
 from dpjax.data.inspection import inspect
 
@@ -63,3 +64,21 @@ def test_copies_are_counted_wherever_they_are():
     found = inspect(ArraySource({"x": rows, "id": np.arange(2500)}), limits={})
     assert (found.duplicates, found.copies) == (0, 1)
     assert "4" not in repr(found)
+
+
+def test_of_very_many_records_evenly_spaced_pieces_are_read(monkeypatch):
+    monkeypatch.setattr(inspection, "MOST", 3000)
+    rows = np.arange(10_000, dtype=np.float32)
+    asked = []
+
+    class Spy(ArraySource):
+        def __getitem__(self, indices):
+            asked.extend(indices)
+            return super().__getitem__(indices)
+
+    found = inspect(Spy({"x": rows}), limits={})
+    assert found == (0, 1, 3072, False)
+    assert len(asked) == len(set(asked)) == 3072
+    for part in range(0, 9_000, 3_000):  # in order, and none is far from the others
+        assert any(part <= index < part + 3_000 for index in asked)
+    assert inspect(Spy({"x": rows[:3000]}), limits={}).whole

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 
+from dpjax.data.array_record import array_records
 from dpjax.data.arrays import ArraySource, digits, npz
 from dpjax.data.images import image_folder
 from dpjax.data.text import labelled_texts, text_blocks, text_lines, text_pairs
 from dpjax.data.tfds import tfds_source
 from dpjax.data.tokenizers import byte_level
+from tests.data.test_array_record import write_shard
 
 PIXELS = np.random.default_rng(0).integers(256, size=(20, 5, 4, 3), dtype=np.uint8)
 LABELS = np.arange(20) % 3
@@ -57,6 +59,14 @@ def build_tfds(request, *, in_memory):
     )
 
 
+def build_records(tmp_path):
+    for name, rows in {"a": range(4), "b": range(4, 20)}.items():
+        records = [PIXELS[i].tobytes() + LABELS[i].tobytes() for i in rows]
+        write_shard(tmp_path / f"{name}.array_record", records)
+    features = {"image": "uint8[5, 4, 3]", "label": "int64[]"}
+    return array_records(path=str(tmp_path), features=features, pixels=("image",))
+
+
 TOKENS = {"tokens": ("int32", 1), "mask": ("bool", 1)}
 IMAGE = {"image": ("float32", 3), "label": ("int32", 0)}
 SOURCES = {  # name -> (build(request, tmp_path), length, {key: (dtype, ndim)})
@@ -91,6 +101,11 @@ SOURCES = {  # name -> (build(request, tmp_path), length, {key: (dtype, ndim)})
         lambda request, tmp_path: build_tfds(request, in_memory=True),
         15,
         IMAGE,
+    ),
+    "array_records": (
+        lambda request, tmp_path: build_records(tmp_path),
+        20,
+        IMAGE | {"label": ("int64", 0)},
     ),
     "text": (
         lambda request, tmp_path: build_text(tmp_path),

@@ -195,7 +195,8 @@ def test_the_digest_of_a_file_is_that_of_sha256sum(tmp_path):
 
 
 def test_repeated_rows_are_on_the_card_of_public_data_only():
-    plan, found = MECHANISMS["dp_sgd poisson"], Inspection(duplicates=12, copies=7)
+    plan = MECHANISMS["dp_sgd poisson"]
+    found = Inspection(duplicates=12, copies=7, read=90, whole=True)
     cards = {
         provenance: card_of(
             tiny(**{"run.seed": None, "data.provenance": provenance}),
@@ -210,6 +211,16 @@ def test_repeated_rows_are_on_the_card_of_public_data_only():
     assert cards["private"] == none
     assert "a group of k" in cards["private"].to_markdown()
     assert "one is there 7 times" in inspected(found)[0]
+
+
+def test_repeated_rows_of_a_sample_are_told_as_of_one():
+    config = tiny(**{"run.seed": None, "data.provenance": "public"})
+    found = Inspection(duplicates=12, copies=7, read=90, whole=False)
+    flags = card_of(config, MECHANISMS["dp_sgd poisson"], 5, inspection=found).flags
+    assert any("12 examples of the 90 looked at repeat" in flag for flag in flags)
+    none = Inspection(duplicates=0, copies=1, read=90, whole=False)
+    for counted in (found, none):
+        assert "of the 90 looked at" in inspected(counted)[0]
 
 
 def test_what_wandb_is_told_is_flagged():

@@ -34,6 +34,10 @@ _DRAWS = (400, 20_000)
 """Least and most batches."""
 _INDICES = 400_000
 """Examples in all batches: enough to see a rate that is wrong by 2%."""
+_SIMULATED = 2**21
+"""Examples of a simulated data set at most: 16 MiB for a count of each."""
+_WHOLE = 4
+"""Batches of the data set itself, where it is larger than that."""
 _ERRORS = 6
 """Standard errors that are still taken for chance, for each statistic."""
 _PROFILED = 30.0
@@ -68,10 +72,23 @@ def check_draws(mechanism: Mechanism) -> str:
     """
     sampling, size = mechanism.sampling, mechanism.num_examples
     steps = min(mechanism.steps, STEPS)
-    accounted = list(terms(sampling.compose(1.0, steps=steps, num_examples=size)))
-    coins = _coins(sampling, [term.rate for term in accounted], steps, size)
-    if coins is None:
+    # Neither time nor memory may grow with the data: who is drawn is counted in smaller
+    # data, and of the data themselves are few batches, for their sizes.
+    smaller = min(size, max(_SIMULATED, math.ceil(mechanism.expected_batch_size)))
+    few = min(steps, _WHOLE)
+    part = _coins_of(sampling, steps=steps, size=smaller)
+    whole = _coins_of(sampling, steps=few, size=size)
+    if part is None or whole is None:
         return _check_magnitude(mechanism, steps)
+    told = _check_coins(sampling, part, steps=steps, size=smaller)
+    if smaller == size:
+        return told
+    sizes = _sizes(sampling, steps=few, size=size)
+    _check_sizes(sampling, whole, sizes, size=size)
+    return f"{told} (of {smaller} examples, and {few} of all {size})"
+
+
+def _check_coins(sampling: Sampling, coins: Coins, *, steps: int, size: int) -> str:
     batches = _runs(coins, steps) * steps
     sizes, apart = _simulate(sampling, coins, runs=batches // steps, size=size)
     _check_sizes(sampling, coins, sizes, size=size)
@@ -90,9 +107,13 @@ def _check_magnitude(mechanism: Mechanism, steps: int) -> str:
     """Check what is known of any sampling."""
     sampling, size = mechanism.sampling, mechanism.num_examples
     mean = mechanism.expected_batch_size
-    nothing = np.zeros(steps)
-    coins = Coins(nothing + mean, nothing, steps * mean / size, 0.0, steps)
-    sizes, _ = _simulate(sampling, coins, runs=1, size=size)
+    if size > _SIMULATED:
+        steps = min(steps, _WHOLE)
+        sizes = _sizes(sampling, steps=steps, size=size)
+    else:
+        nothing = np.zeros(steps)
+        coins = Coins(nothing + mean, nothing, steps * mean / size, 0.0, steps)
+        sizes, _ = _simulate(sampling, coins, runs=1, size=size)
     if not 0 < sizes.mean() <= 2 * mean:
         raise SelfCheckError(
             f"{sampling} draws batches of {sizes.mean():.4g} examples, not of {mean:.4g}"
@@ -165,6 +186,12 @@ def _participations(sampling: Sampling, *, steps: int, size: int) -> int | None:
         case Poisson() | TruncatedPoisson() | PeriodicPoisson() | FullBatch():
             return steps
     return None
+
+
+def _coins_of(sampling: Sampling, *, steps: int, size: int) -> Coins | None:
+    """Return the coins of what is accounted; None if the sampling is not known."""
+    accounted = terms(sampling.compose(1.0, steps=steps, num_examples=size))
+    return _coins(sampling, [term.rate for term in accounted], steps, size)
 
 
 def _coins(
@@ -256,13 +283,7 @@ def _simulate(
     for run in range(runs):
         seed, times = secret_seed(), np.zeros(size)
         for step in range(steps):
-            drawn = sampling.draw(step, num_examples=size, seed=seed)
-            ordered = np.sort(drawn)
-            twice = np.any(ordered[1:] == ordered[:-1])
-            if twice or (len(drawn) and not 0 <= ordered[0] <= ordered[-1] < size):
-                raise SelfCheckError(
-                    f"{sampling} draws an example twice in a batch, or one that is not there"
-                )
+            drawn = _drawn(sampling, step, size=size, seed=seed)
             times[drawn] += 1
             sizes[run, step] = len(drawn)
         if times.max() > most:
@@ -283,6 +304,24 @@ def _simulate(
         (within, math.sqrt(spread / (runs * size))),
         (across, math.sqrt((2 + 1 / (runs * coins.variance)) / size)),
     ]
+
+
+def _sizes(sampling: Sampling, *, steps: int, size: int) -> NDArray[np.float64]:
+    """Draw the first batches of one run, and return their sizes: ``[1, steps]``."""
+    seed = secret_seed()
+    drawn = (_drawn(sampling, step, size=size, seed=seed) for step in range(steps))
+    return np.array([[len(batch) for batch in drawn]], np.float64)
+
+
+def _drawn(sampling: Sampling, step: int, *, size: int, seed: int) -> np.ndarray:
+    drawn = sampling.draw(step, num_examples=size, seed=seed)
+    ordered = np.sort(drawn)
+    twice = np.any(ordered[1:] == ordered[:-1])
+    if twice or (len(drawn) and not 0 <= ordered[0] <= ordered[-1] < size):
+        raise SelfCheckError(
+            f"{sampling} draws an example twice in a batch, or one that is not there"
+        )
+    return drawn
 
 
 def _check_sizes(

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -620,3 +621,30 @@ def test_a_run_that_fails_its_check_releases_nothing(monkeypatch, tmp_path):
     with pytest.raises(SelfCheckError):
         train.train(tiny(**{"run.self_check": True}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+class HalfOfABillion(Poisson):
+    """Draws from the first half of the data only, where there are very many."""
+
+    def draw(self, step, *, num_examples, seed):
+        size = num_examples // 2 if num_examples > 10**8 else num_examples
+        return super().draw(step, num_examples=size, seed=seed)
+
+
+@pytest.mark.parametrize("sampling", [Poisson, TruncatedPoisson])
+def test_draws_of_a_billion_examples_are_checked_in_little_memory(sampling):
+    more = {"capacity": 10_200} if sampling is TruncatedPoisson else {}
+    plan = dpjax.DpSgd(
+        sampling=sampling(rate=1e-5, **more), steps=100, num_examples=10**9,
+        delta=1e-10, clip_norm=1.0, clip_style="flat", noise_multiplier=1.0,
+    )  # fmt: skip
+    tracemalloc.start()
+    told = check_draws(plan)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "4 of all 1000000000" in told
+    assert peak < 200e6
+    if sampling is Poisson:
+        wrong = dataclasses.replace(plan, sampling=HalfOfABillion(rate=1e-5))
+        with pytest.raises(SelfCheckError, match="of other sizes than are accounted"):
+            check_draws(wrong)
