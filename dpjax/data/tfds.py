@@ -91,8 +91,6 @@ def tfds_source(
         ValueError: If it is prepared in a format without random access, if it has no
             such split or features, or if a feature is not numeric with a fixed shape.
     """
-    import tensorflow_datasets as tfds
-
     folder = pathlib.Path(data_dir, name.replace(":", "/"))
     if not (folder / "features.json").is_file():
         raise FileNotFoundError(
@@ -100,12 +98,40 @@ def tfds_source(
             "version, and prepare it with file_format='array_record' "
             "(dpjax.data.builders shows how)"
         )
-    builder = tfds.builder_from_directory(folder)
+    return tfds_folder(
+        path=str(folder), split=split, features=features, in_memory=in_memory
+    )
+
+
+def tfds_folder(
+    *, path: str, split: str, features: tuple[str, ...], in_memory: bool
+) -> TfdsSource | ArraySource:
+    """Open a prepared data set by its folder, as a config names it.
+
+    Args:
+        path: Folder of one version, such as "DATA_DIR/cifar10/3.0.2".
+        split: See ``tfds_source``.
+        features: See ``tfds_source``.
+        in_memory: See ``tfds_source``; False for data larger than memory, whose records are
+            read where they lie.
+
+    Raises:
+        FileNotFoundError: There is no data set in ``path``.
+        ValueError: See ``tfds_source``.
+    """
+    import tensorflow_datasets as tfds
+
+    if not pathlib.Path(path, "features.json").is_file():
+        raise FileNotFoundError(
+            f"path={path!r} holds no data set prepared by TFDS; give the folder of one "
+            "version, prepared with file_format='array_record'"
+        )
+    builder = tfds.builder_from_directory(path)
     stored = builder.info.features
     if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
         raise ValueError(
-            f"name={name!r} is prepared as {builder.info.file_format.value}, which has "
-            "no random access; prepare it again with file_format='array_record'"
+            f"{path} is prepared as {builder.info.file_format.value}, which has no random "
+            "access; prepare it again with file_format='array_record'"
         )
     if not features or not set(features) <= set(stored):
         raise ValueError(f"features={features} must be among {sorted(stored)}")

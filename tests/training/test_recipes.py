@@ -4,6 +4,8 @@ What each variant trains is checked on its model in full size, by shapes alone.
 """
 
 import importlib
+import re
+import shlex
 
 import jax
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 from dpjax.models.partition import partition
 from dpjax.training.config import WEIGHTS, build
 from experiments.train import main
+from launch import __main__ as launch
 
 TOKENS = {"tokens": np.zeros(64, np.int32)}
 IMAGE = {"image": np.zeros((32, 32, 3), np.float32)}
@@ -38,6 +41,8 @@ TRAINED = {
     ("e2e_tiny_gpt", "lora"): (TOKENS, 2 * 8 * (4 * (128 + 128) + 2 * (128 + 512))),
     ("sst2_tiny_encoder", "private"): (TOKENS, 4096 * 64),
     ("shakespeare_gpt", ""): (TOKENS, SHAKESPEARE),
+    ("llama_1b_dpsgd", "full"): (TOKENS, 1_100_048_384),  # as published of TinyLlama
+    ("llama_8b_lora_dpsgd", "full"): (TOKENS, 41_943_040),  # as PEFT counts it
 }
 
 
@@ -72,3 +77,54 @@ def test_without_its_data_a_recipe_names_what_is_missing(
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert str(tmp_path / "absent") in error
+
+
+# --- Larger than one device ---------------------------------------------------------------
+
+TOYS = {"llama_1b_dpsgd": "1x8/1/cpu", "llama_8b_lora_dpsgd": "2x2x2/1/cpu"}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A text of some 60 blocks, and pairs of texts."""
+    folder = tmp_path_factory.mktemp("texts")
+    numbers = " and ".join(str(n**3) for n in range(500))
+    (folder / "text").write_text(numbers)
+    for name, numbers in (("train", range(60)), ("test", range(100, 112))):
+        rows = [f"what is {i} and {i}?,it is {2 * i}" for i in numbers]
+        (folder / f"{name}.csv").write_text("\n".join(["prompt,answer", *rows]))
+    return folder
+
+
+def toy(recipe, texts):
+    where = texts / "text" if recipe == "llama_1b_dpsgd" else texts
+    return f"--config=configs/{recipe}.py:toy,{where}"
+
+
+@pytest.mark.parametrize("recipe", TOYS)
+def test_what_is_larger_than_a_device_runs_at_toy_size(recipe, texts, tmp_path):
+    assert main([toy(recipe, texts), f"--workdir={tmp_path}"]) == 0
+    ledger = (tmp_path / "ledger.txt").read_text().splitlines()
+    assert [line.split()[2] for line in ledger] == [TOYS[recipe]] * 4
+    assert (tmp_path / "export").is_dir()
+
+
+def test_its_plan_tells_what_each_device_holds(texts, capsys):
+    assert main([toy("llama_1b_dpsgd", texts), "--config.run.dry_run=True"]) == 0
+    assert re.search(r"each device .* temporaries .*8 devices", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("recipe", TOYS)
+def test_its_launch_commands_are_understood(recipe):
+    """Those in the docstring, with names for what stands for something."""
+    text = importlib.import_module(f"configs.{recipe}").__doc__.replace("\\\n", " ")
+    commands = [line for line in text.splitlines() if "python -m launch" in line]
+    assert len(commands) == 3
+    for command in commands:
+        _, _, _, scheduler, *words = shlex.split(command)
+        words = words[: words.index("--")]
+        words = [word.replace("$PWD", "/here").replace("IMAGE", "i") for word in words]
+        words = [word.replace("CLAIM", "claim") for word in words]
+        asked = launch.SCHEDULERS[scheduler]
+        job, options, _ = launch.parse(asked.Options, [*words, "--", "true"])
+        assert job.name in asked.render(job, options).text
