@@ -1,10 +1,14 @@
 """From the indices a sampler draws to fixed-shape batches; and checks of a source."""
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Generator, Mapping
+import itertools
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent import futures
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -14,6 +18,9 @@ from dpjax.data.arrays import slices
 from dpjax.data.inspection import MOST
 from dpjax.privacy.sampling import Sampling
 from dpjax.typing import Batch, Source
+
+_HELD = 8
+"""Chunks of a step that are read ahead as one; memory does not grow with larger steps."""
 
 
 class Drawn(Protocol):
@@ -43,11 +50,12 @@ class StepBatch(NamedTuple):
         chunks: ``ceil(k / physical_batch_size)`` batches of one fixed shape, numpy
             arrays, with the ``k`` drawn examples in the order of the draw, or those of
             them in the rows asked for. Only the last has padding: copies of its last
-            example, with mask False.
+            example, with mask False. How many there are does not depend on the rows. The
+            first few are in memory, the others are read as they are iterated over.
     """
 
     step: int
-    chunks: tuple[Batch, ...]
+    chunks: Sequence[Batch]
 
 
 def batches(
@@ -130,7 +138,8 @@ def read_steps(
         rows: Which of these rows to read, ascending; None for all. The draw does not
             depend on it, so the processes of one run, each with rows of its own, hold
             together exactly the chunks of a run of one process.
-        prefetch: Whole steps held ready in memory. 0 reads in the calling thread.
+        prefetch: Steps held ready in memory, of each its first chunks; of later chunks,
+            this many. 0 reads in the calling thread.
 
     Raises:
         ValueError: If ``physical_batch_size < 1`` or ``prefetch < 0``, or if the source
@@ -146,7 +155,8 @@ def read_steps(
     if rows is None:
         rows = np.arange(physical_batch_size)
     form = _form(source[[0]]) if len(source) else {}
-    parts = _Steps(source, draw, steps, physical_batch_size, rows, form)
+    reader = _Reader(source, rows, form)
+    parts = _Steps(reader, draw, steps, physical_batch_size, prefetch)
     return _read(parts, prefetch=prefetch)
 
 
@@ -158,12 +168,11 @@ class _Steps:
     batch would no longer be what the sampler drew and the accountant assumes.
     """
 
-    source: Source
+    reader: "_Reader"
     draw: Callable[[int], np.ndarray]
     steps: range
     physical_batch_size: int
-    rows: np.ndarray
-    form: dict[str, str]
+    prefetch: int
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -172,10 +181,59 @@ class _Steps:
         step, size = self.steps[index], self.physical_batch_size
         indices = self.draw(step)
         parts = [indices[i : i + size] for i in range(0, len(indices), size)]
-        return StepBatch(step, tuple(map(self._chunk, parts)))
+        first = tuple(map(self.reader, parts[:_HELD]))
+        return StepBatch(step, _Chunks(self.reader, parts, first, self.prefetch))
 
-    def _chunk(self, indices: np.ndarray) -> Batch:
-        chunk = _chunk(self.source, indices, self.rows)
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class _Chunks(Sequence[Batch]):
+    """The chunks of one step, of which only the first are held in memory."""
+
+    reader: "_Reader"
+    parts: list[np.ndarray]
+    first: tuple[Batch, ...]
+    prefetch: int
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        place = range(len(self))[index]
+        if place < len(self.first):
+            return self.first[place]
+        return self.reader(self.parts[place])
+
+    def __iter__(self) -> Iterator[Batch]:
+        rest = self.parts[len(self.first) :]
+        if not rest or not self.prefetch:
+            yield from itertools.chain(self.first, map(self.reader, rest))
+            return
+        with futures.ThreadPoolExecutor(1) as pool:
+            read = (pool.submit(self.reader, part) for part in rest)  # when asked for
+            ahead = collections.deque(itertools.islice(read, self.prefetch))
+            yield from self.first
+            while ahead:
+                chunk = ahead.popleft().result()
+                ahead.extend(itertools.islice(read, 1))
+                yield chunk
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """From the indices of a chunk to its rows, for one thread at a time."""
+
+    source: Source
+    rows: np.ndarray
+    form: dict[str, str]
+    # A source of the user's may seek and read: steps to come are read while later chunks
+    # of this one are.
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+    def __call__(self, indices: np.ndarray) -> Batch:
+        with self.lock:
+            chunk = _chunk(self.source, indices, self.rows)
         found = _form(chunk.examples)
         if found != self.form:
             raise ValueError(

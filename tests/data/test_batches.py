@@ -1,4 +1,6 @@
 import threading
+import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -107,6 +109,106 @@ def test_restart_gives_the_same_batches(start):
     restarted = list(read(STEPS[start:]))
     for left, right in zip(tail, restarted, strict=True):
         assert_same(left, right)
+
+
+class Recording:
+    """A source that keeps which rows it was asked for, and refuses two readers at once."""
+
+    def __init__(self, source):
+        self.source, self.asked, self.reading = source, [], threading.Lock()
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, indices):
+        assert self.reading.acquire(blocking=False)
+        time.sleep(1e-4)
+        self.asked += indices
+        self.reading.release()
+        return self.source[indices]
+
+
+MANY = 3000
+LARGE = ArraySource({"x": np.arange(MANY)})
+
+
+def shuffled(step):
+    return np.random.default_rng(step).permutation(MANY)
+
+
+def test_each_process_reads_its_own_rows_only():
+    size, parts, counts = 10, [], []
+    for first in range(2):
+        source = Recording(LARGE)
+        rows = np.arange(first, size, 2)
+        stream = read(range(1), source=source, draw=shuffled, size=size, rows=rows)
+        source.asked.clear()  # one record, to know their form
+        (batch,) = stream
+        counts.append(len(batch.chunks))
+        for chunk in batch.chunks:
+            assert len(chunk.mask) == 5
+        parts.append(source.asked)
+    assert counts == [300, 300]
+    assert len(parts[0]) == len(parts[1]) == MANY / 2  # none twice
+    np.testing.assert_array_equal(parts[0], shuffled(0)[::2])
+    np.testing.assert_array_equal(parts[1], shuffled(0)[1::2])
+
+
+@pytest.mark.parametrize("rows", [[0], [7], [3, 4]])
+def test_processes_agree_on_the_number_of_chunks_whatever_their_rows(rows):
+    whole = list(read(size=8))
+    part = list(read(size=8, rows=np.array(rows)))
+    assert [len(b.chunks) for b in part] == [len(b.chunks) for b in whole]
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 3])
+def test_chunks_of_a_large_step_are_read_as_they_are_used(prefetch):
+    source = Recording(LARGE)
+    stream = read(range(2), source=source, draw=shuffled, size=10, prefetch=prefetch)
+    for batch in stream:
+        assert len(batch.chunks) == 300
+        for _ in range(2):  # a second look gives the same
+            seen = [chunk.index for chunk in batch.chunks]
+            np.testing.assert_array_equal(np.concatenate(seen), shuffled(batch.step))
+        for place in (0, 7, 8, 299, -1):
+            np.testing.assert_array_equal(batch.chunks[place].index, seen[place])
+        several = [chunk.index for chunk in batch.chunks[6:10]]
+        np.testing.assert_array_equal(several, seen[6:10])
+        with pytest.raises(IndexError):
+            batch.chunks[300]
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_memory_does_not_grow_with_the_batch(prefetch):
+    class Large:
+        def __len__(self):
+            return MANY
+
+        def __getitem__(self, indices):
+            return {"x": np.zeros((len(indices), 10_000), np.float32)}
+
+    tracemalloc.start()
+    stream = read(range(3), source=Large(), draw=shuffled, size=10, prefetch=prefetch)
+    count = 0
+    for batch in stream:
+        for chunk in batch.chunks:
+            if not chunk.index[0] % 200:
+                time.sleep(0.05)  # a slow device, and a reader that could go on
+            count += 1
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 900
+    assert peak < 40e6  # a step is 120 MB
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_errors_in_later_chunks_reach_the_caller(prefetch):
+    def outside(step):
+        return np.append(np.arange(MANY), MANY)
+
+    (batch,) = read(range(1), source=LARGE, draw=outside, size=10, prefetch=prefetch)
+    with pytest.raises(IndexError, match="an index is outside"):
+        list(batch.chunks)
 
 
 def test_steps_may_be_any_range():
