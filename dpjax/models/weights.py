@@ -4,12 +4,13 @@ Conversions reorder numbers and change no value (but a file in bfloat16 or float
 out as float32). Nothing is fetched unless a path names a model of the Hugging Face hub.
 """
 
+import functools
 import json
 import re
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_dtypes  # noqa: F401 - lets numpy read bfloat16
@@ -17,7 +18,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dpjax.checks import check_model, check_path, check_patterns
+from dpjax.checks import (
+    check_model,
+    check_path,
+    check_patterns,
+    check_positive_int,
+)
 from dpjax.models.layouts import LAYOUTS, NOT_PARAMETERS, Layout, Rule, differences
 from dpjax.models.partition import flatten, named_like
 from dpjax.typing import Example, Key, Model, Params
@@ -181,17 +187,50 @@ def to_hf(params: Params, *, family: str) -> dict[str, np.ndarray]:
     Raises:
         ValueError: If a parameter is not of the family.
     """
-    flat = {name: np.asarray(leaf) for name, leaf in _separate(flatten(params)).items()}
+    return {tensor.name: tensor.read() for tensor in _tensors(params, family=family)}
+
+
+class _Tensor(NamedTuple):
+    """A tensor to be: its name, its bytes, and what brings it to the host."""
+
+    name: str
+    size: int
+    read: Callable[[], np.ndarray]
+
+
+def _tensors(params: Params, *, family: str) -> list[_Tensor]:
+    """Return all tensors, none of them read; of a stack of layers, each layer's."""
+    # A stack is sliced when a layer is read: all slices at once would be a second copy.
+    flat: dict[str, tuple[Any, int | None]] = {}
+    for name, leaf in flatten(params).items():
+        if name.startswith("layers/"):
+            rest = name.removeprefix("layers/")
+            flat |= {f"layers_{i}/{rest}": (leaf, i) for i in range(len(leaf))}
+        else:
+            flat[name] = leaf, None
     rules = _rules(_layout(family), flat)
     left = sorted(set(flat) - {name for rule in rules for name in rule.ours})
     if left:
         raise ValueError(f"family={family!r} has no parameters {left}")
-    return {
-        rule.theirs: np.ascontiguousarray(
-            rule.transform.join([flat[name] for name in rule.ours])
+
+    def part(leaf: Any, layer: int | None) -> np.ndarray:
+        return np.asarray(leaf if layer is None else leaf[layer])
+
+    def bytes_of(leaf: Any, layer: int | None) -> int:
+        return leaf.nbytes if layer is None else leaf.nbytes // len(leaf)
+
+    def read(rule: Rule) -> np.ndarray:
+        parts = [part(*flat[name]) for name in rule.ours]
+        return np.ascontiguousarray(rule.transform.join(parts))
+
+    return [
+        _Tensor(
+            rule.theirs,
+            sum(bytes_of(*flat[name]) for name in rule.ours),
+            functools.partial(read, rule),
         )
         for rule in rules
-    }
+    ]
 
 
 def read(path: str) -> dict[str, np.ndarray]:
@@ -217,6 +256,61 @@ def write(path: str, params: Params, *, family: str) -> None:
         )
     # Without this entry transformers refuses the file.
     save_file(to_hf(params, family=family), path, metadata={"format": "pt"})
+
+
+def write_sharded(
+    folder: str, params: Params, *, family: str, max_shard_bytes: int = 5 * 10**9
+) -> None:
+    """Write parameters as Hugging Face has large models: files, and an index of them.
+
+    ``model-00001-of-00003.safetensors``, ..., and ``model.safetensors.index.json``; one file
+    ``model.safetensors`` where that is enough. No more than one file is in memory.
+
+    Args:
+        folder: Where to write; it must be there and hold no such files.
+        params: Arrays, on the host or on devices of this process.
+        family: As for ``pretrained``.
+        max_shard_bytes: Size of a file, unless one tensor is larger.
+
+    Raises:
+        ValueError: A parameter is not of the family, ``max_shard_bytes`` is below 1, or
+            ``folder`` is none, or holds weights.
+    """
+    check_path("folder", folder)
+    check_positive_int("max_shard_bytes", max_shard_bytes)
+    if not Path(folder).is_dir():
+        raise ValueError(f"folder={folder!r} must be a folder that is there")
+    if found := sorted(path.name for path in Path(folder).glob("model*.safetensors*")):
+        raise ValueError(f"folder={folder!r} holds {found[0]}: give an empty one")
+    shards = _shards(_tensors(params, family=family), max_shard_bytes)
+    count = len(shards)
+    names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    if count == 1:
+        names = ["model.safetensors"]
+    files: dict[str, str] = {}
+    total = 0
+    for shard, name in zip(shards, names, strict=True):
+        held = {tensor.name: tensor.read() for tensor in shard}
+        save_file(held, Path(folder, name), metadata={"format": "pt"})
+        files |= dict.fromkeys(held, name)
+        total += sum(array.nbytes for array in held.values())
+    if count > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": files}
+        text = json.dumps(index, indent=2, sort_keys=True)
+        Path(folder, "model.safetensors.index.json").write_text(text + "\n")
+
+
+def _shards(tensors: Sequence[_Tensor], most: int) -> list[list[_Tensor]]:
+    """Group tensors in their order, each group as large as ``most`` allows."""
+    shards: list[list[_Tensor]] = []
+    room = 0
+    for tensor in tensors:
+        if not shards or tensor.size > room:
+            shards.append([])
+            room = most
+        shards[-1].append(tensor)
+        room -= tensor.size
+    return shards
 
 
 def _opened(file: Path) -> Any:

@@ -196,7 +196,9 @@ def texts_of_all(text: str) -> list[str]:
 def to_host(tree: PyTree) -> PyTree:
     """Return the whole of each array as numpy; all processes must ask for it."""
 
-    def fetch(leaf: jax.Array) -> np.ndarray:
+    def fetch(leaf: Any) -> np.ndarray:
+        if not isinstance(leaf, jax.Array):
+            return np.asarray(leaf)
         if leaf.is_fully_addressable or leaf.is_fully_replicated:
             return np.asarray(leaf)
         return multihost_utils.process_allgather(leaf, tiled=True)

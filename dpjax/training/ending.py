@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dpjax.training import report
 from dpjax.training.about import file_digest
-from dpjax.training.export import export
+from dpjax.training.export import export, take_part
 from dpjax.typing import Params
 
 
@@ -19,17 +19,20 @@ def publish(
 ) -> None:
     """Export the parameters of a run that is complete, and tell how it ended.
 
-    An export that is there already is kept; the cards are written anew.
+    An export that is there already is kept; the cards are written anew. The first process
+    does it, while the others call ``export.take_part``.
 
     Args:
         workdir: Of the run.
-        params: All of them, on the host.
+        params: All of them, wherever they are.
         card: After the last step.
         names: A file that tells which were trained; see ``report.parameter_names``.
         scores: The last evaluation, by name.
     """
     folder = workdir / "export"
-    if not (folder / "params.npz").exists():
+    if (folder / "params.npz").exists():
+        take_part(params)
+    else:
         export(folder, params, {**card.files(), **names})
     digest = file_digest(folder / "params.npz")
     about = card.about and dataclasses.replace(card.about, parameters=digest)

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from dpjax.models.partition import flatten, named_like, unflatten
+from dpjax.parallel import processes
 
 
 def export(directory: Path, params: PyTree[Array], card: Mapping[str, str]) -> None:
@@ -19,6 +20,9 @@ def export(directory: Path, params: PyTree[Array], card: Mapping[str, str]) -> N
     The parameters go to ``params.npz``, one array per leaf, named by the keys on its
     path joined by ``/``: readable by numpy alone. bfloat16, which numpy has not, is
     written as float32. The directory is complete or absent.
+
+    One leaf after the other is brought to the host, whatever devices have its parts. Of
+    several processes the first writes, and the others call ``take_part`` meanwhile.
 
     Args:
         directory: Where to write; must not exist.
@@ -38,14 +42,15 @@ def export(directory: Path, params: PyTree[Array], card: Mapping[str, str]) -> N
     for name in card:
         if name == "params.npz" or Path(name).name != name:
             raise ValueError(f"card file name {name!r}: use a plain, unused file name")
-    arrays = {name: np.asarray(leaf) for name, leaf in flatten(params).items()}
+    leaves = flatten(params)
     directory.parent.mkdir(parents=True, exist_ok=True)
     unfinished = directory.with_name(f".{directory.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
     unfinished.mkdir()
     try:
         with zipfile.ZipFile(unfinished / "params.npz", "w") as archive:
-            for name, array in arrays.items():
+            for name, leaf in leaves.items():
+                array = processes.to_host(leaf)
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                     np.save(file, _as_numpy_has(array), allow_pickle=False)
         for name, text in card.items():
@@ -53,6 +58,12 @@ def export(directory: Path, params: PyTree[Array], card: Mapping[str, str]) -> N
         unfinished.rename(directory)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def take_part(params: PyTree[Array]) -> None:
+    """Give the first process what this one has of each leaf, as ``export`` asks for it."""
+    for leaf in flatten(params).values():
+        processes.to_host(leaf)
 
 
 def load_export(directory: Path, *, like: PyTree | None = None) -> Any:

@@ -13,6 +13,7 @@ from dpjax.training import report
 from dpjax.training.ending import publish
 from dpjax.training.evaluate import evaluator
 from dpjax.training.experiment import build_experiment, learning_rate
+from dpjax.training.export import take_part
 from dpjax.training.metrics import Progress, writers
 from dpjax.training.opening import opened
 from dpjax.training.recording import Clock, pause_after, record, summarise
@@ -129,8 +130,9 @@ def train(config: Mapping[str, Any], workdir: Path) -> TrainState:
         params = evaluated_params(state, frozen)
         if math.isnan(score):  # The run was complete before it was resumed.
             score = evaluate(params, experiment.held_out)
-        params = processes.to_host(params)
-        if not silent:
+        if silent:
+            take_part(params)
+        else:
             names = report.parameter_names(state.params, frozen)
             publish(workdir, params, card_at(mechanism.steps), names, {metric: score})
     return state

@@ -6,6 +6,7 @@ import pathlib
 import re
 import sys
 import types
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -701,3 +702,103 @@ def test_the_hub_is_asked_for_the_revision_and_its_failure_is_explained(
         FileNotFoundError, match=r"hub does not give it.*Without network"
     ):
         weights.read("absent/model")
+
+
+# --- In several files -----------------------------------------------------------------------
+
+
+def small_llama(scan):
+    return llama(
+        vocab_size=32,
+        layers=3,
+        width=8,
+        heads=2,
+        kv_heads=1,
+        hidden=16,
+        length=8,
+        rotary_base=1e4,
+        epsilon=1e-5,
+        tied=False,
+        dtype="float32",
+        scan=scan,
+        remat=False,
+    )
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_large_weights_are_written_in_files_with_an_index(tmp_path, scan):
+    model = small_llama(scan)
+    example = {"tokens": np.zeros(8, np.int32)}
+    params = model.init(jax.random.key(0), example)
+    most = 2000
+    weights.write_sharded(str(tmp_path), params, family="llama", max_shard_bytes=most)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    whole = weights.to_hf(params, family="llama")
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in whole.values())
+    assert index["weight_map"].keys() == whole.keys()
+    files = sorted({*index["weight_map"].values()})
+    count = len(files)
+    assert count > 2
+    assert files == [
+        f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)
+    ]
+    for file in files:
+        held = load_file(tmp_path / file)
+        for name, array in held.items():
+            assert index["weight_map"][name] == file
+            np.testing.assert_array_equal(array, whole[name])
+        size = sum(array.nbytes for array in held.values())
+        assert size <= most or len(held) == 1
+    started = weights.pretrained(
+        model, path=str(tmp_path), family="llama", fresh=(), skip=()
+    )
+    again = started.init(jax.random.key(1), example)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_weights_that_fit_one_file_are_one_file(tmp_path):
+    params = small_llama(True).init(
+        jax.random.key(0), {"tokens": np.zeros(8, np.int32)}
+    )
+    weights.write_sharded(str(tmp_path), params, family="llama")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    with pytest.raises(
+        ValueError, match=r"holds model\.safetensors: give an empty one"
+    ):
+        weights.write_sharded(str(tmp_path), params, family="llama")
+
+
+def test_no_more_than_one_file_of_tensors_is_read_at_once(tmp_path, monkeypatch):
+    params = small_llama(True).init(
+        jax.random.key(0), {"tokens": np.zeros(8, np.int32)}
+    )
+    held, most, save = [], [], weights.save_file
+
+    def saving(tensors, path, **rest):
+        most.append(sum(array.nbytes for array in tensors.values()))
+        held.append([weakref.ref(array) for array in tensors.values()])
+        save(tensors, path, **rest)
+        # What earlier files held is gone.
+        assert not [ref for refs in held[:-2] for ref in refs if ref() is not None]
+
+    monkeypatch.setattr(weights, "save_file", saving)
+    weights.write_sharded(str(tmp_path), params, family="llama", max_shard_bytes=1000)
+    assert len(most) > 4
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"max_shard_bytes": 0}, "max_shard_bytes=0 must be an integer of at least 1"),
+        ({"folder": "no/such"}, "folder='no/such' must be a folder that is there"),
+        ({"family": "gpt2"}, "family='gpt2' has no parameters"),
+    ],
+)
+def test_wrong_files_are_refused(tmp_path, wrong, message):
+    params = small_llama(True).init(
+        jax.random.key(0), {"tokens": np.zeros(8, np.int32)}
+    )
+    given = {"folder": str(tmp_path), "family": "llama"} | wrong
+    with pytest.raises(ValueError, match=message):
+        weights.write_sharded(given.pop("folder"), params, **given)
+    assert not [*tmp_path.iterdir()]

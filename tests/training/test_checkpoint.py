@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ import numpy as np
 import optax
 import pytest
 
+from dpjax.parallel import processes
 from dpjax.privacy.fingerprint import fingerprint
 from dpjax.training.checkpoint import CheckpointError, Checkpoints
 from dpjax.training.export import export, load_export
@@ -500,6 +502,25 @@ def test_export_round_trip(tmp_path):
     assert_same(load_export(out / "model"), PARAMS)
     with np.load(out / "model" / "params.npz") as file:  # readable without dpjax
         assert set(file) == {"dense/kernel", "scale", "count/deep/er"}
+
+
+def test_an_export_holds_one_leaf_at_a_time_on_the_host(tmp_path, monkeypatch):
+    params = {f"w{i}": jnp.full(1000, i, jnp.bfloat16) for i in range(5)}
+    fetch, seen = processes.to_host, []
+
+    def fetching(leaf):
+        # bfloat16: what is written is a copy, and what was fetched before is gone.
+        assert not [ref for ref in seen[:-1] if ref() is not None]
+        array = np.array(fetch(leaf))
+        seen.append(weakref.ref(array))
+        return array
+
+    monkeypatch.setattr(processes, "to_host", fetching)
+    export(tmp_path / "model", params, {})
+    assert len(seen) == len(params)
+    exported = load_export(tmp_path / "model")
+    for i in range(5):
+        np.testing.assert_array_equal(exported[f"w{i}"], np.full(1000, i, np.float32))
 
 
 def test_export_holds_no_secret(tmp_path):
