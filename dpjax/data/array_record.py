@@ -72,9 +72,9 @@ class ArrayRecordSource:
 
 
 def array_records(
-    *, path: str, features: Mapping[str, str], pixels: tuple[str, ...]
+    *, path: str, features: Sequence[tuple[str, str]], pixels: tuple[str, ...]
 ) -> ArrayRecordSource:
-    """Open the shards ``<path>/*.array_record``, without reading their records.
+    """Open the shards ``<path>/*.array_record``, and read one record only.
 
     A record is the bytes of its features one after another, in the order of ``features``,
     each little-endian in C order. To write a shard::
@@ -88,8 +88,8 @@ def array_records(
 
     Args:
         path: Folder of the shards of one split.
-        features: Key -> dtype and shape, such as ``{"tokens": "int32[1025]", "label":
-            "int32[]"}``.
+        features: Pairs of a key and its dtype and shape, in the order of their bytes, such
+            as ``(("tokens", "int32[1025]"), ("label", "int32[]"))``.
         pixels: The keys of uint8 features to read as float32 in [0, 1].
 
     Returns:
@@ -98,7 +98,7 @@ def array_records(
     Raises:
         FileNotFoundError: If the folder has no such files.
         ValueError: If a shard is unreadable or has no records, or ``features`` or
-            ``pixels`` is malformed. While reading, if a record has another size.
+            ``pixels`` is malformed. Here or while reading, if a record has another size.
     """
     check_path("path", path)
     columns = _columns(features)
@@ -108,7 +108,9 @@ def array_records(
     shards = sorted(pathlib.Path(path).glob("*.array_record"))
     if not shards:
         raise FileNotFoundError(f"path={path!r} has no files *.array_record")
-    return ArrayRecordSource(path, _opened(shards), columns, tuple(pixels))
+    source = ArrayRecordSource(path, _opened(shards), columns, tuple(pixels))
+    source[[0]]  # is it of the size that features asks for?
+    return source
 
 
 def _opened(shards: Sequence[pathlib.Path]) -> Any:
@@ -147,13 +149,18 @@ def _count(shard: pathlib.Path) -> int:
     return count
 
 
-def _columns(features: Mapping[str, str]) -> dict[str, Column]:
-    if not isinstance(features, Mapping) or not features:
+def _columns(features: Sequence[tuple[str, str]]) -> dict[str, Column]:
+    # Not a dict: a config sorts its keys.
+    pairs = isinstance(features, list | tuple) and all(
+        isinstance(pair, list | tuple) and len(pair) == 2 for pair in features
+    )
+    if not pairs or not features or len(dict(features)) < len(features):
         raise ValueError(
-            f'features={features!r} must be a dict such as {{"tokens": "int32[1025]"}}'
+            f"features={features!r} must be pairs of different keys, such as "
+            '(("tokens", "int32[1025]"), ("label", "int32[]"))'
         )
     columns, start = {}, 0
-    for key, text in features.items():
+    for key, text in features:
         found = re.fullmatch(r"(\w+)\[((?:\d+(?:, ?\d+)*)?)\]", str(text))
         dtype = _dtype(found[1]) if found else None
         if found is None or dtype is None:

@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
+from ml_collections import ConfigDict
 
 import dpjax
 from dpjax.data.array_record import array_records
 from dpjax.data.batches import check_records
 from dpjax.mechanisms import NonPrivate
 from dpjax.privacy.sampling import Poisson
+from dpjax.training import config as configs
 
 TOKENS = np.arange(35, dtype="<i4").reshape(7, 5)
 
@@ -29,7 +31,7 @@ def folder(tmp_path):
 
 
 def opened(folder, *, features=None, pixels=()):
-    features = {"tokens": "int32[5]"} if features is None else features
+    features = (("tokens", "int32[5]"),) if features is None else features
     return array_records(path=str(folder), features=features, pixels=pixels)
 
 
@@ -41,11 +43,26 @@ def test_records_are_numbered_through_the_shards_in_the_order_of_their_names(fol
 
 
 def test_features_lie_one_after_another(folder):
-    source = opened(folder, features={"prefix": "int32[2]", "rest": "uint8[3,4]"})
+    source = opened(folder, features=(("prefix", "int32[2]"), ("a", "uint8[3,4]")))
     found = source[[6, 1]]
     np.testing.assert_array_equal(found["prefix"], TOKENS[[6, 1], :2])
     rest = TOKENS[[6, 1], 2:].copy().view(np.uint8).reshape(2, 3, 4)
-    np.testing.assert_array_equal(found["rest"], rest)
+    np.testing.assert_array_equal(found["a"], rest)
+
+
+def test_a_config_keeps_the_order_of_the_features(folder):
+    features = (("z", "int32[2]"), ("a", "int32[3]"))
+    spec = ConfigDict(
+        {
+            "name": "dpjax.data.array_record:array_records",
+            "path": str(folder),
+            "features": features,
+            "pixels": (),
+        }
+    )
+    found = configs.build(spec.to_dict())[[4]]
+    np.testing.assert_array_equal(found["z"], TOKENS[[4], :2])
+    np.testing.assert_array_equal(found["a"], TOKENS[[4], 2:])
 
 
 def test_each_shard_is_read_forward_and_a_record_once(folder, monkeypatch):
@@ -85,12 +102,22 @@ def test_a_record_of_another_size_is_refused_and_not_told(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"features": {}}, "features={} must be a dict"),
-        ({"features": {"tokens": "int32"}}, r"features\['tokens'\]='int32' must be"),
-        ({"features": {"tokens": "token[5]"}}, "must be a numeric dtype and a shape"),
-        ({"features": {"tokens": "str[5]"}}, "must be a numeric dtype and a shape"),
-        ({"features": {"tokens": "int32[5, 0]"}}, "has no values"),
-        ({"features": {"tokens": "int32[-1]"}}, "must be a numeric dtype and a shape"),
+        ({"features": ()}, r"features=\(\) must be pairs of different keys"),
+        ({"features": {"tokens": "int32[5]"}}, "must be pairs of different keys"),
+        ({"features": ("tokens", "int32[5]")}, "must be pairs of different keys"),
+        ({"features": (("a", "int32[2]"), ("a", "int32[3]"))}, "must be pairs of diff"),
+        ({"features": (("tokens", "int32"),)}, r"features\['tokens'\]='int32' must be"),
+        (
+            {"features": (("tokens", "token[5]"),)},
+            "must be a numeric dtype and a shape",
+        ),
+        ({"features": (("tokens", "str[5]"),)}, "must be a numeric dtype and a shape"),
+        ({"features": (("tokens", "int32[5, 0]"),)}, "has no values"),
+        (
+            {"features": (("tokens", "int32[-1]"),)},
+            "must be a numeric dtype and a shape",
+        ),
+        ({"features": (("tokens", "int32[6]"),)}, "a record is not of the 24 bytes"),
         ({"pixels": ("tokens",)}, "pixels='tokens' is not a uint8 feature"),
     ],
 )

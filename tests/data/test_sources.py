@@ -63,7 +63,7 @@ def build_records(tmp_path):
     for name, rows in {"a": range(4), "b": range(4, 20)}.items():
         records = [PIXELS[i].tobytes() + LABELS[i].tobytes() for i in rows]
         write_shard(tmp_path / f"{name}.array_record", records)
-    features = {"image": "uint8[5, 4, 3]", "label": "int64[]"}
+    features = (("image", "uint8[5, 4, 3]"), ("label", "int64[]"))
     return array_records(path=str(tmp_path), features=features, pixels=("image",))
 
 
