@@ -1,5 +1,6 @@
 """Average a metric over held-out data."""
 
+import collections
 import functools
 import math
 from collections.abc import Callable
@@ -13,6 +14,9 @@ from dpjax.checks import check_positive_int
 from dpjax.data.batches import read_steps
 from dpjax.parallel.sharding import Layout
 from dpjax.typing import Batch, Example, Params, Source
+
+_AHEAD = 4
+"""Chunks that a device may hold while it works on one."""
 
 Metric = Callable[[Params, Example], Array]
 Evaluate = Callable[[Params, Source], float]
@@ -52,17 +56,20 @@ def evaluator(metric: Metric, *, batch_size: int, layout: Layout) -> Evaluate:
             return np.arange(part * batch_size, min((part + 1) * batch_size, size))
 
         parts = range(math.ceil(size / batch_size))
-        totals = [
-            total(params, layout.place(chunk, padded_size))
-            for batch in read_steps(
-                source,
-                draw,
-                steps=parts,
-                physical_batch_size=padded_size,
-                rows=layout.rows(padded_size),
-            )
-            for chunk in batch.chunks
-        ]
-        return sum(float(part) for part in totals) / size
+        stream = read_steps(
+            source,
+            draw,
+            steps=parts,
+            physical_batch_size=padded_size,
+            rows=layout.rows(padded_size),
+        )
+        summed, pending = 0.0, collections.deque[Array]()
+        for batch in stream:
+            for chunk in batch.chunks:
+                pending.append(total(params, layout.place(chunk, padded_size)))
+                # Or all of the source would wait on a device that is slower than the disk.
+                if len(pending) > _AHEAD:
+                    summed += float(pending.popleft())
+        return (summed + sum(map(float, pending))) / size
 
     return evaluate

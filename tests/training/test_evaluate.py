@@ -1,5 +1,6 @@
 """The mean of a metric over held-out data."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,3 +21,20 @@ def test_every_example_counts_once_whatever_the_batches(devices):
             layout=layout,
         )
         assert evaluate(jnp.float32(2), ArraySource({"x": values})) == 8.6
+
+
+def test_a_device_holds_few_chunks_however_many_there_are():
+    alive = []
+
+    class Watched(ArraySource):
+        def __getitem__(self, indices):
+            alive.append(len(jax.live_arrays()))
+            return super().__getitem__(indices)
+
+    layout = make_layout(data=1, fsdp=1, model=1, rules=[(".*", None)])
+    evaluate = evaluator(
+        lambda params, example: example["x"], batch_size=1, layout=layout
+    )
+    before = len(jax.live_arrays())
+    assert evaluate((), Watched({"x": np.ones(200, np.float32)})) == 1.0
+    assert max(alive) - before < 40
