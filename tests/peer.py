@@ -60,7 +60,7 @@ def told():
 
 
 def digest(state):
-    """Return a digest of what this process holds: on this mesh, half of the devices."""
+    """Return a digest of what this process holds: a replica, if the mesh says so."""
     import jax
     import numpy as np
 

@@ -8,10 +8,17 @@ import socket
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
+from dpjax.privacy.noise import root_key
+from dpjax.training.checkpoint import Checkpoints
+from dpjax.training.experiment import build_experiment
 from dpjax.training.ledger import Ledger, NoiseReuseError
+from dpjax.training.state import init_state
 from dpjax.training.train import Interrupted, train
+from dpjax.transforms import private
 from experiments.train import main
 from tests.checks import assert_close, norm
 from tests.runs import ROOT, assert_same_export, crash_after, exported, metrics, tiny
@@ -19,22 +26,23 @@ from tests.runs import ROOT, assert_same_export, crash_after, exported, metrics,
 pytestmark = pytest.mark.usefixtures("shared_steps")
 
 TINY = "--config=tests/tiny_config.py"
-FLAGS = (
-    "--config.mesh.data=2",
-    "--config.mesh.fsdp=2",
-    "--config.model.features=()",
-)
+SHARDED, HYBRID = (1, 8, 1), (2, 4, 1)
+"""Parameters and all that is like them over all devices; over those of a process."""
+RULES = ((".*", "largest", -1),)
+ADAM = {"optimizer.name": "optax:adam", "optimizer.learning_rate": 0.05}
 NEVER = "SIGTERM@1000"
 
 
-def small(**changes):
+def small(mesh=(1, 1, 1), variant="dpsgd"):
     """What the processes train, with few parameters: compiling is most of the time."""
-    return tiny(**{"model.features": ()} | changes)
+    places = dict(zip(("mesh.data", "mesh.fsdp", "mesh.model"), mesh, strict=True))
+    few = {"model.features": (), "mesh.rules": RULES}
+    return tiny(variant, **few | ADAM | places)
 
 
-def train_here(workdir, **changes):
+def train_here(workdir, mesh=(1, 1, 1), variant="dpsgd"):
     """Train in this process."""
-    train(small(**changes), workdir)
+    train(small(mesh, variant), workdir)
 
 
 def free_port():
@@ -43,19 +51,27 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def two_processes(workdir, *, event=NEVER, flags=((), ())):
-    """Run two processes of two devices; return the status and output of each."""
+def two_processes(workdir, mesh, *, event=NEVER, variant="dpsgd", flags=((), ())):
+    """Run two processes of four devices; return the status and output of each."""
     environment = os.environ | {
-        "JAX_NUM_CPU_DEVICES": "2",
+        "JAX_NUM_CPU_DEVICES": "4",
         "JAX_COMPILATION_CACHE_DIR": ".cache/jax-tests",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }
+    data, fsdp, _ = mesh
+    layout = (
+        f"--config.mesh.data={data}",
+        f"--config.mesh.fsdp={fsdp}",
+        f"--config.mesh.rules={RULES}",
+        "--config.model.features=()",
+        *(f"--config.{key}={value}" for key, value in ADAM.items()),
+    )
     port = free_port()
     peers = [
         subprocess.Popen(
             [
                 *(sys.executable, "-m", "tests.peer", event),
-                *(TINY, f"--workdir={workdir}", *FLAGS, *flags[number]),
+                *(f"{TINY}:{variant}", f"--workdir={workdir}", *layout, *flags[number]),
                 *(f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2"),
                 f"--process_id={number}",
             ],
@@ -85,9 +101,13 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-    """The same run, of two processes."""
+    """The same run, of two processes that hold half of its state each."""
     workdir = tmp_path_factory.mktemp("together")
-    ended = two_processes(workdir)
+    return run_together(workdir, SHARDED)
+
+
+def run_together(workdir, mesh, **options):
+    ended = two_processes(workdir, mesh, **options)
     assert [status for status, _ in ended] == [0, 0], ended
     assert "test/accuracy" in ended[0][1]
     assert "plan" not in ended[1][1]
@@ -100,6 +120,22 @@ def assert_close_export(one, other):
 
 
 def test_a_run_of_two_processes_is_the_run_of_one(alone, together):
+    check_same_run(together, alone)
+
+
+@pytest.mark.long
+def test_so_is_a_run_of_two_replicas(alone, tmp_path):
+    check_same_run(run_together(tmp_path, HYBRID), alone)
+
+
+@pytest.mark.long
+def test_so_is_one_whose_error_memory_is_split(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    train_here(one, variant="dicesgd")
+    check_same_run(run_together(two, SHARDED, variant="dicesgd"), one)
+
+
+def check_same_run(together, alone):
     assert_close_export(together, alone)
     for left, right in zip(metrics(together), metrics(alone), strict=True):
         assert left == pytest.approx(right, rel=1e-4)
@@ -107,16 +143,42 @@ def test_a_run_of_two_processes_is_the_run_of_one(alone, together):
         assert (together / name).read_text() == (alone / name).read_text()
 
 
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)])
+def test_a_checkpoint_of_two_processes_is_restored_on_other_layouts(together, mesh):
+    # All of the state is compared with the fingerprints that were saved with it.
+    state = restored(together, mesh)
+    _, fsdp, model = mesh
+    kernels = [x for x in jax.tree.leaves(state) if x.shape == (64, 10)]
+    assert len(kernels) == 4  # parameters, two moments, average
+    for leaf in kernels:
+        assert leaf.sharding.shard_shape(leaf.shape) == (64 // fsdp, 10 // model)
+    last = jax.tree.map(np.asarray, state.average)
+    jax.tree.map(np.testing.assert_array_equal, last, exported(together))
+
+
+def restored(workdir, mesh):
+    config = small(mesh)
+    experiment = build_experiment(config)
+    transform = private(
+        experiment.mechanism, experiment.optimizer, noise_key=root_key(2)
+    )
+    fresh = init_state(config, experiment, transform)
+    with Checkpoints(workdir / "checkpoints", keep=2) as saved:
+        step, state = saved.restore(fresh)
+    assert step == 12
+    return state
+
+
 @pytest.mark.long
 def test_after_kill_9_of_one_process_the_other_ends_and_a_restart_is_undisturbed(
     together, tmp_path
 ):
-    killed, other = two_processes(tmp_path, event="SIGKILL@9")[::-1]
+    killed, other = two_processes(tmp_path, SHARDED, event="SIGKILL@9")[::-1]
     assert killed[0] == -signal.SIGKILL
     assert other[0] not in (0, 75)
     assert "since another one has died" in other[1]
     assert not (tmp_path / "export").exists()
-    assert [status for status, _ in two_processes(tmp_path)] == [0, 0]
+    assert [status for status, _ in two_processes(tmp_path, SHARDED)] == [0, 0]
     assert_same_export(tmp_path, together)
 
 
@@ -129,7 +191,7 @@ def test_a_run_goes_on_on_another_number_of_processes_and_devices(
         with pytest.raises(Interrupted, match="step 4 of"):
             train_here(tmp_path)
     # A signal to one process stops both, after the same step.
-    ended = two_processes(tmp_path, event="SIGTERM@5")
+    ended = two_processes(tmp_path, SHARDED, event="SIGTERM@5")
     assert [status for status, _ in ended] == [75, 75], ended
     (step,) = {
         re.search(r"interrupted: saved step (\d+)", text)[1] for _, text in ended
@@ -137,14 +199,14 @@ def test_a_run_goes_on_on_another_number_of_processes_and_devices(
     assert 6 <= int(step) < 12
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(tmp_path, elsewhere, ignore=lambda *_: ["elsewhere"])
-    train_here(tmp_path, **{"mesh.data": 4})
+    train_here(tmp_path, (2, 2, 2))
     assert_close_export(tmp_path, alone)
     train_here(elsewhere)
     assert_close_export(elsewhere, alone)
     lines = (tmp_path / "ledger.txt").read_text().splitlines()
     layouts = [line.split()[2] for line in lines]
-    assert layouts == ["1x1/1/cpu"] * 4 + ["2x2/2/cpu"] * (int(step) - 4) + [
-        "4x1/1/cpu"
+    assert layouts == ["1x1/1/cpu"] * 4 + ["1x8/2/cpu"] * (int(step) - 4) + [
+        "2x2x2/1/cpu"
     ] * (12 - int(step))
 
 
@@ -170,7 +232,7 @@ def test_steps_after_the_checkpoint_are_not_replayed_on_another_layout(
     with pytest.raises(
         NoiseReuseError, match="step 4 was released on 1x1/1/cpu, after"
     ):
-        train_here(tmp_path, **{"mesh.data": 4})
+        train_here(tmp_path, (4, 1, 1))
     assert (tmp_path / "ledger.txt").read_text() == before
     train_here(tmp_path)
 
@@ -178,7 +240,7 @@ def test_steps_after_the_checkpoint_are_not_replayed_on_another_layout(
 @pytest.mark.long
 def test_secrets_of_the_operating_system_are_those_of_the_first_process(tmp_path):
     flags = ["--config.run.seed=None"]
-    ended = two_processes(tmp_path, flags=(flags, flags))
+    ended = two_processes(tmp_path, HYBRID, flags=(flags, flags))
     assert [status for status, _ in ended] == [0, 0], ended
     starts = [re.search(r"starts with (\w{64})", text)[1] for _, text in ended]
     assert starts[0] == starts[1]
@@ -186,7 +248,7 @@ def test_secrets_of_the_operating_system_are_those_of_the_first_process(tmp_path
 
 def test_processes_with_different_configs_refuse_and_leave_nothing(tmp_path):
     workdir = tmp_path / "run"
-    ended = two_processes(workdir, flags=((), ("--config.run.log_every=5",)))
+    ended = two_processes(workdir, SHARDED, flags=((), ("--config.run.log_every=5",)))
     for number, (status, text) in enumerate(ended):
         assert status == 2
         assert (
