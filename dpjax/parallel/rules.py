@@ -24,3 +24,6 @@ VOCABULARY: Final = (
 )
 """The same, and the vocabulary is split over ``model``, where its size is divisible: that of
 GPT-2, 50,257, is not."""
+
+EXPERTS: Final = ((r"experts/(gate|up|down)$", -2, -3), *VOCABULARY)
+"""The same of ``moe``: over ``model`` whole experts are split, too."""

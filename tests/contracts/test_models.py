@@ -21,6 +21,7 @@ from dpjax.models import bert, peft
 from dpjax.models.gpt2 import gpt2
 from dpjax.models.llama import llama
 from dpjax.models.losses import causal_lm, classification, masked_lm
+from dpjax.models.moe import balanced_lm, moe
 from dpjax.models.partition import partition, with_frozen
 from dpjax.models.vit import vit
 from dpjax.privacy.sensitive import reveal
@@ -55,6 +56,14 @@ def make_llama(*, tied, **run):
     return model, causal_lm
 
 
+def make_moe(**run):
+    model = moe(
+        vocab_size=11, length=8, width=8, heads=4, kv_heads=2, hidden=6, experts=3,
+        capacity_factor=0.8, rotary_base=1e4, epsilon=1e-6, **run,
+    )  # fmt: skip
+    return model, functools.partial(balanced_lm, coefficient=0.1)
+
+
 def make_vit(**run):
     model = vit(
         num_classes=3, image_size=4, patch=2, width=8, heads=2, hidden=12,
@@ -87,6 +96,9 @@ CASES = {
     "llama-bookkeeping": (make_llama, {"tied": False, **SCAN_REMAT}, FLAT),
     "llama-ghost": (make_llama, {"tied": True, **REMAT}, LAYERS),
     "llama-auto": (make_llama, {"tied": False, **SCAN}, DIFFERENCE),
+    "moe-bookkeeping": (make_moe, SCAN_REMAT, FLAT),
+    "moe-ghost": (make_moe, SCAN, LAYERS),
+    "moe-auto": (make_moe, REMAT, DIFFERENCE),
     "vit-bookkeeping": (make_vit, LOW_SCAN, FLAT),
     "vit-ghost": (make_vit, LOW_REMAT, FLAT),
     "vit-auto": (make_vit, REMAT, LAYERS),
