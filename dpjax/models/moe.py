@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -247,7 +247,8 @@ def moe(
     )
 
     def logits(params: Params, example: Example, key: Key) -> Array:
-        return model.apply(params, example, key).logits
+        out: Any = model.apply(params, example, key)
+        return out.logits
 
     settings = dataclasses.asdict(spec) | {"length": length, "experts": experts}
     return model._replace(evaluate=logits, settings=tuple(settings.items()))
@@ -272,7 +273,7 @@ def balanced_lm(model: Model, *, coefficient: float) -> Loss:
         balances: list[Scalar] = []
 
         def apply(params: Params, example: Example, key: Key) -> Array:
-            out = model.apply(params, example, key)
+            out: Any = model.apply(params, example, key)
             balances.append(out.balance)
             return out.logits
 

@@ -228,13 +228,15 @@ often as they turn, collectives by the bytes of their results on one device.
   gather none: what has an axis of examples and travels is one number for each.
 - Replicas do not meet within a chunk; a step ends with one reduction over `data`.
 - **One pass, or the memory of none.** With adapters `auto` costs nothing beside training
-  without privacy. Where all parameters are trained there is a choice. One backward pass
-  (`auto` with room, `bookkeeping`) has the FLOPs and collectives of training without privacy,
-  but has to hold, for each row, the gradient or what it is made of until the norm is known: 4
-  bytes times parameters (4.4 GB of 1.1e9) or 4 x 1024 x (inputs + outputs) for each product
-  (31 MB for 2048 x 5632, whose gradient is 46 MB). Two passes (`ghost`, `auto_lean`) hold
-  neither, and gather and compute twice. 1.15 of the peak and 1.10 of the FLOPs at once are not
-  to be had: the second pass alone is three products in four.
+  without privacy, and little for all of GPT-2, whose layers' gradients are small beside what
+  a row of 1024 tokens takes anyway. Of the larger models there is a choice, where all
+  parameters are trained. One backward pass (`auto` with room, `bookkeeping`) has the FLOPs and
+  collectives of training without privacy, but has to hold, for each row, the gradient or what
+  it is made of until the norm is known: 4 bytes times parameters (4.4 GB of 1.1e9) or
+  4 x 1024 x (inputs + outputs) for each product (31 MB for 2048 x 5632, whose gradient is 46
+  MB). Two passes (`ghost`, `auto_lean`) hold neither, and gather and compute twice. 1.15 of
+  the peak and 1.10 of the FLOPs at once are not to be had: the second pass alone is three
+  products in four.
 
 ## Strong scaling: a batch of {batch} in chunks of one row for each device
 
