@@ -1087,4 +1087,10 @@ MUTANTS = [
         "parallel/test_sharding.py::"
         "test_norms_of_rows_on_several_devices_are_never_too_small",
     ),
+    Mutant(
+        "dpjax.training.verification.verify",
+        "    for index, row in ((0, 0), (len(source) // 2, size - 1)):",
+        "    for index, row in ((0, 0), (len(source) // 2, 0)):",
+        "training/verification/test_verify.py",
+    ),
 ]

@@ -58,6 +58,15 @@ def test_a_wrong_gradient_stops_a_run_whose_parameters_are_split(tmp_path, monke
         start(tmp_path, monkeypatch, wrong, **mesh)
 
 
+def test_an_engine_that_is_wrong_for_later_rows_stops_the_run(tmp_path, monkeypatch):
+    def forgetful(loss, query, batch, key):
+        first = jnp.arange(len(batch.mask)) < len(batch.mask) // 2
+        return vmap(loss, query, batch._replace(mask=batch.mask & first), key)
+
+    with pytest.raises(SelfCheckError, match="is not that of per-example gradients"):
+        start(tmp_path, monkeypatch, forgetful)
+
+
 def test_a_wrong_norm_stops_the_run(tmp_path, monkeypatch):
     with pytest.raises(SelfCheckError, match="is not that of per-example gradients"):
         start(tmp_path, monkeypatch, too_long, **{"mechanism.clip_norm": 1e-2})
