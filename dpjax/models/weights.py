@@ -8,9 +8,9 @@ import functools
 import json
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import ml_dtypes  # noqa: F401 - lets numpy read bfloat16
@@ -29,6 +29,7 @@ from dpjax.models.partition import flatten, named_like
 from dpjax.typing import Example, Key, Model, Params
 
 Tensors = Mapping[str, np.ndarray]
+Value = TypeVar("Value")
 
 
 def pretrained(
@@ -79,16 +80,20 @@ def pretrained(
     def init(key: Key, example: Example) -> Params:
         params = model.init(key, example)
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-        headers = _named(layout, _read(files, data=False), skip=skip)
+        headers = _read(files, data=False)
         given = _without(shapes, fresh)
-        _parts(layout, headers, given)
-
-        def load() -> dict[str, np.ndarray]:
-            tensors = _named(layout, _read(files, data=True), skip=skip)
-            return _gather(_parts(layout, tensors, given), given)
-
-        # Not as constants of the program: they are as large as the model.
-        return named_like(params, flatten(params) | jax.pure_callback(load, given))
+        _parts(layout, _named(layout, headers, skip=skip), given)
+        raw = _named(layout, {name: name for name in headers}, skip=skip)
+        rules = _rules(layout, _separate(_views(given)))
+        # Not as constants of the program, which are as large as the model; and one by one:
+        # several devices may hold together what none can hold alone.
+        loaded = {
+            name: jax.pure_callback(
+                functools.partial(_load, layout, rules, files, raw, name, leaf), leaf
+            )
+            for name, leaf in given.items()
+        }
+        return named_like(params, flatten(params) | loaded)
 
     return model._replace(init=init)
 
@@ -343,13 +348,15 @@ def _check_config(file: Path, model: Model, *, family: str) -> None:
         )
 
 
-def _named(layout: Layout, tensors: Tensors, *, skip: Sequence[str]) -> Tensors:
+def _named(
+    layout: Layout, tensors: Mapping[str, Value], *, skip: Sequence[str]
+) -> dict[str, Value]:
     """Return the tensors under today's names, without buffers and what is skipped."""
     for pattern in skip:
         if not any(re.fullmatch(pattern, name) for name in tensors):
             raise ValueError(f"skip={pattern!r} matches none of {sorted(tensors)}")
     known = [re.escape(rule.theirs).replace(r"\{\}", r"\d+") for rule in layout.rules]
-    named = {}
+    named: dict[str, Value] = {}
     for name, tensor in tensors.items():
         if _matches(name, (*skip, *NOT_PARAMETERS)):
             continue
@@ -374,8 +381,7 @@ def _parts(
     layout: Layout, tensors: Tensors, given: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
     """Return views of the tensors as parameters of separate layers, checked."""
-    views = {name: np.broadcast_to(np.float32(0), x.shape) for name, x in given.items()}
-    shapes = {name: view.shape for name, view in _separate(views).items()}
+    shapes = {name: view.shape for name, view in _separate(_views(given)).items()}
     rules = _rules(layout, shapes)
     _check_names(layout, rules, tensors)
     parts = {
@@ -389,6 +395,22 @@ def _parts(
     return parts
 
 
+def _views(given: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Return arrays of such shapes that take no memory."""
+    return {name: np.broadcast_to(np.float32(0), x.shape) for name, x in given.items()}
+
+
+def _check_copies(layout: Layout, tensors: Tensors) -> None:
+    """Refuse tensors that are one here and differ."""
+    for name, source in layout.copies.items():
+        both = name in tensors and source in tensors
+        if both and not np.array_equal(tensors[name], tensors[source]):
+            raise ValueError(
+                f"tensors {name!r} and {source!r} differ, and are one in this model; "
+                "the weights are of a model with an untied head"
+            )
+
+
 def _check_names(layout: Layout, rules: list[Rule], tensors: Tensors) -> None:
     wanted = {rule.theirs for rule in rules}
     copies = {
@@ -396,12 +418,7 @@ def _check_names(layout: Layout, rules: list[Rule], tensors: Tensors) -> None:
         for name, source in layout.copies.items()
         if name in tensors and name not in wanted and source in tensors
     }
-    for name, source in copies.items():
-        if not np.array_equal(tensors[name], tensors[source]):
-            raise ValueError(
-                f"tensors {name!r} and {source!r} differ, and are one in this model; "
-                "the weights are of a model with an untied head"
-            )
+    _check_copies(layout, {n: tensors[n] for n in {*copies} | {*copies.values()}})
     missing = sorted(wanted - set(tensors))
     surplus = sorted(set(tensors) - wanted - set(copies))
     if missing or surplus:
@@ -486,13 +503,59 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
-def _read(files: Sequence[Path], *, data: bool) -> Tensors:
-    """Return the tensors of files; without ``data``, zeros that take no memory."""
+def _load(
+    layout: Layout,
+    rules: Sequence[Rule],
+    files: Sequence[Path],
+    raw: Mapping[str, str],
+    name: str,
+    leaf: Any,
+) -> np.ndarray:
+    """Read one parameter, from those tensors alone that it is made of.
+
+    Args:
+        layout: Of the family.
+        rules: Of the model.
+        files: Of the weights.
+        raw: Today's name of each tensor -> its name in the files.
+        name: Of the parameter.
+        leaf: Its shape.
+    """
+    wanted = _separate(_views({name: leaf})).keys()
+    theirs = {rule.theirs for rule in rules}
+    parts: dict[str, np.ndarray] = {}
+    for rule in rules:
+        if wanted & {*rule.ours}:
+            copies = [
+                n
+                for n, of in layout.copies.items()
+                if of == rule.theirs and n in raw and n not in theirs
+            ]
+            names = {raw[n]: n for n in (rule.theirs, *copies)}
+            read = _read(files, data=True, only=names)
+            _check_copies(layout, {names[n]: tensor for n, tensor in read.items()})
+            split = rule.transform.split(read[raw[rule.theirs]])
+            parts |= zip(rule.ours, split, strict=True)
+    return _gather(parts, {name: leaf})[name]
+
+
+def _read(
+    files: Sequence[Path], *, data: bool, only: Container[str] | None = None
+) -> Tensors:
+    """Return the tensors of files; without ``data``, zeros that take no memory.
+
+    Args:
+        files: Where they are.
+        data: Whether to read them.
+        only: Names of those that are wanted; None for all.
+    """
     tensors = {}
     for file in files:
         try:
             with safe_open(file, framework="np") as opened:
                 for name in opened.keys():  # noqa: SIM118 - it is no dict
+                    if only is not None and name not in only:
+                        continue
                     shape = opened.get_slice(name).get_shape()
                     tensors[name] = (
                         opened.get_tensor(name)

@@ -18,6 +18,8 @@ from dpjax.models import bert, inputs, peft, weights
 from dpjax.models.gpt2 import gpt2, gpt2_small
 from dpjax.models.llama import llama
 from dpjax.models.vit import vit, vit_b16
+from dpjax.parallel.rules import TRANSFORMER
+from dpjax.parallel.sharding import make_layout
 from tests.checks import thinned
 
 HF = pathlib.Path(__file__).parents[1] / "golden" / "hf"
@@ -754,6 +756,31 @@ def test_large_weights_are_written_in_files_with_an_index(tmp_path, scan):
     )
     again = started.init(jax.random.key(1), example)
     jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_a_parameter_is_read_from_its_own_tensors_alone(tmp_path, monkeypatch):
+    """Of a model that no device holds, one process would not hold all tensors either."""
+    model, example = small_llama(True), {"tokens": np.zeros(8, np.int32)}
+    params = model.init(jax.random.key(0), example)
+    weights.write_sharded(str(tmp_path), params, family="llama", max_shard_bytes=1000)
+    read, most = weights._read, []
+
+    def reading(files, *, data, only=None):
+        found = read(files, data=data, only=only)
+        if data:
+            most.append(len(found))
+        return found
+
+    monkeypatch.setattr(weights, "_read", reading)
+    started = weights.pretrained(
+        model, path=str(tmp_path), family="llama", fresh=(), skip=()
+    )
+    layout = make_layout(data=1, fsdp=4, model=1, rules=TRANSFORMER)
+    start = jax.jit(
+        lambda key: started.init(key, example), out_shardings=layout.of_params(params)
+    )
+    jax.tree.map(np.testing.assert_array_equal, start(jax.random.key(1)), params)
+    assert {*most} == {1}
 
 
 def test_weights_that_fit_one_file_are_one_file(tmp_path):
