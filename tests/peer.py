@@ -3,11 +3,13 @@
 ``python -m tests.peer EVENT@STEP ARGUMENTS`` is ``python -m experiments.train ARGUMENTS``,
 but process 1 sends itself the signal EVENT when the release of STEP is recorded. With SIGTERM
 both processes then wait for what JAX does in the background: it looks for the signal once a
-second, in which a short run may end.
+second, in which a short run may end. With RLIMIT_AS or RLIMIT_DATA, STEP is how many bytes
+each process may take from its start on.
 """
 
 import hashlib
 import os
+import resource
 import signal
 import sys
 import time
@@ -35,6 +37,23 @@ def sent(event, step):
         record(self, number, fingerprint)
 
     Ledger.record = recording
+
+
+def limited(kind, size):
+    """Let this process take ``size`` bytes more than it has when its config is checked."""
+    from dpjax.training import opening
+
+    check_parts = opening.check_parts
+
+    def limiting(experiment):
+        with open("/proc/self/statm") as file:
+            pages = [int(count) for count in file.read().split()]
+        taken = pages[{"RLIMIT_AS": 0, "RLIMIT_DATA": 5}[kind]] * resource.getpagesize()
+        limits = (taken + int(size), resource.RLIM_INFINITY)
+        resource.setrlimit(getattr(resource, kind), limits)
+        return check_parts(experiment)
+
+    opening.check_parts = limiting
 
 
 def wait_until_all_were_told(count):
@@ -76,5 +95,6 @@ def digest(state):
 if __name__ == "__main__":
     told()
     processes.HEARTBEAT_TIMEOUT = 8  # a third of the time to wait for the dead
-    sent(*sys.argv[1].split("@"))
+    event = sys.argv[1].split("@")
+    (limited if event[0].startswith("RLIMIT") else sent)(*event)
     sys.exit(main(sys.argv[2:]))

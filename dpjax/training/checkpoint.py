@@ -292,8 +292,9 @@ def _signatures(leaves: Mapping[str, Any]) -> dict[str, str]:
 
 def _fingerprints(leaves: Mapping[str, Array]) -> dict[str, int]:
     # One program per shape, since leaves may live on different devices.
-    found = jax.device_get({name: _jitted(leaf) for name, leaf in leaves.items()})
-    return {name: int(value) for name, value in found.items()}
+    # One after the other: on CPU, devices that wait for those of another process in one
+    # program would leave no thread to the next, for which the others wait.
+    return {name: int(jax.device_get(_jitted(leaf))) for name, leaf in leaves.items()}
 
 
 _jitted = jax.jit(fingerprint)

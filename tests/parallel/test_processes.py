@@ -237,6 +237,38 @@ def test_steps_after_the_checkpoint_are_not_replayed_on_another_layout(
     train_here(tmp_path)
 
 
+WIDE = (
+    "--config.model.features=(2048,2048,2048,2048,2048,2048,2048,2048,2048,2048)",
+    "--config.mechanism.steps=2",
+    "--config.mechanism.sampling.rate=0.02",
+    "--config.compute.physical_batch_size=8",
+    "--config.compute.engine=ghost",
+    "--config.evaluation.ema_decay=0.0",
+)
+"""38 million parameters, 151 MB; with two moments and a sum 606 MB, in replicas on each of
+four devices 2.4 GB."""
+
+
+def test_a_model_that_a_process_cannot_hold_is_refused_with_the_layout_to_use(tmp_path):
+    workdir, flags = tmp_path / "run", (WIDE, WIDE)
+    limit = "RLIMIT_AS@2000000000"
+    ended = two_processes(workdir, (8, 1, 1), event=limit, flags=flags)
+    for status, text in ended:
+        assert status == 2
+        message = next(x for x in text.splitlines() if x.startswith("error:"))
+        assert "each device would hold 6" in message
+        assert "set config.mesh.data=4, fsdp=2, model=1, where it would" in message
+    assert not workdir.exists()
+
+
+@pytest.mark.long
+def test_it_is_trained_by_two_processes_that_hold_a_part_each(tmp_path):
+    ended = two_processes(
+        tmp_path, SHARDED, event="RLIMIT_AS@2000000000", flags=(WIDE, WIDE)
+    )
+    assert [status for status, _ in ended] == [0, 0], ended
+
+
 @pytest.mark.long
 def test_secrets_of_the_operating_system_are_those_of_the_first_process(tmp_path):
     flags = ["--config.run.seed=None"]
