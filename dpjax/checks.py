@@ -212,6 +212,10 @@ def check_mesh(*, data: int | None, fsdp: int, model: int, rules: Any) -> None:
         check_positive_int("data", data)
     check_positive_int("fsdp", fsdp)
     check_positive_int("model", model)
+    if not isinstance(rules, list | tuple):
+        raise ValueError(
+            f"rules={rules!r} must be a tuple of rules, such as (('.*', 'largest'),)"
+        )
     for rule in rules:
         try:
             pattern, *dimensions = rule

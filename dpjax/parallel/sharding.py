@@ -100,6 +100,21 @@ class Layout:
             params,
         )
 
+    def check_params(self, params: Params) -> None:
+        """Raise ValueError unless the rules split all parameters, some over ``model``.
+
+        Args:
+            params: Arrays or their shapes, of the whole model.
+        """
+        self.of_params(params)
+        parts = self.mesh.shape["model"]
+        specs = jax.tree.leaves(self._specs(params, params))
+        if parts > 1 and not any("model" in spec for spec in specs):
+            raise ValueError(
+                f"none splits a parameter of this model over model={parts}; add one that "
+                "does, or use model=1"
+            )
+
     def of_state(self, state: PyTree, params: Params) -> PyTree | None:
         """Return the sharding of each leaf of a state; None on one device.
 

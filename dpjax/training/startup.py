@@ -57,7 +57,7 @@ def check_parts(experiment: Experiment) -> tuple[Params, Params]:
                 f"config.{name}: {out} must be one scalar for ONE example"
             )
     try:
-        experiment.layout.of_params(params)
+        experiment.layout.check_params(params)
     except ValueError as error:
         raise configs.ConfigError(f"config.mesh.rules: {error}") from error
     if experiment.layout.split:

@@ -3,14 +3,34 @@
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
+from dpjax import Model
+from dpjax.parallel.rules import TRANSFORMER
 from experiments.train import main
 from tests.runs import ROOT, tiny
 
 TINY = "--config=tests/tiny_config.py"
+
+
+def convolutional():
+    def init(key, example):
+        return {"kernel": jnp.ones((3, 3, 1, 10))}
+
+    def apply(params, example, key):
+        image = example["image"].reshape(1, 8, 8, 1)
+        how = ("NHWC", "HWIO", "NHWC")
+        out = jax.lax.conv_general_dilated(
+            image, params["kernel"], (1, 1), "SAME", dimension_numbers=how
+        )
+        return jnp.mean(out, axis=(0, 1, 2))
+
+    return Model(init, apply)
+
 
 WRONG_FLAGS = {
     "no config": ([], "--config=FILE is missing"),
@@ -361,6 +381,34 @@ WRONG_VALUES = {
         "config.compute.physical_batch_size=64 must be divisible by the 3 devices",
     ),
     "fsdp zero": ({"mesh.fsdp": 0}, "config.mesh.fsdp=0 must be an integer"),
+    "rows that fsdp does not divide": (
+        {"mesh.data": None, "mesh.fsdp": 4, "compute.physical_batch_size": 60},
+        "config.mesh: physical_batch_size=60 must be divisible by the 8 devices",
+    ),
+    "rules none": (
+        {"mesh.rules": None},
+        "config.mesh.rules=None must be a tuple of rules, such as (('.*', 'largest'),)",
+    ),
+    "rules one word": (
+        {"mesh.rules": "kernel"},
+        "config.mesh.rules='kernel' must be a tuple of rules",
+    ),
+    "rule that splits unevenly": (
+        {"mesh.fsdp": 4, "mesh.rules": (("head/bias", 0), (".*", None))},
+        "of shape (10,) over fsdp=4; use another dimension, None, or 'largest' for fsdp",
+    ),
+    "model without rules": (
+        {"mesh.model": 2},
+        "config.mesh: model=2 needs rules that say what is split over it",
+    ),
+    "model with rules for others": (
+        {"mesh.model": 2, "mesh.rules": TRANSFORMER},
+        "config.mesh.rules: none splits a parameter of this model over model=2",
+    ),
+    "convolutions that would be divided": (
+        {"mesh.fsdp": 2, "model": {"name": f"{__name__}:convolutional"}},
+        "config.mesh: fsdp and model must be 1 for a loss with convolutions",
+    ),
     "rule no pair": (
         {"mesh.rules": ("kernel",)},
         "config.mesh.rules: 'kernel' must be (regular expression, dimension over fsdp) or",
