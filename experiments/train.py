@@ -57,6 +57,8 @@ def _stopped_early(number: int, frame: FrameType | None) -> None:
 
 def _run(command: Command) -> int:
     options.keep_programs()
+    import jax
+
     from dpjax.clipping.planning.planner import MemoryBudgetError
     from dpjax.parallel import processes
     from dpjax.parallel.allocator import keep_freed_memory
@@ -84,6 +86,17 @@ def _run(command: Command) -> int:
         processes.PeerError,
     ) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except jax.errors.JaxRuntimeError as error:
+        if not processes.is_exhausted(error):
+            raise
+        first = str(error).partition("\n")[0][:200]
+        print(
+            "error: a device has too little memory: lower "
+            "config.compute.physical_batch_size or microbatch_size, or raise "
+            f"config.mesh.fsdp (--config.run.dry_run=True tells what each holds): {first}",
+            file=sys.stderr,
+        )
         return 1
     return 0
 

@@ -94,7 +94,7 @@ def joined(
         timer = threading.Timer(_GRACE, _leave)
         timer.daemon = True
         timer.start()
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if isinstance(error, jax.errors.JaxRuntimeError) and not is_exhausted(error):
             raise PeerError(
                 f"process {jax.process_index()} of {jax.process_count()} stops, most "
                 "likely since another one has died (see its output); the checkpoints are "
@@ -124,6 +124,11 @@ def _witness(text: str) -> Iterator[None]:
 _SPEAK: Final = (
     "import sys; sys.stdin.read() or print('error:', sys.argv[1], file=sys.stderr)"
 )
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Return whether a device had too little memory."""
+    return "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from dpjax import Model
 from dpjax.parallel.rules import TRANSFORMER
+from dpjax.training import train as loop
 from experiments.train import main
 from tests.runs import ROOT, tiny
 
@@ -749,6 +750,18 @@ def test_divergence_stops_with_one_line_and_status_1(capsys, monkeypatch, tmp_pa
     assert main([TINY, *flags]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: the update of step")
+
+
+def test_exhausted_memory_is_one_line_with_the_ways_out(capsys, monkeypatch, tmp_path):
+    def exhausted(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore")
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(loop, "train", exhausted)
+    assert main([TINY, f"--workdir={tmp_path / 'run'}"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: a device has too little memory: lower config.comp")
+    assert error.endswith("tells what each holds): RESOURCE_EXHAUSTED: Out of memory\n")
 
 
 def test_dry_run_prints_plan_and_card_and_trains_nothing(capsys, monkeypatch, tmp_path):
