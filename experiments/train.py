@@ -87,7 +87,7 @@ def _run(command: Command) -> int:
     ) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, ValueError, MemoryError) as error:
         if not processes.is_exhausted(error):
             raise
         first = str(error).partition("\n")[0][:200]

@@ -127,8 +127,8 @@ _SPEAK: Final = (
 
 
 def is_exhausted(error: BaseException) -> bool:
-    """Return whether a device had too little memory."""
-    return "RESOURCE_EXHAUSTED" in str(error)
+    """Return whether a device, or the host, had too little memory."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _first_line(error: BaseException) -> str:

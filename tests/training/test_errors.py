@@ -752,16 +752,27 @@ def test_divergence_stops_with_one_line_and_status_1(capsys, monkeypatch, tmp_pa
     assert error.startswith("error: the update of step")
 
 
-def test_exhausted_memory_is_one_line_with_the_ways_out(capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "error",
+    [
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore"),
+        ValueError("RESOURCE_EXHAUSTED: Out of memory"),
+        MemoryError("std::bad_alloc: Out of memory"),
+    ],
+)
+def test_exhausted_memory_is_one_line_with_the_ways_out(
+    error, capsys, monkeypatch, tmp_path
+):
     def exhausted(*_):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore")
+        raise error
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(loop, "train", exhausted)
     assert main([TINY, f"--workdir={tmp_path / 'run'}"]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: a device has too little memory: lower config.comp")
-    assert error.endswith("tells what each holds): RESOURCE_EXHAUSTED: Out of memory\n")
+    told = capsys.readouterr().err
+    assert told.startswith("error: a device has too little memory: lower config.comp")
+    assert told.endswith(": Out of memory\n")
+    assert told.count("\n") == 1
 
 
 def test_dry_run_prints_plan_and_card_and_trains_nothing(capsys, monkeypatch, tmp_path):
