@@ -16,8 +16,7 @@ def device_memory() -> float:
     """Return the bytes that one device of this process may hold.
 
     What the device says. CPU devices, which do not, share what the machine, its control
-    group and the limits of the process leave. (Where a limit of a process is met while a
-    program runs on several devices of a CPU, they wait for one another for ever.)
+    group and the limits of the process leave.
     """
     devices = jax.local_devices()
     limit = (devices[0].memory_stats() or {}).get("bytes_limit")

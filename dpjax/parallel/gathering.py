@@ -74,6 +74,18 @@ def summed_where_rows_are(
     )(operands)
 
 
+def whole_along(axis: int, array: jax.Array) -> jax.Array:
+    """Return an array that is not split along an axis, to be indexed there.
+
+    XLA's partitioner aborts the process on some gathers along split axes.
+    """
+    if not is_divided():
+        return array
+    spec: list[Any] = [PartitionSpec.UNCONSTRAINED] * array.ndim
+    spec[axis] = None
+    return jax.lax.with_sharding_constraint(array, PartitionSpec(*spec))
+
+
 def gathering(
     function: Callable[..., Any], spec_of: Callable[[Params], Sequence[PartitionSpec]]
 ) -> Callable[..., Any]:

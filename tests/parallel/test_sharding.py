@@ -24,6 +24,7 @@ from dpjax.clipping.arithmetic.rounding import row_norms
 from dpjax.data.batches import StepBatch, batches
 from dpjax.models.gpt2 import gpt2
 from dpjax.models.llama import llama
+from dpjax.models.losses import causal_lm
 from dpjax.models.partition import name_of
 from dpjax.parallel.rules import TRANSFORMER, VOCABULARY
 from dpjax.parallel.sharding import AXES, make_layout
@@ -708,3 +709,29 @@ def test_weights_travel_in_the_dtype_of_the_computation():
 
     assert moved(model) == {"f32"}
     assert moved(low) == {"bf16"}
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.01])
+@pytest.mark.parametrize("engine", ["auto", "ghost"])
+def test_a_tied_table_may_be_split_by_vocabulary(engine, penalty):
+    """Its cross terms look up columns along the split axis."""
+    model = gpt2(vocab_size=32, length=8, scan=True, **SIZES)
+    batch = batch_of(
+        {"tokens": np.random.default_rng(0).integers(0, 32, (8, 8)).astype(np.int32)}
+    )
+    params = model.init(KEY, {"tokens": batch.examples["tokens"][0]})
+
+    def loss(params, example, key):
+        table = params["token"]["embedding"]
+        return causal_lm(model)(params, example, key) + penalty * jnp.sum(table**2)
+
+    layout, query = layout_of((2, 2, 2), VOCABULARY), Query((params,), clip_norm=0.1)
+
+    def add(query, batch):
+        total, _ = ENGINES[engine](layout.gathering(loss), query, batch, KEY)
+        return total.stacked(1)
+
+    placed = Query((layout.put(params, params),), clip_norm=0.1)
+    sums = jax.jit(layout.on_each(add))(placed, layout.place(batch, 8))
+    total = reference(loss, query, batch, KEY)[0]
+    assert_close(sums.merged().total, total, rtol=2e-5, scale=norm(total))

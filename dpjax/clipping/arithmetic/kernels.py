@@ -30,7 +30,11 @@ from dpjax.clipping.arithmetic.rounding import (
     summed,
     unmerged,
 )
-from dpjax.parallel.gathering import is_divided, summed_where_rows_are
+from dpjax.parallel.gathering import (
+    is_divided,
+    summed_where_rows_are,
+    whole_along,
+)
 from dpjax.privacy.sensitive import accumulation_dtype
 
 _EXACT = jax.lax.Precision.HIGHEST
@@ -554,7 +558,7 @@ def _left_gram(first: Factors, second: Factors) -> Float[Array, "H B T S"]:
             equal = first.rows[..., :, None] == second.rows[..., None, :]
             return equal.astype(accumulation_dtype(first.right.dtype))
         case Lookup(), Dense():
-            (left,) = second.left
+            left = whole_along(3, second.left[0])
             columns = jnp.take_along_axis(left, first.rows[:, :, None, :], axis=3)
             return jnp.swapaxes(_wide(columns), 2, 3)
     return jnp.swapaxes(_left_gram(second, first), 2, 3)
@@ -563,7 +567,8 @@ def _left_gram(first: Factors, second: Factors) -> Float[Array, "H B T S"]:
 def _across(number: Multiple, part: Dense | Lookup) -> Float[Array, "H B T"]:
     """Return the inner products of a number's gradient with each position's."""
     if isinstance(part, Lookup):
-        through = jax.vmap(lambda matrix, rows: matrix[rows])(number.matrix, part.rows)
+        matrix = whole_along(1, number.matrix)
+        through = jax.vmap(lambda matrix, rows: matrix[rows])(matrix, part.rows)
     else:
         ends = np.cumsum([block.shape[-1] for block in part.left])[:-1]
         blocks = jnp.split(number.matrix, ends, axis=1)

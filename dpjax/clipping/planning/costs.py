@@ -102,7 +102,8 @@ def group_cost(group: Group, method: Method) -> Cost:
     product = 2 * h * t * k * n
     if method == "keep" and is_formed_inside(group):
         turns = math.prod(loop.length for loop in group.sites[0].loops)
-        return Cost(product, 3 * factors + 3 * weight, weight, 2 * factors / turns)
+        passing = 2 * factors / max(turns, 1)
+        return Cost(product, 3 * factors + 3 * weight, weight, passing)
     if method == "keep":
         kept = Cost(product, factors + 3 * weight, weight + _kept_bytes(group), 0)
         in_turn = prefers_turns() and t > FEW_POSITIONS
