@@ -233,8 +233,10 @@ def test_what_is_hard_to_divide_is_summed_as_on_one_device(loss, mesh, engine):
     (params,) = query.points
     placed = dataclasses.replace(query, points=(layout.put(params, params),))
     _, (statistics,), found = sums_on(layout, ENGINES[engine], loss, placed, [data()])
-    np.testing.assert_allclose(reveal(statistics)["norms"], norms, 1e-4, 1e-6)
-    assert_close(found.total, total, rtol=1e-4, scale=norm(total))
+    # A gradient that passes a cast is rounded to 8 bits, by each engine at another place.
+    rtol = 4e-3 if "narrowed" in loss.__name__ else 1e-4
+    np.testing.assert_allclose(reveal(statistics)["norms"], norms, rtol, 1e-6)
+    assert_close(found.total, total, rtol=rtol, scale=norm(total))
 
 
 # --- Convolutions ---------------------------------------------------------------------------
