@@ -300,14 +300,15 @@ def test_shifts_on_one_line_are_the_easiest_to_tell_from_none(rng, epsilon, coun
         )
 
     null = normal.pdf(x) * normal.pdf(y)
-    # Oblique: where the kink runs along the grid, the sums miss up to 2e-4.
+    # Oblique: where the kink runs along the grid, as it may for the others, the sums miss up
+    # to 2e-4. (Of default_rng(69913), two shifts, epsilon 1.25: 5e-6.)
     spread, line = density(angles), density(np.full(count, 0.5))
 
     def stick(p, q):
         return np.maximum(p - math.exp(epsilon) * q, 0).sum() * area
 
-    assert stick(spread, null) <= stick(line, null) + 1e-6
-    assert stick(null, spread) <= stick(null, line) + 1e-6
+    assert stick(spread, null) <= stick(line, null) + 2e-4
+    assert stick(null, spread) <= stick(null, line) + 2e-4
 
 
 def test_the_memory_is_not_printed():
